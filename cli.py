@@ -5,10 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 MAX_SPARSITY = 0.95
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -18,7 +15,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout went away (`| head`): not our error, nothing left to say
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): nothing is left to be said to it
         sys.stderr.close()
         sys.exit(1)
     except (ValueError, OSError) as error:
@@ -29,13 +26,17 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def sparsity(text: str) -> float:
     """argparse type: a fraction of input channels in [0, 0.95]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= MAX_SPARSITY:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a fraction from 0 (dense) to {MAX_SPARSITY}")
-    return value
+    return _number(text, 0, MAX_SPARSITY, f"a fraction from 0 (dense) to {MAX_SPARSITY}")
+
+
+def probability(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    return _number(text, 0, 1, "a number from 0 to 1")
+
+
+def temperature(text: str) -> float:
+    """argparse type: a number of at least 0."""
+    return _number(text, 0, sys.float_info.max, "a number of at least 0 (0: greedy)")
 
 
 def positive_int(text: str) -> int:
@@ -45,25 +46,18 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def device(text: str) -> torch.device:
-    """argparse type: a device that is there."""
+def _number(text: str, low: float, high: float, expected: str) -> float:
     try:
-        value = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N") from None
-    if value.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("got cuda, but this torch sees no CUDA device: use --device cpu")
-    if value.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
     return value
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that loads a model."""
     parser.add_argument("--checkpoint", required=True, help="a converted checkpoint's folder, or demo")
-    parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="computation type (default: the checkpoint's)")
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="computation type (default: the stored one)")

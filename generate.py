@@ -1,0 +1,334 @@
+"""Generates text: dense prefill, sparse decoding, sampling, chat, streamed output, and what it cost.
+
+    python generate.py --checkpoint demo --sparsity 0.5 --prompt "Once upon a time"
+
+Text goes to stdout as it is decoded; timings and achieved sparsity go to stderr.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import DTYPES, find_checkpoint
+from cli import add_model_arguments, positive_int, probability, run, sparsity, temperature
+from model import Transformer
+from sparse_model import (
+    bytes_per_token,
+    leading_dense,
+    load_calibration,
+    load_model,
+    pick_device,
+    set_sparsity,
+    tally_kept,
+)
+from tokenizer import Tokenizer
+
+Step = Callable[[Transformer, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; filters apply in the order of the fields, None leaves one out. temperature 0: greedy."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """One token id, int64 [1], from logits [vocab]."""
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        logits = logits.float() / self.temperature
+        if self.top_k is not None:
+            floor = logits.topk(min(self.top_k, logits.numel())).values[-1]
+            logits = logits.masked_fill(logits < floor, -torch.inf)
+        if self.top_p is not None:
+            ordered, index = logits.softmax(-1).sort(descending=True)
+            # A token goes when those before it already reach top_p: the first always stays.
+            gone = ordered.cumsum(-1) - ordered >= self.top_p
+            gone[0] = False
+            logits = logits.index_fill(0, index[gone], -torch.inf)
+        probabilities = logits.softmax(-1)
+        if self.min_p is not None:
+            probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.max(), 0)
+        return torch.multinomial(probabilities, 1, generator=generator)
+
+
+@dataclass
+class Sample:
+    """One run of decoding: token ids, seconds to the first token, and seconds of each decode step after it."""
+
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    first_token_s: float = 0.0
+    decode_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
+
+
+def prefill(model: Transformer, prompt: Tensor) -> Tensor:
+    """Fills the cache with prompt [1, T], densely also when it is one token; logits [vocab] of the token to follow."""
+    with leading_dense(model, prompt.shape[1]):
+        return model.output(model.hidden(prompt)[:, -1])[0]
+
+
+def decode_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
+    """One sparse step: logits [vocab] after token [1, 1] at input_pos [1]."""
+    return model(token, input_pos)[0, -1]
+
+
+@torch.no_grad()
+def decode(
+    model: Transformer,
+    step: Step,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    stop: frozenset[int],
+    sample: Sample,
+) -> Iterator[int]:
+    """Yields tokens as they are drawn, up to one in `stop` (not yielded); times and tokens go into `sample`.
+
+    The model's cache must hold the prompt and all new tokens.
+    """
+    device = model.norm.weight.device
+    started = time.perf_counter()
+    token = sampling.draw(prefill(model, torch.tensor([prompt], device=device)), generator)
+    sample.tokens.append(int(token))
+    sample.first_token_s = time.perf_counter() - started
+    for position in range(len(prompt), len(prompt) + max_new_tokens):
+        if sample.tokens[-1] in stop:
+            return
+        yield sample.tokens[-1]
+        if len(sample.tokens) == max_new_tokens:
+            return
+        started = time.perf_counter()
+        logits = step(model, token.view(1, 1), torch.tensor([position], device=device))
+        token = sampling.draw(logits, generator)
+        sample.tokens.append(int(token))  # waits for the device
+        sample.decode_s.append(time.perf_counter() - started)
+
+
+@torch.no_grad()
+def achieved_sparsity(model: Transformer, sample: Sample) -> dict[str, float]:
+    """What decoding `sample` skipped, by tensor kind, counted by feeding its tokens through the cache once more.
+
+    Counting inside the decode step would slow down what is being measured.
+    """
+    fed = sample.tokens[: len(sample.decode_s)]
+    if not fed:
+        return {}
+    device = model.norm.weight.device
+    positions = torch.arange(sample.prompt_tokens, sample.prompt_tokens + len(fed), device=device)
+    with leading_dense(model, 0), tally_kept(model) as tally:
+        model.hidden(torch.tensor([fed], device=device), positions)
+    return tally.by_kind(model)
+
+
+@torch.no_grad()
+def compile_step(model: Transformer) -> Step:
+    """The decode step compiled and warmed up: one graph for every prompt, position and sparsity."""
+    started = time.perf_counter()
+    mode = "reduce-overhead" if model.norm.weight.is_cuda else "default"
+    step = torch.compile(decode_step, mode=mode, fullgraph=True)
+    device = model.norm.weight.device
+    for position in range(3):  # compiles, records a CUDA graph where there is one, replays
+        step(model, torch.zeros(1, 1, dtype=torch.long, device=device), torch.tensor([position], device=device))
+    print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return step
+
+
+@dataclass
+class Session:
+    """A loaded model with what decoding needs; a cache that fits every call of the session."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: Step
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int
+
+    def __post_init__(self):
+        self.generator = torch.Generator(self.model.norm.weight.device).manual_seed(self.seed)
+
+    def print_sample(self, prompt: list[int]) -> Sample:
+        """Decodes after `prompt`, printing text as it comes. Ctrl-C ends it early, with what there is."""
+        room = self.model.max_seq_length - len(prompt)
+        sample, stream = Sample(len(prompt)), self.tokenizer.stream()
+        stop = self.tokenizer.eos_ids
+        tokens = decode(
+            self.model, self.step, prompt, min(self.max_new_tokens, room), self.sampling, self.generator, stop, sample
+        )
+        try:
+            for token in tokens:
+                print(stream.push(token), end="", flush=True)
+        finally:
+            print(stream.flush(), flush=True)
+        return sample
+
+
+def cache_length(model: Transformer, tokens: int) -> int:
+    """A cache size for `tokens` tokens: a power of two, so that runs of similar length share compiled code."""
+    return min(max(256, 1 << (tokens - 1).bit_length()), model.args.max_position)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, chat: list[dict[str, str]] | None) -> list[int]:
+    """Token ids of a prompt, as the next turn of `chat` (to which it is appended) when there is one."""
+    if not text.strip():
+        raise ValueError("the prompt is empty: give some text with --prompt")
+    if chat is None:
+        return tokenizer.encode(text)
+    chat.append({"role": "user", "content": text})
+    return tokenizer.encode_chat(chat)
+
+
+def check_length(model: Transformer, prompt: list[int]) -> None:
+    if len(prompt) >= model.args.max_position:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, but this model's context is {model.args.max_position} with the "
+            "answer: shorten it"
+        )
+
+
+def report(session: Session, samples: list[Sample], nominal: float) -> dict:
+    """Prints what the samples cost to stderr and returns it as a record."""
+    model, rates = session.model, [sample.tokens_per_s for sample in samples if sample.decode_s]
+    achieved = achieved_sparsity(model, samples[-1])
+    read = bytes_per_token(model, achieved.get("all", 0.0))
+    rate = statistics.median(rates) if rates else 0.0
+    record = {
+        "benchmark": "decode",
+        "sparsity": nominal,
+        "achieved_sparsity": achieved.get("all"),
+        "achieved_by_kind": {kind: value for kind, value in achieved.items() if kind != "all"},
+        "mode": "plain" if session.step is decode_step else "compiled",
+        "prompt_tokens": samples[-1].prompt_tokens,
+        "new_tokens": [len(sample.tokens) for sample in samples],
+        "first_token_s": statistics.median(sample.first_token_s for sample in samples),
+        "tokens_per_s": rate,
+        "tokens_per_s_spread": [min(rates, default=0.0), max(rates, default=0.0)],
+        "bytes_per_token": read,
+        "gb_per_s": rate * read / 1e9,
+    }
+    print(
+        f"first token {record['first_token_s']:.2f} s · {rate:.1f} tokens/s (median of {len(samples)}) · "
+        f"{record['gb_per_s']:.2f} GB/s of weights read ({read / 1e6:.0f} MB a token)",
+        file=sys.stderr,
+    )
+    if achieved:
+        kinds = " · ".join(f"{kind} {value:.1%}" for kind, value in record["achieved_by_kind"].items())
+        print(f"sparsity {achieved['all']:.1%} achieved, {nominal:.0%} nominal ({kinds})", file=sys.stderr)
+    return record
+
+
+def interactive(session: Session, chat: bool) -> None:
+    """Reads prompts until end of input; Ctrl-C ends an answer, or the session at the prompt."""
+    history: list[dict[str, str]] | None = [] if chat else None
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            prompt = encode_prompt(session.tokenizer, text, history)
+            if len(prompt) >= session.model.max_seq_length:
+                raise ValueError(f"the conversation has {len(prompt)} tokens, the cache {session.model.max_seq_length}")
+            sample = session.print_sample(prompt)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            if history and history[-1]["role"] == "user":
+                history.pop()
+            continue
+        except KeyboardInterrupt:
+            history = history and history[:-1]
+            continue
+        if history is not None:
+            history.append({"role": "assistant", "content": session.tokenizer.decode(sample.tokens)})
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", default="Hello, my name is", help="text to continue (default: %(default)r)")
+    parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one after another")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
+    parser.add_argument("--sparsity", type=sparsity, default=0.0, help="fraction of input channels skipped a token")
+    parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
+    parser.add_argument("--num_samples", type=positive_int, default=1, help="texts to generate (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=200, help="tokens a text (default: %(default)s)")
+    parser.add_argument("--max_seq_length", type=positive_int, default=2048, help="cache of --interactive, in tokens")
+    parser.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top_k", type=positive_int, default=200, help="draw among the K likeliest (default: 200)")
+    parser.add_argument("--top_p", type=probability, help="draw among the likeliest that make up P")
+    parser.add_argument("--min_p", type=probability, help="drop tokens less likely than P times the likeliest")
+    parser.add_argument("--seed", type=int, default=1234, help="same seed, same text (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decode step")
+    parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
+    parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object, last line")
+    return parser.parse_args()
+
+
+def profiler(path: Path | None):
+    """A torch profiler when there is a path to write to, else nothing."""
+    if path is None:
+        return nullcontext()
+    return torch.profiler.profile(with_stack=False)
+
+
+def main() -> None:
+    options = parse_arguments()
+    folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
+    tokenizer = Tokenizer.load(folder)
+    calibration = None
+    if options.sparsity > 0:
+        calibration = load_calibration(folder, options.calibration, device)
+    model = load_model(folder, device, DTYPES.get(options.dtype))
+    if calibration is not None:
+        set_sparsity(model, calibration, options.sparsity)
+    if options.interactive:
+        prompt, length = [], min(options.max_seq_length, model.args.max_position)
+    else:
+        prompt = encode_prompt(tokenizer, options.prompt, [] if options.chat else None)
+        check_length(model, prompt)
+        length = cache_length(model, len(prompt) + options.max_new_tokens)
+    model.setup_caches(1, length)
+    step = compile_step(model) if options.compile else decode_step
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    session = Session(model, tokenizer, step, sampling, options.max_new_tokens, options.seed)
+    if options.interactive:
+        interactive(session, options.chat)
+        return
+
+    samples = []
+    for index in range(options.num_samples):
+        if options.num_samples > 1:
+            print(f"--- {index + 1} ---")
+        if not options.chat:
+            print(options.prompt, end="", flush=True)
+        with profiler(options.profile if index == options.num_samples - 1 else None) as profile:
+            samples.append(session.print_sample(prompt))
+    if profile is not None:
+        profile.export_chrome_trace(str(options.profile))
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15), file=sys.stderr)
+    record = report(session, samples, options.sparsity)
+    if options.json:
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    run(main)

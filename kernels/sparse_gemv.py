@@ -1,0 +1,79 @@
+"""teal::sparse_gemv: y = W (x ⊙ keep) for one token, reading only the kept rows of the transposed weight.
+
+x [K]; weight [K, N] row-major (an input channel is one contiguous row) in x's dtype; threshold [K] fp32, compared with
+|x|, one number per input channel: below 0 keeps the channel always. y [N] in x's dtype, accumulated in fp32.
+A channel is kept unless |x| <= threshold, so that NaN travels on as in a dense layer. Source: TEAL, arXiv:2408.14690.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import jit, tl, triton
+
+BLOCK_K, BLOCK_N = 32, 128  # untuned; masked loads like few rows a program (no register holds a dropped row for long)
+CPU_BAGS = 4  # partial sums on CPU; a constant, so that the result does not depend on the number of threads
+
+
+def sparse_gemv_reference(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+    kept = x.float().masked_fill(x.float().abs() <= threshold, 0)
+    # Rows of dropped channels are never read: a NaN there must not reach y through 0 * NaN.
+    rows = weight.float().masked_fill((x.float().abs() <= threshold)[:, None], 0)
+    return (kept @ rows).to(x.dtype)
+
+
+@jit
+def _sparse_gemv_kernel(
+    x_ptr, weight_ptr, threshold_ptr, partial_ptr, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    split = tl.program_id(0).to(tl.int64)
+    k = split * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)  # [BLOCK_K]
+    dropped = tl.abs(x) <= tl.load(threshold_ptr + k, mask=k < K, other=0.0)
+    kept = (k < K) & (dropped == 0)
+    w = tl.load(weight_ptr + k[:, None] * N + n[None, :], mask=kept[:, None] & (n < N)[None, :], other=0.0)
+    x = tl.where(kept, x, 0.0)
+    y = tl.sum(w.to(tl.float32) * x[:, None], axis=0)  # [BLOCK_N]
+    tl.store(partial_ptr + split * N + n, y, mask=n < N)
+
+
+def _sparse_gemv_cuda(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+    K, N = weight.shape
+    splits = triton.cdiv(K, BLOCK_K)
+    partial = torch.empty(splits, N, dtype=torch.float32, device=x.device)
+    grid = (splits, triton.cdiv(N, BLOCK_N))
+    _sparse_gemv_kernel[grid](x, weight, threshold, partial, K, N, BLOCK_K, BLOCK_N)
+    return partial.sum(0).to(x.dtype)  # one fixed order: the same bits every time
+
+
+def _sparse_gemv_cpu(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+    kept = (x.abs() > threshold).logical_or_(x.isnan()).nonzero().squeeze(1)
+    if kept.numel() == x.numel() and x.dtype == torch.float32:
+        return F.linear(x, weight.t())  # bit for bit what a dense nn.Linear computes
+    # A weighted embedding bag is a gather and a sum in one pass over the kept rows, accumulated in fp32.
+    bags = torch.arange(CPU_BAGS) * kept.numel() // CPU_BAGS
+    return F.embedding_bag(kept, weight, bags, mode="sum", per_sample_weights=x[kept]).sum(0)
+
+
+def _sparse_gemv_fake(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+    return x.new_empty(weight.shape[1])
+
+
+torch.library.define("teal::sparse_gemv", "(Tensor x, Tensor weight, Tensor threshold) -> Tensor")
+torch.library.impl("teal::sparse_gemv", "CUDA", _sparse_gemv_cuda)
+torch.library.impl("teal::sparse_gemv", "CPU", _sparse_gemv_cpu)
+torch.library.register_fake("teal::sparse_gemv", _sparse_gemv_fake)
+
+
+def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+    """y [N] = the kept channels of x [K] times weight [K, N]; see the module. Raises ValueError on what does not fit."""
+    if x.ndim != 1 or weight.ndim != 2 or threshold.shape != x.shape or weight.shape[0] != x.shape[0]:
+        shapes = f"{list(x.shape)}, {list(weight.shape)}, {list(threshold.shape)}"
+        raise ValueError(f"sparse_gemv takes x [K], weight [K, N], threshold [K], got {shapes}")
+    if x.dtype != weight.dtype or not x.is_floating_point() or threshold.dtype != torch.float32:
+        dtypes = f"{x.dtype}, {weight.dtype}, {threshold.dtype}"
+        raise ValueError(f"sparse_gemv takes x and weight of one floating type and an fp32 threshold, got {dtypes}")
+    if not (x.is_contiguous() and weight.is_contiguous() and threshold.is_contiguous()):
+        raise ValueError("sparse_gemv takes contiguous tensors, got a strided view")
+    return torch.ops.teal.sparse_gemv(x, weight, threshold)

@@ -1,0 +1,271 @@
+"""Activation sparsity on top of model.py: SparseLinear, the calibration that sets its thresholds, and load_model.
+
+A channel of a linear layer's input is dropped when |x| does not exceed its threshold, and the weight row it would
+multiply is not read. Sparsity is the fraction dropped; 0 is exactly the dense model. Source: TEAL, arXiv:2408.14690.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoint import SPARSE_WEIGHT, WEIGHTS, fingerprint, new_file, open_safetensors, read_config, run_command
+from kernels.sparse_gemv import sparse_gemv
+from model import ModelArgs, Transformer
+
+CALIBRATION = "calibration.safetensors"
+CALIBRATION_VERSION = "1"
+KINDS = {"wqkv": "qkv", "wo": "o", "w13": "gate+up", "w2": "down"}
+KEEP_ALL = -1.0  # a threshold below every |x|
+
+
+class DenseWeight(nn.Module):
+    """A linear layer's weight as rows [K, N], one contiguous row an input channel, in fp32, bf16 or fp16."""
+
+    def __init__(self, rows: Tensor):
+        super().__init__()
+        self.rows = nn.Parameter(rows.contiguous(), requires_grad=False)
+        self.in_features, self.out_features = rows.shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one skipped channel saves."""
+        return self.out_features * self.rows.element_size()
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N], every channel."""
+        if x.device.type == "cpu" and x.dtype != torch.float32:
+            # A CPU without bf16 matrix instructions multiplies bf16 9x slower than fp32 (512x576x1536 on Zen 3).
+            bias = None if bias is None else bias.float()
+            return F.linear(x.float(), self.rows.float().t(), bias).to(x.dtype)
+        return F.linear(x, self.rows.t(), bias)
+
+    def sparse_matvec(self, x: Tensor, threshold: Tensor) -> Tensor:
+        """x [K] -> [N], reading only the rows whose |x| exceeds threshold [K]."""
+        return sparse_gemv(x, self.rows, threshold)
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that drops input channels with |x| <= threshold: decoded tokens by default, prompts not.
+
+    `threshold` [K] fp32 changes in place, so that a compiled or captured step serves every sparsity. `dense_tokens`
+    (see `leading_dense`) overrides how many leading tokens of a call are computed densely.
+    """
+
+    def __init__(self, weight: DenseWeight, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        threshold = torch.full((weight.in_features,), KEEP_ALL, device=weight.rows.device)
+        self.register_buffer("threshold", threshold, persistent=False)
+        self.dense_tokens: int | None = None
+
+    def count_dense(self, tokens: int) -> int:
+        """How many leading tokens of a call of `tokens` a sequence are dense: all of several, none of one."""
+        if self.dense_tokens is None:
+            return 0 if tokens == 1 else tokens
+        return min(self.dense_tokens, tokens)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Which entries of x [..., K] are treated as zero, bool. NaN is not: it travels on as in a dense layer."""
+        return x.abs() <= self.threshold
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, K] -> [B, T, N]
+        batch, tokens, _ = x.shape
+        dense = self.count_dense(tokens)
+        if dense < tokens and batch * tokens == 1:
+            y = self.weight.sparse_matvec(x.flatten(), self.threshold).view(1, 1, -1)
+            return y if self.bias is None else y + self.bias
+        if dense < tokens:
+            decoded = x[:, dense:]
+            x = torch.cat((x[:, :dense], decoded.masked_fill(self.dropped(decoded), 0)), dim=1)
+        return self.weight.matmul(x, self.bias)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """The model's sparse layers by module name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def sparsify(model: Transformer) -> Transformer:
+    """Replaces the linear layers of the blocks by SparseLinear, at sparsity 0; their weights are shared, not copied."""
+    for name, linear in list(model.named_modules()):
+        if SPARSE_WEIGHT.fullmatch(f"{name}.weight") and isinstance(linear, nn.Linear):
+            parent, child = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), child, SparseLinear(DenseWeight(linear.weight.t()), linear.bias))
+    return model
+
+
+@contextmanager
+def leading_dense(model: nn.Module, tokens: int) -> Iterator[None]:
+    """In the block, the first `tokens` tokens of each call are computed densely and all later ones sparsely."""
+    layers = sparse_layers(model).values()
+    before = [layer.dense_tokens for layer in layers]
+    for layer in layers:
+        layer.dense_tokens = tokens
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.dense_tokens = value
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Quantiles of |x| at the input of every sparse layer, from which any sparsity's threshold is read off.
+
+    quantiles: by module name, fp32 [points], at levels evenly spaced from 0 to 1. model: `checkpoint.fingerprint` of
+    the model it belongs to. origin: what it was measured on (corpus, tokens, seed).
+    """
+
+    quantiles: dict[str, Tensor]
+    model: dict[str, str]
+    origin: dict[str, str]
+
+    def threshold(self, name: str, sparsity: float) -> float:
+        """The |x| that a share `sparsity` of layer `name`'s inputs does not exceed, interpolated linearly."""
+        if sparsity == 0:
+            return KEEP_ALL
+        points = self.quantiles[name]
+        position = sparsity * (len(points) - 1)
+        below = min(int(position), len(points) - 2)
+        return torch.lerp(points[below], points[below + 1], position - below).item()
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or leaves what was there."""
+        metadata = {"version": CALIBRATION_VERSION, "model": json.dumps(self.model), "origin": json.dumps(self.origin)}
+        with new_file(path) as temporary:
+            save_file(self.quantiles, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Raises FileNotFoundError, or ValueError when the file is not a calibration of this version."""
+        with open_safetensors(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("version") != CALIBRATION_VERSION or "model" not in metadata:
+                raise ValueError(f"{path} is not a calibration of version {CALIBRATION_VERSION}: run calibrate.py again")
+            quantiles = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return cls(quantiles, json.loads(metadata["model"]), json.loads(metadata["origin"]))
+
+    def check(self, folder: Path) -> None:
+        """Raises ValueError naming what differs when this is not the calibration of the checkpoint in `folder`."""
+        expected = fingerprint(folder)
+        if differing := [name for name in expected if self.model.get(name) != expected[name]]:
+            found = ", ".join(f"{name} {self.model.get(name)} (checkpoint: {expected[name]})" for name in differing)
+            raise ValueError(f"the calibration is another model's: it has {found}; run calibrate.py on {folder}")
+
+
+def set_sparsity(model: Transformer, calibration: Calibration, sparsity: float) -> None:
+    """Sets every layer's threshold in place so that a share `sparsity` of its input channels is dropped a token."""
+    for name, layer in sparse_layers(model).items():
+        layer.threshold.fill_(calibration.threshold(name, sparsity))
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, by default CUDA where there is one. Raises ValueError when it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not known here, expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def load_calibration(folder: Path, path: Path | None = None, device: torch.device | str = "cpu") -> Calibration:
+    """The calibration at `path`, or the folder's own, made first when there is none. Raises when it does not fit."""
+    if path is None:
+        path = folder / CALIBRATION
+        if not path.exists():
+            run_command("calibrate", "--checkpoint", str(folder), "--device", str(device))
+    calibration = Calibration.load(path)
+    calibration.check(folder)
+    return calibration
+
+
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
+
+    On the CPU the weights stay memory-mapped unless `dtype` changes them.
+    """
+    args = ModelArgs.from_config(read_config(folder))
+    with torch.device("meta"):
+        model = Transformer(args)
+    tensors = {}
+    with open_safetensors(folder / WEIGHTS) as file:
+        if (file.metadata() or {}).get("format") != "teal-fast":
+            raise ValueError(f"{folder} is not converted yet: run `python -m scripts.convert_hf_checkpoint {folder}`")
+        stored = set(file.keys())
+        for name, parameter in model.named_parameters():
+            if name not in stored:
+                raise ValueError(f"{folder / WEIGHTS} lacks {name}, which its config.json calls for: convert it again")
+            tensor = file.get_tensor(name).to(device=device, dtype=dtype)
+            tensors[name] = tensor.t() if SPARSE_WEIGHT.fullmatch(name) else tensor
+            if tensors[name].shape != parameter.shape:
+                found, expected = list(tensors[name].shape), list(parameter.shape)
+                raise ValueError(f"{folder / WEIGHTS}: {name} is {found}, config.json calls for {expected}")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return sparsify(model).requires_grad_(False).eval().to(device)
+
+
+@dataclass
+class Tally:
+    """Entries seen and kept by each sparse layer, counted on the device: int64 scalars by module name."""
+
+    seen: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def by_kind(self, model: Transformer) -> dict[str, float]:
+        """Achieved sparsity by tensor kind and "all", weighted by the weight bytes that a channel holds."""
+        layers = sparse_layers(model)
+        read: dict[str, float] = {}
+        held: dict[str, float] = {}
+        for name, seen in self.seen.items():
+            for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
+                held[kind] = held.get(kind, 0) + seen * layers[name].weight.row_bytes
+                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.row_bytes
+        return {kind: 1 - read[kind] / held[kind] for kind in held}
+
+
+@contextmanager
+def tally_kept(model: Transformer) -> Iterator[Tally]:
+    """Counts, in the block, what every sparse layer keeps of the tokens that it does not compute densely."""
+    tally = Tally()
+
+    def count(name: str, layer: SparseLinear, x: Tensor) -> None:
+        decoded = x[:, layer.count_dense(x.shape[1]) :]
+        tally.seen[name] = tally.seen.get(name, 0) + decoded.numel()
+        tally.kept[name] = tally.kept.get(name, 0) + layer.dropped(decoded).logical_not().sum()
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: count(name, layer, inputs[0]))
+        for name, layer in sparse_layers(model).items()
+    ]
+    try:
+        yield tally
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def bytes_per_token(model: Transformer, sparsity: float) -> int:
+    """Weight bytes that one decoded token reads when a share `sparsity` of the sparse layers' rows is skipped."""
+    sparse = sum(layer.weight.rows.nbytes for layer in sparse_layers(model).values())
+    total = sum(parameter.nbytes for parameter in model.parameters())  # a tied output layer counts once …
+    if model.output.weight is not model.tok_embeddings.weight:
+        total -= model.tok_embeddings.weight.nbytes  # … and of an embedding table of its own one row is read
+    return total - round(sparse * sparsity)
