@@ -8,10 +8,8 @@ in advance and no activations kept: 256 KB a layer. Only uniform allocation: eve
 """
 
 import argparse
-import json
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,12 +18,12 @@ from tqdm import tqdm
 
 from checkpoint import DTYPES, ROOT, find_checkpoint, fingerprint
 from cli import add_model_arguments, positive_int, run
+from corpus import read_corpus
 from model import Transformer
 from sparse_model import CALIBRATION, Calibration, SparseLinear, load_model, pick_device, sparse_layers
 from tokenizer import Tokenizer
 
-DEFAULT_CORPUS = ROOT / "corpus" / "calibration"
-TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
+DEFAULT_CORPUS = ROOT / "data" / "calibration"
 SHIFT = 23 - 7  # bins keep fp32's sign, exponent and 7 of its 23 mantissa bits, as bf16 does
 BINS = 1 << (31 - SHIFT)
 POINTS = 201  # quantile levels stored: every half per cent
@@ -54,35 +52,6 @@ class AbsHistogram:
         return torch.lerp(edge[(index - 1).clamp(min=0)], edge[index], share.clamp(0, 1).float())
 
 
-def read_corpus(paths: list[Path]) -> list[str]:
-    """The documents of text files and folders: a .jsonl line's "text" each, any other file whole."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"corpus {path} does not exist: expected a text file, a .jsonl file or a folder")
-        files += sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
-    documents = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"corpus {file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-        documents += _jsonl_texts(file, text) if file.suffix == ".jsonl" else [text]
-    if not any(document.strip() for document in documents):
-        raise ValueError(f"the corpus holds no text: {', '.join(map(str, paths))}; give text or .jsonl files")
-    return documents
-
-
-def _jsonl_texts(file: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'corpus {file}, line {number}: expected a JSON object with a "text" field') from error
-
-
 def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: int) -> list[list[int]]:
     """Up to `tokens` tokens of the documents as sequences of at most `length`, drawn at random from all of them."""
     pieces = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
@@ -99,7 +68,7 @@ def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: in
 
 @torch.no_grad()
 def measure(model: Transformer, sequences: list[list[int]]) -> dict[str, Tensor]:
-    """Quantiles of |x| by layer name over the sequences, their first tokens (attention sinks, always dense) left out."""
+    """Quantiles of |x| by layer name over the sequences, without their first tokens (attention sinks, always dense)."""
     device = model.norm.weight.device
     histograms = {name: AbsHistogram(device) for name in sparse_layers(model)}
 
@@ -123,7 +92,7 @@ def measure(model: Transformer, sequences: list[list[int]]) -> dict[str, Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
-    parser.add_argument("--corpus", type=Path, nargs="+", default=[DEFAULT_CORPUS], help="text, .jsonl files or folders")
+    parser.add_argument("--corpus", type=Path, nargs="+", default=[DEFAULT_CORPUS], help="text files or folders")
     parser.add_argument("--tokens", type=positive_int, default=16384, help="tokens to read (default: %(default)s)")
     parser.add_argument("--context", type=positive_int, default=1024, help="longest sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the sequences (default: %(default)s)")

@@ -37,7 +37,7 @@ Step = Callable[[Transformer, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; filters apply in the order of the fields, None leaves one out. temperature 0: greedy."""
+    """How the next token is drawn; filters apply in the order of the fields. temperature 0 is greedy."""
 
     temperature: float = 0.8
     top_k: int | None = None

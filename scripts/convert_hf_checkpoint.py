@@ -27,6 +27,7 @@ COPIED = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
 )
 NAMES = {

@@ -24,7 +24,7 @@ LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
 def write_tokenizer(reader: GGUFReader, folder: Path) -> None:
-    """Write tokenizer.json or tokenizer.model, and tokenizer_config.json, into an existing folder."""
+    """Write tokenizer.json or tokenizer.model, tokenizer_config.json and, for several EOS, generation_config.json."""
     metadata = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
     prefix = "tokenizer.ggml."
     given = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
@@ -44,11 +44,14 @@ def write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     else:
         (folder / "tokenizer.model").write_bytes(_sentencepiece_model(given, tokens, types))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    ends = {given[name] for name in ("eos_token_id", "eot_token_id", "eom_token_id") if name in given}
+    if len(ends) > 1:  # a turn of a chat may end otherwise than a text, and eos_token is but one token
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)}))
 
 
 def _config(given: dict[str, Any], template: str | None, tokens: list[str], types: list[int]) -> dict[str, Any]:
     """tokenizer_config.json: what to put before a prompt, where to stop, and which tokens are no text."""
-    by_default = given["model"] == "llama" or given.get("pre") in LLAMA3_NAMES
+    by_default = "bos_token_id" in given and (given["model"] == "llama" or given.get("pre") in LLAMA3_NAMES)
     config: dict[str, Any] = {
         "tokenizer_class": "LlamaTokenizer" if given["model"] == "llama" else "PreTrainedTokenizerFast",
         "add_bos_token": given.get("add_bos_token", by_default),
@@ -77,7 +80,8 @@ def _byte_level_bpe(given: dict[str, Any], tokens: list[str], types: list[int], 
     try:
         library = Tokenizer(BPE(ids, merges, ignore_merges=name in LLAMA3_NAMES))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"the GGUF file's merges do not fit its tokens ({error}): take another GGUF file") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the GGUF file's merges do not fit its tokens ({reason}): take another GGUF file") from error
     library.pre_tokenizer = _pre_tokenizer(name)
     library.decoder = decoders.ByteLevel()
     if name == "qwen2":

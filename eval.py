@@ -1,0 +1,159 @@
+"""Perplexity of a model at a list of sparsities, on text that it was not calibrated on.
+
+    python eval.py --checkpoint demo --text data/evaluation --sparsity 0 0.25 0.4 0.5
+
+The text is tokenized whole and cut into windows; the first position of a window is not scored. `--prefill` says which
+tokens of a window are sparsified: full, all but the first (an attention sink); half, the second half, as TEAL's release
+does; dense, none. The convention moves a score as much as the method does, so it stands beside every number.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import DTYPES, ROOT, find_checkpoint, new_file
+from cli import add_model_arguments, positive_int, run, sparsity
+from corpus import read_corpus
+from model import Transformer
+from record import describe
+from sparse_model import (
+    leading_dense,
+    load_calibration,
+    load_model,
+    pick_device,
+    set_sparsity,
+    tally_kept,
+)
+from tokenizer import Tokenizer
+
+DEFAULT_TEXT = ROOT / "data" / "evaluation"
+LOGIT_ROWS = 128  # positions whose logits are held at once: 25 MB at a vocabulary of 49,152
+
+
+@dataclass(frozen=True)
+class Score:
+    """Perplexity over `tokens` scored positions, its standard error over windows, and what the evaluation skipped."""
+
+    sparsity: float
+    perplexity: float
+    standard_error: float
+    tokens: int
+    achieved_sparsity: float
+    achieved_by_kind: dict[str, float]
+    tokens_per_s: float
+
+
+def cut_windows(ids: list[int], context: int, stride: int, limit: int | None) -> list[tuple[list[int], int]]:
+    """Windows of `context` tokens, `stride` apart, each with its number of leading positions that are not scored.
+
+    The first window scores all but its first position, later ones only what the window before did not reach. `limit`
+    keeps that many, spread evenly over the text: neighbours share a topic and say less.
+    """
+    starts = range(0, len(ids) - context + 1, stride)
+    if limit is not None and limit < len(starts):
+        starts = [starts[i * len(starts) // limit] for i in range(limit)]
+    return [(ids[start : start + context], 1 if start == 0 else max(1, context - stride)) for start in starts]
+
+
+def window_loss(model: Transformer, output: Tensor, window: list[int], unscored: int) -> Tensor:
+    """Negative log-likelihoods in nats, fp32 [context - unscored], of the window's tokens from `unscored` on."""
+    tokens = torch.tensor(window, device=output.device)
+    hidden = model.hidden(tokens[None])[0, unscored - 1 : -1]
+    pairs = zip(hidden.split(LOGIT_ROWS), tokens[unscored:].split(LOGIT_ROWS), strict=True)
+    return torch.cat([F.cross_entropy(F.linear(h.float(), output), target, reduction="none") for h, target in pairs])
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, windows: list[tuple[list[int], int]], dense_tokens: int, nominal: float, progress: tqdm
+) -> Score:
+    """Scores the windows with their first `dense_tokens` tokens computed densely, at the thresholds now set."""
+    output = model.output.weight.float()
+    started = time.perf_counter()
+    losses = []
+    with leading_dense(model, dense_tokens), tally_kept(model) as tally:
+        for window, unscored in windows:
+            losses.append(window_loss(model, output, window, unscored).cpu())
+            progress.update(len(window))
+    seconds = time.perf_counter() - started
+    scored = torch.cat(losses)
+    perplexity = scored.mean().exp().item()
+    means = torch.stack([loss.mean() for loss in losses])
+    error = perplexity * means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    total = sum(len(window) for window, _ in windows)
+    achieved = tally.by_kind(model)
+    overall = achieved.pop("all", 0.0)
+    return Score(nominal, perplexity, error, len(scored), overall, achieved, total / seconds)
+
+
+def print_table(scores: list[Score]) -> None:
+    print(f"{'sparsity':>8}  {'achieved':>8}  {'perplexity':>10}  {'±':>6}  {'tokens/s':>8}   by tensor kind")
+    for score in scores:
+        kinds = "  ".join(f"{kind} {value:.1%}" for kind, value in score.achieved_by_kind.items())
+        print(
+            f"{score.sparsity:>8.0%}  {score.achieved_sparsity:>8.1%}  {score.perplexity:>10.3f}  "
+            f"{score.standard_error:>6.3f}  {score.tokens_per_s:>8.0f}   {kinds}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    parser.add_argument("--text", type=Path, nargs="+", default=[DEFAULT_TEXT], help="text, .jsonl files or folders")
+    parser.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.0, 0.25, 0.4, 0.5], help="nominal")
+    parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
+    parser.add_argument("--prefill", choices=("dense", "half", "full"), default="full", help="what is sparsified")
+    parser.add_argument("--context", type=positive_int, default=1024, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--stride", type=positive_int, help="tokens between windows (default: the context)")
+    parser.add_argument("--windows", type=positive_int, help="windows to score, spread over the text (default: all)")
+    parser.add_argument("--out", type=Path, help="write the JSON records to this file")
+    options = parser.parse_args()
+
+    folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
+    tokenizer = Tokenizer.load(folder)
+    ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
+    calibration = load_calibration(folder, options.calibration, device) if any(options.sparsity) else None
+    model = load_model(folder, device, DTYPES.get(options.dtype))
+    context = options.context
+    if not 2 <= context <= model.args.max_position:
+        raise ValueError(f"--context {context}: expected 2 to this model's {model.args.max_position}")
+    stride = options.stride or context
+    if stride > context:
+        raise ValueError(f"--stride {stride} would skip text: expected at most the context, {context}")
+    windows = cut_windows(ids, context, stride, options.windows)
+    if not windows:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {context}: use a smaller --context")
+    dense_tokens = {"dense": context, "half": context // 2, "full": 1}[options.prefill]
+
+    scores = []
+    with tqdm(total=context * len(windows) * len(options.sparsity), desc="evaluating", unit="token") as progress:
+        for nominal in options.sparsity:
+            if calibration is not None:
+                set_sparsity(model, calibration, nominal)
+            scores.append(evaluate(model, windows, dense_tokens, nominal, progress))
+    protocol = f"context {context}, stride {stride}, {len(windows)} windows, prefill {options.prefill}"
+    print(f"perplexity on {', '.join(path.name for path in options.text)} ({protocol})")
+    print_table(scores)
+    common = describe(folder, device, model.norm.weight.dtype) | {
+        "benchmark": "eval",
+        "text": [path.name for path in options.text],
+        "protocol": protocol,
+        "calibration": calibration.origin if calibration else None,
+    }
+    records = [common | asdict(score) for score in scores]
+    if options.out:
+        with new_file(options.out) as temporary:
+            temporary.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+"""The part of a benchmark record that says where it was measured: device, model, format, versions, date."""
+
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from checkpoint import DTYPES, ROOT
+from kernels.backend import triton
+
+
+def describe(folder: Path, device: torch.device, dtype: torch.dtype) -> dict:
+    """Fields common to all records of a run of the checkpoint in `folder`."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "model": folder.resolve().name,
+        "format": next(name for name, value in DTYPES.items() if value == dtype),
+        "peer": None,
+        "versions": {
+            "torch": torch.__version__,
+            "triton": getattr(triton, "__version__", None),
+            "python": platform.python_version(),
+            "commit": commit(),
+        },
+        "date": date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The checked-out commit, "+" when files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

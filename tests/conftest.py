@@ -1,0 +1,79 @@
+"""Shared fixtures: the demo model as the product prepares it, and a tiny random model that transformers wrote."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, slowly
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from checkpoint import ROOT, find_checkpoint
+from scripts.convert_hf_checkpoint import convert
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """Fills every torch.empty with NaN, so that an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo checkpoint's folder, prepared as a user's first `--checkpoint demo` prepares it."""
+    return find_checkpoint("demo")
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(demo, tmp_path_factory) -> Path:
+    """A tiny random Llama in fp32, written by transformers, with the demo's tokenizer: a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny_hf")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=49152,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_hf, tmp_path_factory) -> Path:
+    """The same model as a checkpoint folder of ours. Shared by tests: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    convert(tiny_hf, folder, None)
+    return folder
+
+
+@pytest.fixture
+def command():
+    """Runs `python -m module arguments…` from the repository's root; the finished process, its output as text."""
+
+    def run(module: str, *arguments, **options) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+    return run
