@@ -20,7 +20,7 @@ from checkpoint import DTYPES, ROOT, find_checkpoint, fingerprint
 from cli import add_model_arguments, positive_int, run
 from corpus import read_corpus
 from model import Transformer
-from sparse_model import CALIBRATION, Calibration, SparseLinear, load_model, pick_device, sparse_layers
+from sparse_model import CALIBRATION, Calibration, SparseLinear, load_model, pick_device, sparse_layers, watch_inputs
 from tokenizer import Tokenizer
 
 DEFAULT_CORPUS = ROOT / "data" / "calibration"
@@ -75,17 +75,12 @@ def measure(model: Transformer, sequences: list[list[int]]) -> dict[str, Tensor]
     def observe(name: str, layer: SparseLinear, x: Tensor) -> None:
         histograms[name].add(x[:, 1:])
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: observe(name, layer, inputs[0]))
-        for name, layer in sparse_layers(model).items()
-    ]
-    with tqdm(total=sum(map(len, sequences)), desc="calibrating", unit="token") as progress:
+    total = sum(map(len, sequences))
+    with watch_inputs(model, observe), tqdm(total=total, desc="calibrating", unit="token") as progress:
         for sequence in sequences:
             if not model.hidden(torch.tensor([sequence], device=device)).isfinite().all():
                 raise ValueError("the model's hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
             progress.update(len(sequence))
-    for hook in hooks:
-        hook.remove()
     return {name: histogram.quantiles(POINTS) for name, histogram in histograms.items()}
 
 

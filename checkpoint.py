@@ -67,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {CONFIG}: expected the folder of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download or convert the model again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected an object: download the model again")
@@ -135,7 +135,7 @@ def write_safetensors(
         for name, (dtype, shape) in tqdm(layout.items(), desc=f"writing {WEIGHTS}", unit="tensor"):
             tensor = read(name).to(dtype).contiguous()
             assert tensor.shape == shape, (name, tensor.shape, shape)
-            if not tensor.isfinite().all():
+            if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN is passed on, nothing is allocated
                 raise ValueError(f"{name} holds NaN or values out of range for {SAFETENSORS_DTYPES[dtype]}")
             file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
         file.flush()
@@ -163,25 +163,37 @@ def write_weights(
 
     with torch.device("meta"):
         expected = {name: p.shape for name, p in Transformer(args).named_parameters()}  # a tied output appears once
-    used = set(sources("output.weight")) if args.tie_embeddings else set()
-    for name, shape in expected.items():
-        parts = sources(name)
-        if missing := [part for part in parts if part not in shapes]:
-            raise ValueError(f"the checkpoint lacks {missing[0]}, which its config.json calls for")
-        if (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:]) != tuple(shape):
-            found = ", ".join(f"{part} {list(shapes[part])}" for part in parts)
-            raise ValueError(f"config.json calls for {name} of shape {list(shape)}, but the checkpoint has {found}")
-        used.update(parts)
-    if extra := sorted(shapes.keys() - used):
-        raise ValueError(f"the checkpoint holds {extra[0]} ({len(extra)} such), which {args.architecture} does not use")
+    made_of = {name: sources(name) for name in expected}
+    output, embeddings = sources("output.weight"), made_of["tok_embeddings.weight"]
+    _check_shapes(expected, made_of, shapes, unused=output if args.tie_embeddings else ())
+    if args.tie_embeddings and output[0] in shapes and not torch.equal(read(output[0]), read(embeddings[0])):
+        raise ValueError(f"config.json ties {output[0]} to {embeddings[0]}, but the checkpoint's two differ")
 
     def build(name: str) -> Tensor:
-        parts = [read(part) for part in sources(name)]
+        parts = [read(part) for part in made_of[name]]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return tensor.t() if SPARSE_WEIGHT.fullmatch(name) else tensor
 
     layout = {name: (dtype, _stored_shape(name, shape)) for name, shape in expected.items()}
     write_safetensors(folder / WEIGHTS, layout, build, {"format": "teal-fast", "version": "1", "linear": "[K, N]"})
+
+
+def _check_shapes(
+    expected: dict[str, torch.Size],
+    made_of: dict[str, tuple[str, ...]],
+    shapes: dict[str, tuple[int, ...]],
+    unused: tuple[str, ...],
+) -> None:
+    for name, shape in expected.items():
+        parts = made_of[name]
+        if missing := [part for part in parts if part not in shapes]:
+            raise ValueError(f"the checkpoint lacks {missing[0]}, which its config.json calls for")
+        rows = sum(shapes[part][0] for part in parts if shapes[part])
+        if any((rows, *shapes[part][1:]) != tuple(shape) for part in parts):
+            found = ", ".join(f"{part} {list(shapes[part])}" for part in parts)
+            raise ValueError(f"config.json calls for {name} of shape {list(shape)}, but the checkpoint has {found}")
+    if extra := sorted(shapes.keys() - set(unused).union(*made_of.values())):
+        raise ValueError(f"the checkpoint holds {extra[0]} ({len(extra)} such), which config.json does not call for")
 
 
 def _stored_shape(name: str, shape: torch.Size) -> torch.Size:

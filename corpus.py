@@ -9,13 +9,8 @@ TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 
 def read_corpus(paths: list[Path]) -> list[str]:
     """The documents of text files and folders: a .jsonl line's "text" each, any other file whole."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"corpus {path} does not exist: expected a text file, a .jsonl file or a folder")
-        files += sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
     documents = []
-    for file in files:
+    for file in (file for path in paths for file in _text_files(path)):
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -26,11 +21,22 @@ def read_corpus(paths: list[Path]) -> list[str]:
     return documents
 
 
+def _text_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+    if not path.exists():
+        raise FileNotFoundError(f"corpus {path} does not exist: expected a text file, a .jsonl file or a folder")
+    return [path]
+
+
 def _jsonl_texts(file: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string as well
         if not line.strip():
             continue
         try:
-            yield json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'corpus {file}, line {number}: expected a JSON object with a "text" field') from error
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+            raise ValueError(f'corpus {file}, line {number}: expected a JSON object with a "text" field of text')
+        yield record["text"]

