@@ -46,9 +46,9 @@ class DenseWeight(nn.Module):
             return F.linear(x.float(), self.rows.float().t(), bias).to(x.dtype)
         return F.linear(x, self.rows.t(), bias)
 
-    def sparse_matvec(self, x: Tensor, threshold: Tensor) -> Tensor:
+    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [K] -> [N], reading only the rows whose |x| exceeds threshold [K]."""
-        return sparse_gemv(x, self.rows, threshold)
+        return sparse_gemv(x, self.rows, threshold, bias)
 
 
 class SparseLinear(nn.Module):
@@ -80,8 +80,7 @@ class SparseLinear(nn.Module):
         batch, tokens, _ = x.shape
         dense = self.count_dense(tokens)
         if dense < tokens and batch * tokens == 1:
-            y = self.weight.sparse_matvec(x.flatten(), self.threshold).view(1, 1, -1)
-            return y if self.bias is None else y + self.bias
+            return self.weight.sparse_matvec(x.flatten(), self.threshold, self.bias).view(1, 1, -1)
         if dense < tokens:
             decoded = x[:, dense:]
             x = torch.cat((x[:, :dense], decoded.masked_fill(self.dropped(decoded), 0)), dim=1)

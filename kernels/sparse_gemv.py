@@ -1,7 +1,8 @@
-"""teal::sparse_gemv: y = W (x ⊙ keep) for one token, reading only the kept rows of the transposed weight.
+"""teal::sparse_gemv: y = W (x ⊙ keep) + bias for one token, reading only the kept rows of the transposed weight.
 
 x [K]; weight [K, N] row-major (an input channel is one contiguous row) in x's dtype; threshold [K] fp32, compared with
-|x|, one number per input channel: below 0 keeps the channel always. y [N] in x's dtype, accumulated in fp32.
+|x|, one number per input channel: below 0 keeps the channel always; bias [N] in x's dtype, or none. y [N] in x's dtype,
+accumulated in fp32.
 A channel is kept unless |x| <= threshold, so that NaN travels on as in a dense layer. Source: TEAL, arXiv:2408.14690.
 """
 
@@ -15,11 +16,12 @@ BLOCK_K, BLOCK_N = 32, 128  # untuned
 CPU_BAGS = 4  # partial sums; not the number of threads, on which the result must not depend
 
 
-def sparse_gemv_reference(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+def sparse_gemv_reference(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     kept = x.float().masked_fill(x.float().abs() <= threshold, 0)
     # Rows of dropped channels are never read: a NaN there must not reach y through 0 * NaN.
     rows = weight.float().masked_fill((x.float().abs() <= threshold)[:, None], 0)
-    return (kept @ rows).to(x.dtype)
+    y = kept @ rows
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 @jit
@@ -38,43 +40,47 @@ def _sparse_gemv_kernel(
     tl.store(partial_ptr + split * N + n, y, mask=n < N)
 
 
-def _sparse_gemv_cuda(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+def _sparse_gemv_cuda(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     K, N = weight.shape
     splits = triton.cdiv(K, BLOCK_K)
     partial = torch.empty(splits, N, dtype=torch.float32, device=x.device)
     grid = (splits, triton.cdiv(N, BLOCK_N))
     _sparse_gemv_kernel[grid](x, weight, threshold, partial, K, N, BLOCK_K, BLOCK_N)
-    return partial.sum(0).to(x.dtype)  # one fixed order: the same bits every time
+    y = partial.sum(0)  # one fixed order: the same bits every time
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _sparse_gemv_cpu(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+def _sparse_gemv_cpu(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     kept = (x.abs() <= threshold).logical_not_().nonzero().squeeze(1)
     if kept.numel() == x.numel() and x.dtype == torch.float32:
-        return F.linear(x, weight.t())  # bit for bit what a dense nn.Linear computes
+        return F.linear(x, weight.t(), bias)  # bit for bit what a dense nn.Linear computes
     # A weighted embedding bag gathers and sums the kept rows in one pass, in fp32: 1.8x as fast as indexing and a
     # product in fp32 and 4 to 90x in bf16, where it also beats a dense product (576x960 to 4096x14336, Zen 3).
     bags = torch.tensor([kept.numel() * bag // CPU_BAGS for bag in range(CPU_BAGS)])
-    return F.embedding_bag(kept, weight, bags, mode="sum", per_sample_weights=x[kept]).sum(0)
+    y = F.embedding_bag(kept, weight, bags, mode="sum", per_sample_weights=x[kept]).sum(0)
+    return y if bias is None else y + bias
 
 
-def _sparse_gemv_fake(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+def _sparse_gemv_fake(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(weight.shape[1])
 
 
-torch.library.define("teal::sparse_gemv", "(Tensor x, Tensor weight, Tensor threshold) -> Tensor")
+torch.library.define("teal::sparse_gemv", "(Tensor x, Tensor weight, Tensor threshold, Tensor? bias=None) -> Tensor")
 torch.library.impl("teal::sparse_gemv", "CUDA", _sparse_gemv_cuda)
 torch.library.impl("teal::sparse_gemv", "CPU", _sparse_gemv_cpu)
 torch.library.register_fake("teal::sparse_gemv", _sparse_gemv_fake)
 
 
-def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
-    """y [N]: the kept channels of x [K] times weight [K, N], as above. Raises ValueError on what does not fit."""
+def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y [N]: the kept channels of x [K] times weight [K, N], plus bias. Raises ValueError on what does not fit."""
     if x.ndim != 1 or weight.ndim != 2 or threshold.shape != x.shape or weight.shape[0] != x.shape[0]:
         shapes = f"{list(x.shape)}, {list(weight.shape)}, {list(threshold.shape)}"
         raise ValueError(f"sparse_gemv takes x [K], weight [K, N], threshold [K], got {shapes}")
+    if bias is not None and (bias.shape != weight.shape[1:] or bias.dtype != x.dtype):
+        raise ValueError(f"sparse_gemv takes bias [N] in x's type, got {list(bias.shape)}, {bias.dtype}")
     if x.dtype != weight.dtype or not x.is_floating_point() or threshold.dtype != torch.float32:
         dtypes = f"{x.dtype}, {weight.dtype}, {threshold.dtype}"
         raise ValueError(f"sparse_gemv takes x and weight of one floating type and an fp32 threshold, got {dtypes}")
     if not (x.is_contiguous() and weight.is_contiguous() and threshold.is_contiguous()):
         raise ValueError("sparse_gemv takes contiguous tensors, got a strided view")
-    return torch.ops.teal.sparse_gemv(x, weight, threshold)
+    return torch.ops.teal.sparse_gemv(x, weight, threshold, bias)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -140,7 +139,9 @@ def test_nan_in_the_model_is_an_error(tiny):
 def test_calibrating_adds_little_memory(demo):
     """Peak memory of a process that measures, above one that runs the same model over the same tokens."""
     program = textwrap.dedent("""
-        import resource, sys, torch
+        import sys
+        from pathlib import Path
+        import torch
         from calibrate import measure
         from checkpoint import find_checkpoint
         from sparse_model import load_model
@@ -152,15 +153,16 @@ def test_calibrating_adds_little_memory(demo):
             with torch.no_grad():
                 for sequence in sequences:
                     model.hidden(torch.tensor([sequence]))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        # Not getrusage: its ru_maxrss starts with that of the process which started this one.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(int(status["VmHWM"].split()[0]) // 1024)
     """)
     peaks = {}
     for what in ("run", "measure"):
         words = [sys.executable, "-c", program, what]
         peaks[what] = int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    print(peaks, "MB")
-    assert peaks["measure"] - peaks["run"] < 200
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024 >= max(peaks.values())  # the unit is right
+    assert peaks["run"] > 300  # MB: the weights alone are 270
+    assert 0 < peaks["measure"] - peaks["run"] < 200
 
 
 def test_demo_achieves_what_is_asked_for_on_other_text(demo):

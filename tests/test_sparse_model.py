@@ -117,18 +117,7 @@ def masked_by_hand(layer, x, dense):
 
 
 @pytest.mark.parametrize("prompt", [1, 5])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tiny",
-        pytest.param(
-            "biased",
-            marks=pytest.mark.xfail(
-                strict=True, reason="sparse_gemv takes no bias; added after it, its last bits differ"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["tiny", "biased"])
 def test_sparsity_zero_is_the_dense_model_bit_for_bit(name, prompt, request):
     folder = request.getfixturevalue(name)
     model, dense = load_model(folder), load_dense(folder)

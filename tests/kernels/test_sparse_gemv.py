@@ -44,6 +44,15 @@ def test_threshold_per_channel(impl):
     )
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@everywhere
+def test_bias(impl, dtype):
+    x, weight, threshold = make(100, 70, dtype)
+    bias = torch.linspace(-20, 20, 70, device=DEVICE, dtype=dtype)
+    expected = sparse_gemv_reference(x, weight, threshold) + bias
+    torch.testing.assert_close(impl(x, weight, threshold, bias), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
 @everywhere
 def test_value_on_the_threshold_is_dropped(impl):
     x = torch.tensor([0.5, -0.5, 0.5, -2.0], device=DEVICE)
@@ -109,6 +118,7 @@ def test_opcheck():
         (lambda x, w, t: (x.long(), w.long(), t), "one floating type"),
         (lambda x, w, t: (x, w, t.bfloat16()), "fp32 threshold"),
         (lambda x, w, t: (x, w.t().contiguous().t(), t), "contiguous"),
+        (lambda x, w, t: (x, w, t, x), "bias"),
     ],
 )
 def test_rejects_bad_input(change, said):

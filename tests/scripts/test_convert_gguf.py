@@ -360,8 +360,11 @@ def demo_fp32(demo_gguf, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(demo_gguf):
     """transformers' model, through its own GGUF reader and its own un-permuting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other at every step: 25x slower where other tests take the cores
     load = transformers.AutoModelForCausalLM.from_pretrained
-    return load(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32).eval()
+    yield load(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32).eval()
+    torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
