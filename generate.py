@@ -9,119 +9,27 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from checkpoint import DTYPES, find_checkpoint, new_file
 from cli import add_model_arguments, positive_int, probability, run, sparsity, temperature
+from decode import Sample, Step, achieved_sparsity, decode, decode_step, fast_step
 from model import Transformer
 from record import describe
 from sampling import Sampling
 from sparse_model import (
     bytes_per_token,
-    leading_dense,
     load_calibration,
     load_model,
     pick_device,
     set_sparsity,
-    tally_kept,
 )
 from tokenizer import Tokenizer
-
-Step = Callable[[Transformer, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Sample:
-    """One run of decoding: token ids, seconds to the first token, and seconds of each decode step after it."""
-
-    prompt_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    first_token_s: float = 0.0
-    decode_s: list[float] = field(default_factory=list)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
-
-
-def prefill(model: Transformer, prompt: Tensor) -> Tensor:
-    """Fills the cache with prompt [1, T], densely also when it is one token; logits [vocab] of the token to follow."""
-    with leading_dense(model, prompt.shape[1]):
-        return model.output(model.hidden(prompt)[:, -1])[0]
-
-
-def decode_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
-    """One sparse step: logits [vocab] after token [1, 1] at input_pos [1]."""
-    return model(token, input_pos)[0, -1]
-
-
-@torch.no_grad()
-def decode(
-    model: Transformer,
-    step: Step,
-    prompt: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-    stop: frozenset[int],
-    sample: Sample,
-) -> Iterator[int]:
-    """Yields tokens as they are drawn, up to one in `stop` (not yielded); times and tokens go into `sample`.
-
-    The model's cache must hold the prompt and all new tokens.
-    """
-    device = model.norm.weight.device
-    started = time.perf_counter()
-    token = sampling.draw(prefill(model, torch.tensor([prompt], device=device)), generator)
-    sample.tokens.append(int(token))
-    sample.first_token_s = time.perf_counter() - started
-    for position in range(len(prompt), len(prompt) + max_new_tokens):
-        if sample.tokens[-1] in stop:
-            return
-        yield sample.tokens[-1]
-        if len(sample.tokens) == max_new_tokens:
-            return
-        started = time.perf_counter()
-        logits = step(model, token.view(1, 1), torch.tensor([position], device=device))
-        token = sampling.draw(logits, generator)
-        sample.tokens.append(int(token))  # waits for the device
-        sample.decode_s.append(time.perf_counter() - started)
-
-
-@torch.no_grad()
-def achieved_sparsity(model: Transformer, sample: Sample) -> dict[str, float]:
-    """What decoding `sample` skipped, by tensor kind, counted by feeding its tokens through the cache once more.
-
-    Counting inside the decode step would slow down what is being measured.
-    """
-    fed = sample.tokens[: len(sample.decode_s)]
-    if not fed:
-        return {}
-    device = model.norm.weight.device
-    positions = torch.arange(sample.prompt_tokens, sample.prompt_tokens + len(fed), device=device)
-    with leading_dense(model, 0), tally_kept(model) as tally:
-        model.hidden(torch.tensor([fed], device=device), positions)
-    return tally.by_kind(model)
-
-
-@torch.no_grad()
-def compile_step(model: Transformer) -> Step:
-    """The decode step compiled and warmed up: one graph for every prompt, position and sparsity."""
-    started = time.perf_counter()
-    mode = "reduce-overhead" if model.norm.weight.is_cuda else "default"
-    step = torch.compile(decode_step, mode=mode, fullgraph=True)
-    device = model.norm.weight.device
-    for position in range(3):  # compiles, records a CUDA graph where there is one, replays
-        step(model, torch.zeros(1, 1, dtype=torch.long, device=device), torch.tensor([position], device=device))
-    print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    return step
 
 
 @dataclass
@@ -246,7 +154,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_p", type=probability, help="draw among the likeliest that make up P")
     parser.add_argument("--min_p", type=probability, help="drop tokens less likely than P times the likeliest")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same text (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decode step")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the decode step (on CUDA: capture it as a graph)"
+    )
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object, last line")
     return parser.parse_args()
@@ -283,7 +193,7 @@ def main() -> None:
         check_length(model, prompt)
         length = cache_length(model, len(prompt) + options.max_new_tokens)
     model.setup_caches(1, length)
-    step = compile_step(model) if options.compile else decode_step
+    step = fast_step(model) if options.compile else decode_step
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     session = Session(model, tokenizer, step, sampling, options.max_new_tokens, options.seed)
     if options.interactive:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from checkpoint import DTYPES, find_checkpoint, new_file
 from cli import add_model_arguments, positive_int, run, sparsity
-from generate import Sample, achieved_sparsity, cache_length, compile_step, decode, decode_step
+from decode import Sample, achieved_sparsity, decode, decode_step, fast_step
+from generate import cache_length
 from record import describe
 from sampling import Sampling
 from sparse_model import bytes_per_token, load_calibration, load_model, pick_device, set_sparsity
@@ -52,7 +53,7 @@ def main() -> None:
     calibration = load_calibration(folder, device=device)
     model = load_model(folder, device, DTYPES.get(options.dtype))
     model.setup_caches(1, cache_length(model, options.prompt_tokens + options.new_tokens))
-    step = compile_step(model) if options.compile else decode_step
+    step = fast_step(model) if options.compile else decode_step
     bandwidth = read_bandwidth(device)
     prompt = torch.randint(model.args.vocab_size, (options.prompt_tokens,), generator=torch.Generator().manual_seed(0))
     samples: dict[float, list[Sample]] = {nominal: [] for nominal in options.sparsity}

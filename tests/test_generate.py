@@ -10,7 +10,8 @@ import transformers
 
 import generate
 from checkpoint import ROOT
-from generate import Sample, achieved_sparsity, cache_length, decode, decode_step, prefill
+from decode import Sample, achieved_sparsity, decode, decode_step, prefill
+from generate import cache_length
 from sampling import Sampling
 from sparse_model import leading_dense, load_calibration, load_model, set_sparsity, sparse_layers
 from tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from calibrate import POINTS, measure
 from checkpoint import DTYPES, SPARSE_WEIGHT, WEIGHTS, fingerprint, read_config
-from generate import decode_step, prefill
+from decode import decode_step, prefill
 from model import ModelArgs, Transformer
 from scripts.convert_hf_checkpoint import convert
 from sparse_model import (

@@ -1,0 +1,195 @@
+"""The decode loop, and its step in three ways: plain, compiled, and captured as one CUDA graph of fused sparse kernels.
+
+The captured step serves every prompt length, position and sparsity: position and thresholds are tensors that change in
+place between replays. A layer is eight launches: norm and compaction, q/k/v, attention, its merge, o, norm and
+compaction, gate/up, down. The residual stream stays in fp32; projections hand on unreduced partial sums.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels.compact_gemv import compact_gemv
+from kernels.decode_attention import GROUP, decode_attention
+from kernels.gate_up import gate_up
+from kernels.merge_attention import merge_attention
+from kernels.norm_compact import norm_compact
+from model import Transformer
+from sampling import Sampling
+from sparse_model import KEEP_ALL, leading_dense, sparse_layers, tally_kept
+
+Step = Callable[[Transformer, Tensor, Tensor], Tensor]
+
+
+def decode_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
+    """One sparse step: logits [vocab] after token [1, 1] at input_pos [1]."""
+    return model(token, input_pos)[0, -1]
+
+
+def can_fuse(model: Transformer) -> bool:
+    """Whether `fused_step` computes this model: no biases but those of q/k/v, no q/k norms, a head size it can take."""
+    args = model.args
+    biased = any(layer.bias is not None for name, layer in sparse_layers(model).items() if not name.endswith("wqkv"))
+    whole = args.head_dim >= 32 and args.head_dim & (args.head_dim - 1) == 0
+    return whole and not biased and not args.qk_norm and args.n_heads // args.n_kv_heads <= GROUP
+
+
+def fused_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
+    """`decode_step` on CUDA by the fused kernels; the same up to rounding."""
+    eps = model.args.norm_eps
+    residual = model.tok_embeddings(token)[0, 0].float()
+    partial = residual.new_empty(0, residual.shape[0])
+    for layer, window in zip(model.layers, model.args.sliding_windows, strict=True):
+        attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.kv_cache
+        wqkv, wo, w13, w2 = attention.wqkv, attention.wo, ffn.w13, ffn.w2
+        residual, *x = norm_compact(residual, partial, layer.attention_norm.weight, wqkv.threshold, eps)
+        qkv = compact_gemv(*x, wqkv.weight.rows)
+        if wqkv.bias is not None:
+            qkv[0] += wqkv.bias
+        shares = decode_attention(
+            qkv, model.frequencies, cache.k[0], cache.v[0], input_pos, model.args.n_heads, window or 0
+        )
+        x = merge_attention(*shares, wo.threshold, cache.k.dtype)
+        partial = compact_gemv(*x, wo.weight.rows)
+        residual, *x = norm_compact(residual, partial, layer.ffn_norm.weight, w13.threshold, eps)
+        x = gate_up(*x, w13.weight.rows, w2.threshold)
+        partial = compact_gemv(*x, w2.weight.rows)
+    keep_all = residual.new_full(residual.shape, KEEP_ALL)
+    _, _, x, _ = norm_compact(residual, partial, model.norm.weight, keep_all, eps)  # the whole vector as a list
+    return model.output(x)[0]
+
+
+class CapturedStep:
+    """A decode step recorded once as a CUDA graph and replayed for every token, into the same logits each time."""
+
+    def __init__(self, model: Transformer):
+        device = model.norm.weight.device
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.input_pos = torch.zeros(1, dtype=torch.long, device=device)
+        step = fused_step if can_fuse(model) else decode_step
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # compiles the kernels; the cache's first row is written and means nothing yet
+            step(model, self.token, self.input_pos)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step(model, self.token, self.input_pos)
+
+    def __call__(self, model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
+        self.token.copy_(token)
+        self.input_pos.copy_(input_pos)
+        self.graph.replay()
+        return self.logits
+
+
+@torch.no_grad()
+def fast_step(model: Transformer) -> Step:
+    """The fastest step there is for the model's device, ready to run: captured on CUDA, compiled on the CPU."""
+    started = time.perf_counter()
+    device = model.norm.weight.device
+    if device.type == "cuda":
+        step = CapturedStep(model)
+    else:
+        step = torch.compile(decode_step, fullgraph=True)
+        for position in range(2):
+            step(model, torch.zeros(1, 1, dtype=torch.long), torch.tensor([position]))
+    print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return step
+
+
+@dataclass
+class Sample:
+    """One run of decoding: token ids, seconds to the first token, and seconds of each decode step after it."""
+
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    first_token_s: float = 0.0
+    decode_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
+
+
+class Reading:
+    """A token on its way to the host: a copy that waits for the steps up to it, not for those enqueued since."""
+
+    def __init__(self, token: Tensor):
+        self.token, self.copied = token, None
+        if token.is_cuda:
+            self.token = torch.empty(token.shape, dtype=token.dtype, pin_memory=True).copy_(token, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def wait(self) -> int:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return int(self.token)
+
+
+def prefill(model: Transformer, prompt: Tensor) -> Tensor:
+    """Fills the cache with prompt [1, T], densely also when it is one token; logits [vocab] of the token to follow."""
+    with leading_dense(model, prompt.shape[1]):
+        return model.output(model.hidden(prompt)[:, -1])[0]
+
+
+@torch.no_grad()
+def decode(
+    model: Transformer,
+    step: Step,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    stop: frozenset[int],
+    sample: Sample,
+) -> Iterator[int]:
+    """Yields tokens as they are drawn, up to one in `stop` (not yielded); times and tokens go into `sample`.
+
+    The model's cache must hold the prompt and all new tokens. A GPU is given the next step before its last token is
+    read, so that it never waits for the host.
+    """
+    device = model.norm.weight.device
+    ahead = 1 if device.type == "cuda" else 0
+    before = time.perf_counter()
+    token = sampling.draw(prefill(model, torch.tensor([prompt], device=device)), generator)
+    position = torch.tensor([len(prompt)], device=device)
+    drawn, launched = deque([Reading(token)]), 1
+    while len(sample.tokens) < max_new_tokens:
+        while launched < max_new_tokens and len(drawn) <= ahead:
+            token = sampling.draw(step(model, token.view(1, 1), position), generator)
+            position = position + 1
+            drawn.append(Reading(token))
+            launched += 1
+        sample.tokens.append(drawn.popleft().wait())
+        now = time.perf_counter()
+        if len(sample.tokens) == 1:
+            sample.first_token_s = now - before
+        else:
+            sample.decode_s.append(now - before)
+        before = now
+        if sample.tokens[-1] in stop:
+            return
+        yield sample.tokens[-1]
+
+
+@torch.no_grad()
+def achieved_sparsity(model: Transformer, sample: Sample) -> dict[str, float]:
+    """What decoding `sample` skipped, by tensor kind, counted by feeding its tokens through the cache once more.
+
+    Counting inside the decode step would slow down what is being measured.
+    """
+    fed = sample.tokens[: len(sample.decode_s)]
+    if not fed:
+        return {}
+    device = model.norm.weight.device
+    positions = torch.arange(sample.prompt_tokens, sample.prompt_tokens + len(fed), device=device)
+    with leading_dense(model, 0), tally_kept(model) as tally:
+        model.hidden(torch.tensor([fed], device=device), positions)
+    return tally.by_kind(model)

@@ -1,0 +1,104 @@
+"""teal::norm_compact: residual add, RMSNorm, and the list of the channels that survive their thresholds.
+
+residual [K] fp32; partial [S, K] fp32, the unreduced output of the layer before (S may be 0); norm_weight [K], whose
+dtype x takes; threshold [K] fp32. Returns the new residual [K] fp32 and x as one list: index [1, K] int32 and value
+[1, K] hold the kept channels in ascending order, count [1] int32 says how many; what lies past count is undefined. A
+channel is kept unless |x| <= threshold.
+
+Every program reads all of the residual and counts the kept channels before its own slice, so that one launch makes one
+contiguous list, the same every time. Compaction costs hardly more than the norm that must exist anyway.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import PDL, gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
+
+SLICE = 128  # channels a program writes
+
+
+def norm_compact_reference(
+    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual = residual + partial.sum(0)
+    x = F.rms_norm(residual, residual.shape, norm_weight.float(), eps).to(norm_weight.dtype)
+    index = (x.abs() <= threshold).logical_not().nonzero().squeeze(1)
+    count = torch.tensor([len(index)], dtype=torch.int32, device=x.device)
+    return residual, index.int()[None], x[index][None], count
+
+
+@jit
+def _norm_compact_kernel(
+    residual_ptr, partial_ptr, norm_weight_ptr, threshold_ptr, out_ptr, index_ptr, value_ptr, count_ptr,
+    K, eps, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    k = tl.arange(0, BLOCK_K)
+    begin = tl.program_id(0) * SLICE
+    own = begin + tl.arange(0, SLICE)
+    dtype = norm_weight_ptr.dtype.element_ty
+    norm = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    norm_own = tl.load(norm_weight_ptr + own, mask=own < K, other=0.0).to(tl.float32)
+    limit = tl.load(threshold_ptr + k, mask=k < K, other=0.0)
+    limit_own = tl.load(threshold_ptr + own, mask=own < K, other=0.0)
+    gdc_wait(PDL)
+    r = tl.load(residual_ptr + k, mask=k < K, other=0.0)
+    r_own = tl.load(residual_ptr + own, mask=own < K, other=0.0)
+    for split in tl.static_range(SPLITS):
+        r += tl.load(partial_ptr + split * K + k, mask=k < K, other=0.0)
+        r_own += tl.load(partial_ptr + split * K + own, mask=own < K, other=0.0)
+    tl.store(out_ptr + own, r_own, mask=own < K)
+    scale = tl.rsqrt(tl.sum(r * r, axis=0) / K + eps)
+    x = (r * scale * norm).to(dtype)
+    x_own = (r_own * scale * norm_own).to(dtype)
+    dropped = tl.abs(x.to(tl.float32)) <= limit
+    before = tl.sum(((dropped == 0) & (k < begin) & (k < K)).to(tl.int32), axis=0)
+    kept = ((tl.abs(x_own.to(tl.float32)) <= limit_own) == 0) & (own < K)
+    place = before + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+    gdc_launch_dependents(PDL)
+    tl.store(index_ptr + place, own, mask=kept)
+    tl.store(value_ptr + place, x_own, mask=kept)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(count_ptr, before + tl.sum(kept.to(tl.int32), axis=0))
+
+
+def _norm_compact_cuda(
+    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, index, value, count = _norm_compact_fake(residual, partial, norm_weight, threshold, eps)
+    (K,) = residual.shape
+    _norm_compact_kernel[(triton.cdiv(K, SLICE),)](
+        residual, partial, norm_weight, threshold, out, index, value, count,
+        K, eps, partial.shape[0], triton.next_power_of_2(K), SLICE, PDL, num_warps=4, **launch_options(PDL),
+    )  # fmt: skip
+    return out, index, value, count
+
+
+def _norm_compact_fake(
+    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (K,) = residual.shape
+    index = residual.new_empty(1, K, dtype=torch.int32)
+    return torch.empty_like(residual), index, norm_weight.new_empty(1, K), residual.new_empty(1, dtype=torch.int32)
+
+
+torch.library.define(
+    "teal::norm_compact",
+    "(Tensor residual, Tensor partial, Tensor norm_weight, Tensor threshold, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("teal::norm_compact", "CUDA", _norm_compact_cuda)
+torch.library.register_fake("teal::norm_compact", _norm_compact_fake)
+
+
+def norm_compact(
+    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residual, index, value and count, as above. Raises ValueError on what does not fit."""
+    shape = residual.shape
+    if residual.ndim != 1 or partial.shape[1:] != shape or norm_weight.shape != shape or threshold.shape != shape:
+        shapes = [list(t.shape) for t in (residual, partial, norm_weight, threshold)]
+        raise ValueError(f"norm_compact takes residual [K], partial [S, K], norm_weight, threshold [K], got {shapes}")
+    if {residual.dtype, partial.dtype, threshold.dtype} != {torch.float32}:
+        raise ValueError("norm_compact takes residual, partial and threshold in fp32")
+    return torch.ops.teal.norm_compact(residual, partial, norm_weight, threshold, eps)

@@ -1,0 +1,33 @@
+"""Vectors given by their kept channels, for the tests of the kernels that make and take them."""
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def expand(index: Tensor, value: Tensor, count: Tensor, size: int) -> Tensor:
+    """The vector [size] fp32 that index, value [slots, width] and count [slots] stand for; each slot must ascend."""
+    x = torch.zeros(size, device=value.device)
+    for k, kept, n in zip(index, value, count.tolist(), strict=True):
+        assert (k[:n].diff() > 0).all(), "a slot's channels must ascend"
+        x[k[:n].long()] = kept[:n].float()
+    return x
+
+
+def compact(x: Tensor, threshold: Tensor, slots: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, value and count of x [K], in slots of equal width; what lies past a slot's count is poison."""
+    width = -(-len(x) // slots)
+    index = torch.full((slots, width), 1 << 30, dtype=torch.int32, device=x.device)
+    value = torch.full((slots, width), torch.nan, dtype=x.dtype, device=x.device)
+    count = torch.zeros(slots, dtype=torch.int32, device=x.device)
+    for slot in range(slots):
+        part = slice(slot * width, (slot + 1) * width)
+        kept = (x[part].abs() <= threshold[part]).logical_not().nonzero().squeeze(1)
+        index[slot, : len(kept)], value[slot, : len(kept)] = slot * width + kept, x[part][kept]
+        count[slot] = len(kept)
+    return index, value, count
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from kernels.backend import triton
+from kernels.norm_compact import _norm_compact_cuda, norm_compact, norm_compact_reference
+from tests.kernels.compacted import DEVICE, expand, normal
+
+pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
+# Values up to 4, rounded once; in half precision the order of summation moves a few of them by one last place.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 0.032}
+
+
+def make(K: int, splits: int, dtype: torch.dtype, limit: float = 0.5):
+    residual, partial = normal(K), normal(splits, K, seed=1) / 4
+    weight = normal(K, seed=2).abs().to(dtype)
+    return residual, partial, weight, torch.full((K,), limit, device=DEVICE), 1e-5
+
+
+# one slice, exact slices, ragged, more than one power of two
+@pytest.mark.parametrize("K, splits", [(64, 0), (256, 1), (300, 3), (576, 8)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_matches_reference(dtype, K, splits):
+    inputs = make(K, splits, dtype)
+    residual, *kept = _norm_compact_cuda(*inputs)
+    expected, *expected_kept = norm_compact_reference(*inputs)
+    torch.testing.assert_close(residual, expected, rtol=0, atol=1e-5)
+    found, wanted = expand(*kept, K), expand(*expected_kept, K)
+    assert 0.2 < (wanted != 0).float().mean() < 0.8
+    near = (found != 0) != (wanted != 0)  # on the threshold, rounding decides
+    assert (torch.where(near, 0, found) - torch.where(near, 0, wanted)).abs().max() <= TOLERANCE[dtype]
+    assert ((found + wanted)[near].abs() - 0.5).abs().le(TOLERANCE[dtype]).all()
+
+
+@pytest.mark.parametrize("limit, kept", [(-1.0, 300), (100.0, 0)])
+def test_all_and_nothing_kept(limit, kept):
+    inputs = make(300, 2, torch.float32, limit)
+    _, index, value, count = _norm_compact_cuda(*inputs)
+    assert count.tolist() == [kept]
+    assert index[0, :kept].tolist() == list(range(kept)) and value[0, :kept].isfinite().all()
+
+
+def test_value_on_the_threshold_is_dropped():
+    residual = torch.ones(4, device=DEVICE)
+    threshold = torch.tensor([1.0, 0.5, 1.0, 0.5], device=DEVICE)
+    _, index, _, count = _norm_compact_cuda(
+        residual, residual.new_empty(0, 4), torch.ones_like(residual), threshold, 0.0
+    )
+    assert index[0, : int(count)].tolist() == [1, 3]
+
+
+def test_nan_is_kept():
+    inputs = make(300, 1, torch.float32, 100.0)
+    inputs[0][7] = torch.nan
+    assert _norm_compact_cuda(*inputs)[3].tolist() == [300]  # the norm spreads it to every channel
+
+
+def test_fake_agrees():
+    inputs = make(300, 2, torch.bfloat16)
+    real = _norm_compact_cuda(*inputs)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = torch.ops.teal.norm_compact(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in inputs))
+    assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
+
+
+def test_rejects_bad_input():
+    residual, partial, weight, threshold, eps = make(64, 2, torch.bfloat16)
+    with pytest.raises(ValueError, match="takes residual"):
+        norm_compact(residual, partial[:, :-1], weight, threshold, eps)
+    with pytest.raises(ValueError, match="fp32"):
+        norm_compact(residual.bfloat16(), partial, weight, threshold, eps)
