@@ -1,6 +1,10 @@
 """What this machine can run: the one place that knows whether Triton is there, and what the GPU's generation offers."""
 
+import functools
 import os
+
+import torch
+from torch import Tensor
 
 try:
     import triton
@@ -16,17 +20,23 @@ def jit(function):
     return function if triton is None else triton.jit(function)
 
 
-# Programmatic dependent launch (Hopper and later): a kernel's programs start while the kernel before drains and wait
-# before they read what it wrote. Every kernel of a chain must wait, or the order is lost for those behind it.
-PDL = False
+@functools.cache
+def has_pdl(device: int | None) -> bool:
+    """Whether the GPU has programmatic dependent launch (Hopper and later).
+
+    A kernel's programs then start while the kernel before drains, and wait before they read what it wrote. Every kernel
+    of a chain must wait, or the order is lost for those behind it.
+    """
+    return device is not None and not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(pdl: bool) -> dict[str, bool]:
-    """Launch keywords that go with a kernel's PDL argument; older GPUs' backends reject the keyword."""
-    return {"launch_pdl": True} if pdl else {}
+def launch_options(x: Tensor) -> dict[str, bool]:
+    """Keywords of a launch on x's device: the kernel's PDL argument and, where it is true, the launch attribute."""
+    pdl = has_pdl(x.device.index)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
-def offset_type(weight):
+def offset_type(weight: Tensor):
     """The integer type that reaches every element of `weight`: 64-bit addresses cost 5 to 8 % of a GEMV's time."""
     return tl.int32 if weight.numel() < 2**31 else tl.int64
 

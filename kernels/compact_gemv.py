@@ -9,7 +9,7 @@ adds up in its own load, so that no launch, no atomic and no zeroing stands betw
 import torch
 from torch import Tensor
 
-from kernels.backend import PDL, gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
+from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
 
 # (K, N): splits, rows and columns a step, warps. benchmarks/kernels.py --tune on an H200, 2026-11-24.
 TUNED = {
@@ -94,7 +94,7 @@ def _compact_gemv_cuda(index: Tensor, value: Tensor, count: Tensor, weight: Tens
     rows = min(block_k, warps * 32 * 8 // block_n)  # rows that the threads cover at once, 8 columns each
     _compact_gemv_kernel[(triton.cdiv(N, block_n), splits)](
         index, value, count, weight, partial, K, N, slots, width, splits, share, triton.next_power_of_2(share),
-        block_k, block_n, rows, offset_type(weight), PDL, num_warps=warps, **launch_options(PDL),
+        block_k, block_n, rows, offset_type(weight), num_warps=warps, **launch_options(weight),
     )  # fmt: skip
     return partial
 

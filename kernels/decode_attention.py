@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, PDL, gdc_launch_dependents, gdc_wait, jit, launch_options, tl
+from kernels.backend import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, launch_options, tl
 
 BLOCK_T = 32  # positions a step; with 2 warps and 16 or 32 shares the best of a sweep on an H200, 2026-11-24
 PROGRAMS = 128  # about one a multiprocessor
@@ -140,7 +140,7 @@ def _decode_attention_cuda(
     shares = peak.shape[1]
     _decode_attention_kernel[(kv_heads, shares)](
         qkv, frequencies, k_cache, v_cache, input_pos, acc, peak, total, max_seq_length, window, 1 / math.sqrt(D),
-        heads, kv_heads, D, qkv.shape[0], shares, BLOCK_T, GROUP, INTERPRETED, PDL, num_warps=2, **launch_options(PDL),
+        heads, kv_heads, D, qkv.shape[0], shares, BLOCK_T, GROUP, INTERPRETED, num_warps=2, **launch_options(qkv),
     )  # fmt: skip
     return acc, peak, total
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import PDL, gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl
+from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl
 
 WIDTH = 64  # channels of h a program: 224 programs at Llama-3-8B's width
 BLOCK_K, WARPS = 128, 8  # benchmarks/kernels.py --tune on an H200, 2026-11-24
@@ -73,7 +73,7 @@ def _gate_up_cuda(
     out_index, out_value, out_count = _gate_up_fake(index, value, count, weight, threshold)
     _gate_up_kernel[(out_count.shape[0],)](
         index, value, count, weight, threshold, out_index, out_value, out_count, weight.shape[0], threshold.shape[0],
-        BLOCK_K, WIDTH, offset_type(weight), PDL, num_warps=WARPS, **launch_options(PDL),
+        BLOCK_K, WIDTH, offset_type(weight), num_warps=WARPS, **launch_options(weight),
     )  # fmt: skip
     return out_index, out_value, out_count
 

@@ -8,7 +8,7 @@ Returns the output in slots, one a head, as kernels/compact_gemv.py takes them: 
 import torch
 from torch import Tensor
 
-from kernels.backend import PDL, gdc_launch_dependents, gdc_wait, jit, launch_options, tl
+from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl
 
 
 def merge_attention_reference(
@@ -55,7 +55,7 @@ def _merge_attention_cuda(
     index, value, count = _merge_attention_fake(acc, peak, total, threshold, dtype)
     heads, shares, D = acc.shape
     _merge_attention_kernel[(heads,)](
-        acc, peak, total, threshold, index, value, count, D, shares, PDL, num_warps=1, **launch_options(PDL)
+        acc, peak, total, threshold, index, value, count, D, shares, num_warps=1, **launch_options(acc)
     )
     return index, value, count
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import PDL, gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
+from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
 
 SLICE = 128  # channels a program writes
 
@@ -69,7 +69,7 @@ def _norm_compact_cuda(
     (K,) = residual.shape
     _norm_compact_kernel[(triton.cdiv(K, SLICE),)](
         residual, partial, norm_weight, threshold, out, index, value, count,
-        K, eps, partial.shape[0], triton.next_power_of_2(K), SLICE, PDL, num_warps=4, **launch_options(PDL),
+        K, eps, partial.shape[0], triton.next_power_of_2(K), SLICE, num_warps=4, **launch_options(residual),
     )  # fmt: skip
     return out, index, value, count
 

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+import decode
+from benchmarks.shapes import calibrate_on_random_tokens, random_model
+from decode import CapturedStep, Sample, can_fuse, decode_step, fused_step, prefill
+from kernels import compact_gemv, decode_attention, gate_up, merge_attention, norm_compact
+from kernels.backend import triton
+from sampling import Sampling
+from sparse_model import set_sparsity
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 300,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 500,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+}
+QWEN = CONFIG | {"model_type": "qwen2", "tie_word_embeddings": True}
+MISTRAL = CONFIG | {"model_type": "mistral", "sliding_window": 6}
+PROMPT = list(range(5, 14))
+
+if DEVICE == "cpu" and triton is not None:  # the interpreter runs the CUDA launchers here
+    for module in (compact_gemv, decode_attention, gate_up, merge_attention, norm_compact):
+        op = module.__name__.rpartition(".")[2]
+        torch.library.impl(f"teal::{op}", "CPU", getattr(module, f"_{op}_cuda"))
+
+
+def make(config: dict, dtype: torch.dtype, sparsity: float, length: int = 64):
+    """A random model, calibrated, with PROMPT in its cache."""
+    model = random_model(config, DEVICE, dtype, std=0.1)
+    calibration = calibrate_on_random_tokens(model, tokens=256)
+    set_sparsity(model, calibration, sparsity)
+    model.setup_caches(1, length)
+    with torch.no_grad():
+        prefill(model, torch.tensor([PROMPT], device=DEVICE))
+    return model, calibration
+
+
+@torch.no_grad()
+def follow(model, step, tokens: int) -> torch.Tensor:
+    """Logits [tokens, vocab] of the greedy continuation of PROMPT."""
+    token, logits = 7, []
+    for position in range(len(PROMPT), len(PROMPT) + tokens):
+        place = torch.tensor([position], device=DEVICE)
+        logits.append(step(model, torch.tensor([[token]], device=DEVICE), place).float().clone())
+        token = int(logits[-1].argmax())
+    return torch.stack(logits)
+
+
+@pytest.mark.skipif(triton is None, reason="no Triton here")
+@pytest.mark.parametrize("config", [CONFIG, QWEN, MISTRAL], ids=["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+def test_fused_step_equals_the_plain_one(config, sparsity):
+    model, _ = make(config, torch.float32, sparsity)
+    plain, fused = follow(model, decode_step, 3), follow(model, fused_step, 3)
+    assert plain.std() > 0.1
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(triton is None, reason="no Triton here")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.01), (torch.bfloat16, 0.06)], ids=str)
+def test_fused_step_in_half_precision(dtype, tolerance):
+    model, _ = make(CONFIG, dtype, 0)  # dense: on a threshold, the last bit of a rounding decides
+    plain, fused = follow(model, decode_step, 2), follow(model, fused_step, 2)
+    assert (fused - plain).norm() / plain.norm() < tolerance
+
+
+def test_can_fuse():
+    def answer(**changes):
+        return can_fuse(random_model(CONFIG | changes, DEVICE, torch.float32))
+
+    assert answer() and answer(model_type="qwen2") and answer(model_type="mistral")
+    assert not answer(model_type="qwen3")  # normalises q and k
+    assert not answer(mlp_bias=True) and not answer(attention_bias=True)
+    assert not answer(head_dim=48) and not answer(head_dim=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [CONFIG, QWEN, MISTRAL, CONFIG | {"model_type": "qwen3"}])
+def test_captured_step_equals_eager_at_every_sparsity(config):
+    model, calibration = make(config, torch.bfloat16, 0)
+    captured = CapturedStep(model)
+    eager = fused_step if can_fuse(model) else decode_step
+    for sparsity in (0, 0.5, 0.25, 0):  # set between replays of one graph
+        set_sparsity(model, calibration, sparsity)
+        assert torch.equal(follow(model, captured, 20), follow(model, eager, 20))
+
+
+@pytest.mark.gpu
+def test_a_thousand_steps_repeat():
+    model, _ = make(CONFIG, torch.bfloat16, 0.5, length=1024)
+    captured, runs = CapturedStep(model), []
+    for _ in range(2):
+        sample = Sample(len(PROMPT))
+        stop, greedy = frozenset(), Sampling(0.0)
+        runs.append(list(decode.decode(model, captured, PROMPT, 1000, greedy, torch.Generator(DEVICE), stop, sample)))
+    assert runs[0] == runs[1] and len(set(runs[0])) > 10
+
+
+@pytest.mark.gpu
+def test_decoding_ahead_of_the_host_gives_the_same_tokens():
+    model, _ = make(CONFIG, torch.float32, 0.5)
+    expected = [int(logits.argmax()) for logits in follow(model, decode_step, 12)]
+    sample, stop = Sample(len(PROMPT)), frozenset({expected[8]})
+    tokens = list(
+        decode.decode(
+            model, CapturedStep(model), [*PROMPT, 7], 12, Sampling(0.0), torch.Generator(DEVICE), stop, sample
+        )
+    )
+    assert tokens == expected[: expected.index(expected[8])]
