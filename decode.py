@@ -67,11 +67,13 @@ def fused_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
 class CapturedStep:
     """A decode step recorded once as a CUDA graph and replayed for every token, into the same logits each time."""
 
-    def __init__(self, model: Transformer):
+    @torch.no_grad()
+    def __init__(self, model: Transformer, step: Step | None = None):
+        """`step` None: the fastest that computes this model. The model's cache must be set up."""
+        step = step or (fused_step if can_fuse(model) else decode_step)
         device = model.norm.weight.device
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.input_pos = torch.zeros(1, dtype=torch.long, device=device)
-        step = fused_step if can_fuse(model) else decode_step
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles the kernels; the cache's first row is written and means nothing yet

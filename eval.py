@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, ROOT, find_checkpoint, new_file
+from checkpoint import DTYPES, ROOT, find_checkpoint
 from cli import add_model_arguments, positive_int, run, sparsity
 from corpus import read_corpus
 from model import Transformer
-from record import describe
+from record import describe, write_records
 from sparse_model import leading_dense, load_calibration, load_model, pick_device, set_sparsity, tally_kept
 from tokenizer import Tokenizer
 
@@ -141,7 +141,7 @@ def main() -> None:
     protocol = f"context {context}, stride {stride}, {len(windows)} windows, prefill {options.prefill}"
     print(f"perplexity on {', '.join(path.name for path in options.text)} ({protocol})")
     print_table(scores)
-    common = describe(folder, device, model.norm.weight.dtype) | {
+    common = describe(folder.resolve().name, device, model.norm.weight.dtype) | {
         "benchmark": "eval",
         "text": [path.name for path in options.text],
         "protocol": protocol,
@@ -150,8 +150,7 @@ def main() -> None:
     records = [common | asdict(score) for score in scores]
     print(json.dumps(records))
     if options.out:
-        with new_file(options.out) as temporary:
-            temporary.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+        write_records(options.out, records)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def main() -> None:
         raise
     measured = report(session, samples, options.sparsity)
     if options.json:
-        print(json.dumps(describe(folder, device, model.norm.weight.dtype) | measured))
+        print(json.dumps(describe(folder.resolve().name, device, model.norm.weight.dtype) | measured))
 
 
 if __name__ == "__main__":

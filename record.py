@@ -1,5 +1,6 @@
 """The part of a benchmark record that says where it was measured: run, device, model, format, versions, date."""
 
+import json
 import platform
 import subprocess
 import uuid
@@ -8,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, ROOT
+from checkpoint import DTYPES, ROOT, new_file
 from kernels.backend import triton
 
 
-def describe(folder: Path, device: torch.device, dtype: torch.dtype) -> dict:
-    """Fields common to all records of a run of the checkpoint in `folder`; call it once a run, which names the run."""
+def describe(model: str, device: torch.device, dtype: torch.dtype) -> dict:
+    """Fields common to all records of a run of the model called `model`; call it once a run, which names the run."""
     return {
         "run": uuid.uuid4().hex[:12],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "model": folder.resolve().name,
+        "model": model,
         "format": next(name for name, value in DTYPES.items() if value == dtype),
         "peer": None,
         "versions": {
@@ -29,6 +30,12 @@ def describe(folder: Path, device: torch.device, dtype: torch.dtype) -> dict:
         },
         "date": date.today().isoformat(),
     }
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Writes a list of records as a JSON file, whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 
 def cpu_name() -> str:

@@ -281,10 +281,15 @@ def tally_kept(model: Transformer) -> Iterator[Tally]:
         yield tally
 
 
-def bytes_per_token(model: Transformer, sparsity: float) -> int:
-    """Weight bytes that one decoded token reads when a share `sparsity` of the sparse layers' rows is skipped."""
+def bytes_per_token(model: Transformer, sparsity: float, context: int = 0) -> int:
+    """Bytes that one decoded token reads when a share `sparsity` of the sparse layers' rows is skipped.
+
+    Weights, and the keys and values of `context` earlier tokens.
+    """
+    args, itemsize = model.args, model.norm.weight.element_size()
+    cached = 2 * args.n_layers * args.n_kv_heads * args.head_dim * itemsize * context
     sparse = sum(layer.weight.rows.nbytes for layer in sparse_layers(model).values())
     total = sum(parameter.nbytes for parameter in model.parameters())  # a tied output layer counts once …
     if model.output.weight is not model.tok_embeddings.weight:
         total -= model.tok_embeddings.weight.nbytes  # … and of an embedding table of its own one row is read
-    return total - round(sparse * sparsity)
+    return total - round(sparse * sparsity) + cached

@@ -13,11 +13,11 @@ from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options
 
 # (K, N): splits, rows and columns a step, warps. benchmarks/kernels.py --tune on an H200, 2026-11-24.
 TUNED = {
-    (4096, 6144): (8, 64, 64, 2),
-    (4096, 4096): (16, 64, 64, 2),
+    (4096, 6144): (8, 128, 64, 2),
+    (4096, 4096): (8, 64, 64, 2),
     (14336, 4096): (8, 128, 64, 4),
 }
-DEFAULT = (8, 64, 64, 2)
+DEFAULT = (8, 128, 64, 4)
 
 
 def compact_gemv_reference(index: Tensor, value: Tensor, count: Tensor, weight: Tensor) -> Tensor:

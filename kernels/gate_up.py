@@ -1,8 +1,8 @@
 """teal::gate_up: SiLU(gate) ⊙ up of a vector given by its kept channels, compacted for the down projection.
 
 index [1, K] int32, value [1, K] and count [1] int32 as kernels/norm_compact.py makes them; weight [K, 2 F] row-major in
-value's dtype, gate columns first; threshold [F] fp32 for h = SiLU(gate) ⊙ up. Returns h in slots of WIDTH channels:
-index [slots, WIDTH] int32, value [slots, WIDTH], count [slots] int32, the kept channels of each from the left.
+value's dtype, gate columns first; threshold [F] fp32 for h = SiLU(gate) ⊙ up. Returns h in slots, one a program:
+index [slots, width] int32, value [slots, width], count [slots] int32, the kept channels of each from the left.
 
 A program owns the same columns of gate and up and walks the whole list, so that nothing is left to be reduced.
 """
@@ -13,8 +13,14 @@ from torch import Tensor
 
 from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl
 
-WIDTH = 64  # channels of h a program: 224 programs at Llama-3-8B's width
-BLOCK_K, WARPS = 128, 8  # benchmarks/kernels.py --tune on an H200, 2026-11-24
+# F: rows a step, channels of h a program (the slots' width), warps. benchmarks/kernels.py --tune on an H200, 2026-11-24.
+TUNED = {14336: (128, 64, 4)}
+DEFAULT = (128, 64, 4)
+
+
+def config(F: int) -> tuple[int, int, int]:
+    """Rows a step, slot width and warps for h of F channels."""
+    return TUNED.get(F, DEFAULT)
 
 
 def gate_up_reference(
@@ -24,9 +30,10 @@ def gate_up_reference(
     gate, up = (value[0, rows].float() @ weight[index[0, rows].long()].float()).chunk(2)
     h = (F.silu(gate) * up).to(value.dtype)
     out_index, out_value, out_count = _gate_up_fake(index, value, count, weight, threshold)
-    for slot, (part, limit) in enumerate(zip(h.split(WIDTH), threshold.split(WIDTH), strict=True)):
+    width = out_index.shape[1]
+    for slot, (part, limit) in enumerate(zip(h.split(width), threshold.split(width), strict=True)):
         kept = (part.abs() <= limit).logical_not().nonzero().squeeze(1)
-        out_index[slot, : len(kept)], out_value[slot, : len(kept)] = slot * WIDTH + kept, part[kept]
+        out_index[slot, : len(kept)], out_value[slot, : len(kept)] = slot * width + kept, part[kept]
         out_count[slot] = len(kept)
     return out_index, out_value, out_count
 
@@ -71,9 +78,10 @@ def _gate_up_cuda(
     index: Tensor, value: Tensor, count: Tensor, weight: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     out_index, out_value, out_count = _gate_up_fake(index, value, count, weight, threshold)
+    block_k, width, warps = config(threshold.shape[0])
     _gate_up_kernel[(out_count.shape[0],)](
         index, value, count, weight, threshold, out_index, out_value, out_count, weight.shape[0], threshold.shape[0],
-        BLOCK_K, WIDTH, offset_type(weight), num_warps=WARPS, **launch_options(weight),
+        block_k, width, offset_type(weight), num_warps=warps, **launch_options(weight),
     )  # fmt: skip
     return out_index, out_value, out_count
 
@@ -81,8 +89,9 @@ def _gate_up_cuda(
 def _gate_up_fake(
     index: Tensor, value: Tensor, count: Tensor, weight: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slots = -(-threshold.shape[0] // WIDTH)
-    return index.new_empty(slots, WIDTH), value.new_empty(slots, WIDTH), count.new_empty(slots)
+    width = config(threshold.shape[0])[1]
+    slots = -(-threshold.shape[0] // width)
+    return index.new_empty(slots, width), value.new_empty(slots, width), count.new_empty(slots)
 
 
 torch.library.define(

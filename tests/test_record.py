@@ -3,21 +3,18 @@
 import json
 import subprocess
 from datetime import date
-from pathlib import Path
 
 import pytest
 import torch
 
 import record
 from checkpoint import DTYPES
-from record import describe
+from record import describe, write_records
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_describe(tmp_path, name):
-    folder = tmp_path / "llama-3-8b"
-    folder.mkdir()
-    found = describe(folder, torch.device("cpu"), DTYPES[name])
+def test_describe(name):
+    found = describe("llama-3-8b", torch.device("cpu"), DTYPES[name])
     assert (found["model"], found["format"], found["peer"]) == ("llama-3-8b", name, None)
     assert found["date"] == date.today().isoformat()
     assert found["threads"] == torch.get_num_threads()
@@ -27,16 +24,18 @@ def test_describe(tmp_path, name):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_model_is_the_folders_name_however_it_is_spelled(tmp_path, monkeypatch):
-    (tmp_path / "demo").mkdir()
-    monkeypatch.chdir(tmp_path / "demo")
-    for path in (Path("."), Path("../demo"), tmp_path / "demo"):
-        assert describe(path, torch.device("cpu"), torch.float32)["model"] == "demo"
-
-
-def test_runs_are_told_apart(tmp_path):
-    runs = {describe(tmp_path, torch.device("cpu"), torch.float32)["run"] for _ in range(3)}
+def test_runs_are_told_apart():
+    runs = {describe("demo", torch.device("cpu"), torch.float32)["run"] for _ in range(3)}
     assert len(runs) == 3
+
+
+def test_records_are_written_whole(tmp_path):
+    write_records(tmp_path / "results" / "a.json", [{"run": "1"}])
+    assert json.loads((tmp_path / "results" / "a.json").read_text()) == [{"run": "1"}]
+    with pytest.raises(TypeError):
+        write_records(tmp_path / "results" / "a.json", [{"run": object()}])
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "results" / "a.json").read_text()) == [{"run": "1"}]
 
 
 def test_commit_tells_changed_files(tmp_path, monkeypatch):

@@ -1,0 +1,30 @@
+"""The dense baseline: the fused decode step of decode.py with cuBLAS in place of the sparse kernels."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.decode_attention import decode_attention
+from kernels.merge_attention import merge_attention
+from kernels.norm_compact import norm_compact
+from model import Transformer
+from sparse_model import KEEP_ALL
+
+
+def cublas_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
+    """`decode.fused_step` at sparsity 0 with dense products; nothing is skipped whatever the thresholds say."""
+    args, eps = model.args, model.args.norm_eps
+    residual = model.tok_embeddings(token)[0, 0].float()
+    keep = residual.new_full((max(args.dim, args.n_heads * args.head_dim),), KEEP_ALL)
+    partial = residual.new_empty(0, args.dim)
+    for layer, window in zip(model.layers, args.sliding_windows, strict=True):
+        attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.kv_cache
+        residual, _, x, _ = norm_compact(residual, partial, layer.attention_norm.weight, keep[: args.dim], eps)
+        qkv = F.linear(x, attention.wqkv.weight.rows.t(), attention.wqkv.bias).float()
+        shares = decode_attention(qkv, model.frequencies, cache.k[0], cache.v[0], input_pos, args.n_heads, window or 0)
+        _, y, _ = merge_attention(*shares, keep[: args.n_heads * args.head_dim], cache.k.dtype)
+        partial = F.linear(y.view(1, -1), attention.wo.weight.rows.t()).float()
+        residual, _, x, _ = norm_compact(residual, partial, layer.ffn_norm.weight, keep[: args.dim], eps)
+        gate, up = F.linear(x, ffn.w13.weight.rows.t()).chunk(2, dim=-1)
+        partial = F.linear(F.silu(gate) * up, ffn.w2.weight.rows.t()).float()
+    _, _, x, _ = norm_compact(residual, partial, model.norm.weight, keep[: args.dim], eps)
+    return model.output(x)[0]
