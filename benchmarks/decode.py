@@ -25,7 +25,7 @@ from benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_tokens, random
 from checkpoint import DTYPES, find_checkpoint
 from cli import positive_int, run, sparsity
 from decode import CapturedStep, Sample, Step, achieved_sparsity, decode, decode_step, fast_step
-from generate import cache_length
+from generate import cache_length, profiler
 from model import Transformer
 from record import describe, write_records
 from sampling import Sampling
@@ -117,6 +117,8 @@ def benchmark(model: Transformer, calibration: Calibration, options: argparse.Na
     model.setup_caches(1, cache_length(model, longest))
     rows = make_rows(model, options)
     measure_rows(model, calibration, rows, options.rounds, options.new_tokens)
+    with profiler(options.profile):
+        decode_once(model, rows[-1], options.new_tokens)
     records = [common | to_record(row, model, options.new_tokens, common["read_gb_per_s"] * 1e9) for row in rows]
     if model.norm.weight.is_cuda:
         memory = torch.cuda.max_memory_allocated()
@@ -148,6 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the decode step (on CUDA: capture it)")
     parser.add_argument("--dense", action="store_true", help="a dense baseline row: cuBLAS in the captured step (CUDA)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other programs to time in the same run")
+    parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="profile one more decoding of the last row")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     return parser.parse_args()
 

@@ -32,7 +32,8 @@ from sparse_model import pick_device
 
 COLD_BYTES = 1 << 29  # rotated through by each op: many times any cache
 GEMV_CONFIGS = [  # splits, rows and columns a step, warps
-    (8, 128, 64, 4), (8, 64, 64, 2), (8, 128, 64, 2), (16, 64, 64, 2), (16, 32, 64, 1), (4, 128, 64, 4), (32, 32, 64, 1),
+    (8, 128, 64, 4), (8, 64, 64, 2), (8, 128, 64, 2), (16, 64, 64, 2), (16, 32, 64, 1), (4, 128, 64, 4),
+    (32, 32, 64, 1),
 ]  # fmt: skip
 GATE_UP_CONFIGS = [(128, 64, 4), (128, 64, 8), (64, 64, 4), (128, 32, 4), (128, 128, 8), (256, 64, 8)]
 
@@ -130,10 +131,11 @@ def make_ops(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> list[
     return [Op(name, K, N, device, dtype) for name, (K, N) in sizes.items()]
 
 
-def measure(
-    ops: list[Op], sparsities: list[float], device: torch.device
-) -> Iterator[tuple[str, str, float, list[float], int]]:
-    """(op, implementation, sparsity, seconds, bytes really read) of every op, and of the four as a layer."""
+Timing = tuple[str, str, float, list[float], int]  # op, implementation, sparsity, seconds, bytes really read
+
+
+def measure(ops: list[Op], sparsities: list[float], device: torch.device) -> Iterator[Timing]:
+    """Times every op, sparse and dense, and the four as a layer."""
     size = {op.name: op.K * op.N * op.x.element_size() for op in ops}
     for nominal in sparsities:
         for op in ops:
@@ -148,16 +150,11 @@ def measure(
                 for op, call in zip(ops, calls, strict=True):
                     call(op.weights[layer % len(op.weights)])
 
-        yield (
-            "layer",
-            "sparse",
-            nominal,
-            time_passes(run_layers, layers, device),
-            round(sum(size.values()) * (1 - nominal)),
-        )
+        seconds = time_passes(run_layers, layers, device)
+        yield "layer", "sparse", nominal, seconds, round(sum(size.values()) * (1 - nominal))
     for op in ops:
-        x = op.x[None]
-        seconds = time_passes(lambda op=op, x=x: [F.linear(x, w.t()) for w in op.weights], len(op.weights), device)
+        x, weights = op.x[None], [w.t().contiguous() for w in op.weights]  # [N, K], as a dense model has them
+        seconds = time_passes(lambda x=x, weights=weights: [F.linear(x, w) for w in weights], len(weights), device)
         yield op.name, "dense", 0.0, seconds, size[op.name]
 
 

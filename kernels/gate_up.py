@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl
 
-# F: rows a step, channels of h a program (the slots' width), warps. benchmarks/kernels.py --tune on an H200, 2026-11-24.
-TUNED = {14336: (128, 64, 4)}
+# F: rows a step, channels of h a program (the slots' width), warps. benchmarks/kernels.py --tune, H200, 2026-11-24.
+TUNED = {14336: (128, 64, 4), 11008: (128, 32, 4), 8192: (256, 64, 8)}
 DEFAULT = (128, 64, 4)
 
 

@@ -104,13 +104,16 @@ def test_a_thousand_steps_repeat():
 
 
 @pytest.mark.gpu
+@torch.no_grad()
 def test_decoding_ahead_of_the_host_gives_the_same_tokens():
     model, _ = make(CONFIG, torch.float32, 0.5)
-    expected = [int(logits.argmax()) for logits in follow(model, decode_step, 12)]
-    sample, stop = Sample(len(PROMPT)), frozenset({expected[8]})
-    tokens = list(
-        decode.decode(
-            model, CapturedStep(model), [*PROMPT, 7], 12, Sampling(0.0), torch.Generator(DEVICE), stop, sample
-        )
-    )
-    assert tokens == expected[: expected.index(expected[8])]
+    expected = [int(prefill(model, torch.tensor([PROMPT], device=DEVICE)).argmax())]
+    for position in range(len(PROMPT), len(PROMPT) + 11):
+        token, place = torch.tensor([expected[-1:]], device=DEVICE), torch.tensor([position], device=DEVICE)
+        expected.append(int(fused_step(model, token, place).argmax()))
+    captured, greedy = CapturedStep(model), Sampling(0.0)
+    for stop in (frozenset(), frozenset({expected[8]})):
+        sample = Sample(len(PROMPT))
+        tokens = list(decode.decode(model, captured, PROMPT, 12, greedy, torch.Generator(DEVICE), stop, sample))
+        assert tokens == (expected[: expected.index(expected[8])] if stop else expected)
+        assert len(sample.decode_s) == len(sample.tokens) - 1
