@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,13 @@ GREEDY = Sampling(0.0)
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny, command):
-    """The tiny checkpoint with a calibration file beside it."""
-    done = command("calibrate", "--checkpoint", tiny, "--tokens", 2000, "--context", 128)
+def calibrated(tiny, command, tmp_path_factory):
+    """A copy of the tiny checkpoint with a calibration file beside it."""
+    folder = tmp_path_factory.mktemp("calibrated") / "tiny"
+    shutil.copytree(tiny, folder)
+    done = command("calibrate", "--checkpoint", folder, "--tokens", 2000, "--context", 128)
     assert done.returncode == 0, done.stderr
-    return tiny
+    return folder
 
 
 @pytest.fixture
@@ -162,7 +165,15 @@ def test_command_compiles(calibrated, command):
 def test_ctrl_c_ends_cleanly(calibrated):
     arguments = ("--checkpoint", calibrated, "--prompt", "Once", "--max_new_tokens", "500")
     words = [sys.executable, "-m", "generate", *map(str, arguments)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background jobs ignore SIGINT, and so would their children: this one is to obey it wherever it runs.
+    with subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         process.stdout.read(20)
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
