@@ -12,18 +12,13 @@ from torch import Tensor
 from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
 
 # (K, N): splits, rows and columns a step, warps. From benchmarks/kernels.py --tune on an H200, 2026-11-24; of the best,
-# those with few splits: whoever adds up the partial sums reads them all (32 splits gained 2 us here and lost 5 there).
+# those with few splits: whoever adds up the partial sums reads them all (32 instead of 8 cost 5 us a layer there).
 TUNED = {
-    (4096, 6144): (8, 128, 64, 2),
+    (4096, 6144): (8, 64, 64, 2),
     (4096, 12288): (8, 64, 64, 2),
     (2048, 3072): (8, 128, 64, 2),
-    (4096, 4096): (8, 64, 64, 2),
-    (2048, 2048): (8, 128, 64, 2),
-    (14336, 4096): (8, 128, 64, 4),
-    (11008, 4096): (16, 64, 64, 2),
-    (8192, 2048): (8, 128, 64, 4),
 }
-DEFAULT = (8, 128, 64, 4)
+DEFAULT = (16, 64, 64, 2)
 
 
 def compact_gemv_reference(index: Tensor, value: Tensor, count: Tensor, weight: Tensor) -> Tensor:
@@ -38,8 +33,9 @@ def compact_gemv_reference(index: Tensor, value: Tensor, count: Tensor, weight: 
 def _place(place, ends, gaps, base, SLOTTED: tl.constexpr):
     """Offsets in index and value of the `place`-th kept channels of the slots that end at `ends`."""
     if SLOTTED:
-        passed = place[:, None] >= ends[None, :]
-        return base + place + tl.sum(tl.where(passed, gaps[None, :], 0), axis=1)
+        # Slots along the first axis: a thread then sums up within itself instead of with its neighbours.
+        passed = place[None, :] >= ends[:, None]
+        return base + place + tl.sum(tl.where(passed, gaps[:, None], 0), axis=0)
     return place
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl
+from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
 
 # F: rows a step, channels of h a program (the slots' width), warps. benchmarks/kernels.py --tune, H200, 2026-11-24.
 TUNED = {14336: (128, 64, 4), 11008: (128, 32, 4), 8192: (256, 64, 8)}
@@ -41,21 +41,23 @@ def gate_up_reference(
 @jit
 def _gate_up_kernel(
     index_ptr, value_ptr, count_ptr, weight_ptr, threshold_ptr, out_index_ptr, out_value_ptr, out_count_ptr, K, F,
-    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    limit = tl.load(threshold_ptr + n, mask=n < F, other=0.0)
+    column = tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * WIDTH + column
+    own = (column < WIDTH) & (n < F)
+    limit = tl.load(threshold_ptr + n, mask=own, other=0.0)
     gdc_wait(PDL)
     place = tl.arange(0, BLOCK_K)
     k = tl.load(index_ptr + place, mask=place < K, other=0)
     x = tl.load(value_ptr + place, mask=place < K, other=0.0)
     count = tl.load(count_ptr)
-    gate = tl.zeros((BLOCK_K, WIDTH), dtype=tl.float32)
-    up = tl.zeros((BLOCK_K, WIDTH), dtype=tl.float32)
+    gate = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     for _ in tl.range(0, count, BLOCK_K, num_stages=1):
         inside = place < count
         row = weight_ptr + (tl.where(inside, k, 0).to(OFFSET)[:, None] * (2 * F) + n[None, :])
-        mask = inside[:, None] & (n < F)[None, :]
+        mask = inside[:, None] & own[None, :]
         w = tl.load(row, mask=mask, other=0.0)
         u = tl.load(row + F, mask=mask, other=0.0)
         scale = tl.where(inside, x.to(tl.float32), 0.0)[:, None]
@@ -67,7 +69,7 @@ def _gate_up_kernel(
     gdc_launch_dependents(PDL)
     g, u = tl.sum(gate, axis=0), tl.sum(up, axis=0)
     h = (g / (1 + tl.exp(-g)) * u).to(value_ptr.dtype.element_ty)
-    kept = ((tl.abs(h.to(tl.float32)) <= limit) == 0) & (n < F)
+    kept = ((tl.abs(h.to(tl.float32)) <= limit) == 0) & own
     place = tl.program_id(0) * WIDTH + tl.cumsum(kept.to(tl.int32), axis=0) - 1
     tl.store(out_index_ptr + place, n, mask=kept)
     tl.store(out_value_ptr + place, h, mask=kept)
@@ -81,7 +83,7 @@ def _gate_up_cuda(
     block_k, width, warps = config(threshold.shape[0])
     _gate_up_kernel[(out_count.shape[0],)](
         index, value, count, weight, threshold, out_index, out_value, out_count, weight.shape[0], threshold.shape[0],
-        block_k, width, offset_type(weight), num_warps=warps, **launch_options(weight),
+        block_k, width, triton.next_power_of_2(width), offset_type(weight), num_warps=warps, **launch_options(weight),
     )  # fmt: skip
     return out_index, out_value, out_count
 
