@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from sampling import Sampling
 from sparse_model import KEEP_ALL, leading_dense, sparse_layers, tally_kept
 
 Step = Callable[[Transformer, Tensor, Tensor], Tensor]
+Prefill = Callable[[Transformer, Tensor], Tensor]
 
 
 def decode_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
@@ -135,10 +137,20 @@ class Reading:
         return int(self.token)
 
 
-def prefill(model: Transformer, prompt: Tensor) -> Tensor:
-    """Fills the cache with prompt [1, T], densely also when it is one token; logits [vocab] of the token to follow."""
-    with leading_dense(model, prompt.shape[1]):
-        return model.output(model.hidden(prompt)[:, -1])[0]
+def prompt_logits(model: Transformer, prompt: Tensor) -> Tensor:
+    """Fills the cache with prompt [1, T]; logits [vocab] of the token to follow."""
+    return model.output(model.hidden(prompt)[:, -1])[0]
+
+
+def prefill(model: Transformer, prompt: Tensor, compute: Prefill = prompt_logits) -> Tensor:
+    """`compute` of prompt [1, T] without sparsity, also when the prompt is one token."""
+    with leading_dense(model, sys.maxsize):  # not T, which would make a compiled `compute` one of each length
+        return compute(model, prompt)
+
+
+def compiled_prefill() -> Prefill:
+    """`prefill`, compiled on first use, once for all lengths (and once more for prompts of one token)."""
+    return partial(prefill, compute=torch.compile(prompt_logits, dynamic=True, fullgraph=True))
 
 
 @torch.no_grad()
@@ -151,6 +163,7 @@ def decode(
     generator: torch.Generator,
     stop: frozenset[int],
     sample: Sample,
+    first: Prefill = prefill,
 ) -> Iterator[int]:
     """Yields tokens as they are drawn, up to one in `stop` (not yielded); times and tokens go into `sample`.
 
@@ -160,7 +173,7 @@ def decode(
     device = model.norm.weight.device
     ahead = 1 if device.type == "cuda" else 0
     before = time.perf_counter()
-    token = sampling.draw(prefill(model, torch.tensor([prompt], device=device)), generator)
+    token = sampling.draw(first(model, torch.tensor([prompt], device=device)), generator)
     position = torch.tensor([len(prompt)], device=device)
     drawn, launched = deque([Reading(token)]), 1
     while len(sample.tokens) < max_new_tokens:

@@ -18,7 +18,17 @@ import torch
 
 from checkpoint import DTYPES, find_checkpoint, new_file
 from cli import add_model_arguments, positive_int, probability, run, sparsity, temperature
-from decode import Sample, Step, achieved_sparsity, decode, decode_step, fast_step
+from decode import (
+    Prefill,
+    Sample,
+    Step,
+    achieved_sparsity,
+    compiled_prefill,
+    decode,
+    decode_step,
+    fast_step,
+    prefill,
+)
 from model import Transformer
 from record import describe
 from sampling import Sampling
@@ -39,6 +49,7 @@ class Session:
     model: Transformer
     tokenizer: Tokenizer
     step: Step
+    prefill: Prefill
     sampling: Sampling
     max_new_tokens: int
     seed: int
@@ -51,7 +62,9 @@ class Session:
         new_tokens = min(self.max_new_tokens, self.model.max_seq_length - len(prompt))
         stream, stop = self.tokenizer.stream(), self.tokenizer.eos_ids
         try:
-            for token in decode(self.model, self.step, prompt, new_tokens, self.sampling, self.generator, stop, sample):
+            for token in decode(
+                self.model, self.step, prompt, new_tokens, self.sampling, self.generator, stop, sample, self.prefill
+            ):
                 print(stream.push(token), end="", flush=True)
         finally:
             print(stream.flush(), flush=True)
@@ -157,6 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compile", action="store_true", help="compile the decode step (on CUDA: capture it as a graph)"
     )
+    parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass, for any length")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object, last line")
     return parser.parse_args()
@@ -195,7 +209,8 @@ def main() -> None:
     model.setup_caches(1, length)
     step = fast_step(model) if options.compile else decode_step
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    session = Session(model, tokenizer, step, sampling, options.max_new_tokens, options.seed)
+    first = compiled_prefill() if options.compile_prefill else prefill
+    session = Session(model, tokenizer, step, first, sampling, options.max_new_tokens, options.seed)
     if options.interactive:
         interactive(session, options.chat)
         return

@@ -3,7 +3,7 @@ import torch
 
 import decode
 from benchmarks.shapes import calibrate_on_random_tokens, random_model
-from decode import CapturedStep, Sample, can_fuse, decode_step, fused_step, prefill
+from decode import CapturedStep, Sample, can_fuse, compiled_prefill, decode_step, fused_step, prefill
 from kernels import compact_gemv, decode_attention, gate_up, merge_attention, norm_compact
 from kernels.backend import triton
 from sampling import Sampling
@@ -79,6 +79,17 @@ def test_can_fuse():
     assert not answer(model_type="qwen3")  # normalises q and k
     assert not answer(mlp_bias=True) and not answer(attention_bias=True)
     assert not answer(head_dim=48) and not answer(head_dim=16)
+
+
+@torch.no_grad()
+def test_compiled_prefill_serves_every_length(monkeypatch):
+    model, _ = make(CONFIG, torch.float32, 0.5)
+    compiled = compiled_prefill()
+    prompts = [torch.arange(5, 5 + length, device=DEVICE)[None] for length in (9, 23, 40, 2)]
+    compiled(model, prompts[0])
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    for prompt in prompts:
+        torch.testing.assert_close(compiled(model, prompt), prefill(model, prompt), rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu

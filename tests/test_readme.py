@@ -1,5 +1,6 @@
 """Runs every command of README.md, in order, in a copy of the repository, against a local hub that speaks its API."""
 
+import json
 import os
 import re
 import shutil
@@ -22,13 +23,14 @@ MODEL = re.search(r"scripts\.download (\S+)", README)[1]
 
 
 @pytest.fixture(scope="module")
-def copy(demo, tmp_path_factory) -> Path:
-    """The repository's files in a folder of their own, with the demo model prepared."""
+def copy(tiny, tmp_path_factory) -> Path:
+    """The repository's files in a folder of their own; a tiny model in the demo's place, which answers quickly."""
     folder = tmp_path_factory.mktemp("readme") / "teal-fast"
     ignored = shutil.ignore_patterns("checkpoints", ".venv", ".git", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "demo").symlink_to(demo)
+    shutil.copytree(tiny, folder / "checkpoints" / "demo")
+    config = folder / "checkpoints" / "demo" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048}))
     shutil.copyfile(find_gguf(), folder / "model.gguf")
     return folder
 
