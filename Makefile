@@ -22,6 +22,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m benchmarks.decode --checkpoint demo --out benchmarks/results/demo-cpu.json
+	$(PYTHON) -m benchmarks.decode --checkpoint demo --compile --out benchmarks/results/demo-cpu-compiled.json
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
