@@ -21,8 +21,8 @@ lint: $(READY)
 	$(PYTHON) -m ruff format --check .
 
 bench: $(READY)
-	$(PYTHON) -m benchmarks.decode --checkpoint demo --out benchmarks/results/demo-cpu.json
-	$(PYTHON) -m benchmarks.decode --checkpoint demo --compile --out benchmarks/results/demo-cpu-compiled.json
+	$(PYTHON) -m benchmarks.decode --checkpoint demo --device cpu --out benchmarks/results/demo-cpu.json
+	$(PYTHON) -m benchmarks.decode --checkpoint demo --device cpu --compile --out benchmarks/results/demo-cpu-compiled.json
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)

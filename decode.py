@@ -44,6 +44,7 @@ def can_fuse(model: Transformer) -> bool:
 def fused_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
     """`decode_step` on CUDA by the fused kernels; the same up to rounding."""
     eps = model.args.norm_eps
+    keep_all = model.norm.weight.new_full(model.norm.weight.shape, KEEP_ALL, dtype=torch.float32)
     residual = model.tok_embeddings(token)[0, 0].float()
     partial = residual.new_empty(0, residual.shape[0])
     for layer, window in zip(model.layers, model.args.sliding_windows, strict=True):
@@ -61,7 +62,6 @@ def fused_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
         residual, *x = norm_compact(residual, partial, layer.ffn_norm.weight, w13.threshold, eps)
         x = gate_up(*x, w13.weight.rows, w2.threshold)
         partial = compact_gemv(*x, w2.weight.rows)
-    keep_all = residual.new_full(residual.shape, KEEP_ALL)
     _, _, x, _ = norm_compact(residual, partial, model.norm.weight, keep_all, eps)  # the whole vector as a list
     return model.output(x)[0]
 
@@ -170,6 +170,9 @@ def decode(
     The model's cache must hold the prompt and all new tokens. A GPU is given the next step before its last token is
     read, so that it never waits for the host.
     """
+    if len(prompt) + max_new_tokens > model.max_seq_length:
+        needed = f"{len(prompt)} prompt and {max_new_tokens} new tokens"
+        raise ValueError(f"{needed} do not fit the cache of {model.max_seq_length} tokens")
     device = model.norm.weight.device
     ahead = 1 if device.type == "cuda" else 0
     before = time.perf_counter()

@@ -28,7 +28,7 @@ class Sampling:
             # A token goes when those before it already reach top_p: the first always stays.
             gone = ordered.cumsum(-1) - ordered >= self.top_p
             gone[0] = False
-            logits = logits.index_fill(0, index[gone], -torch.inf)
+            logits = logits.masked_fill(torch.zeros_like(gone).scatter(0, index, gone), -torch.inf)
         probabilities = logits.softmax(-1)
         if self.min_p is not None:
             probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.max(), 0)

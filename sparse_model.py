@@ -205,6 +205,8 @@ def pick_device(name: str | None) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and not 0 <= (device.index or 0) < count:
         raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and Triton's launches go by the current device
     return device
 
 

@@ -103,10 +103,10 @@ def to_record(row: Row, model: Transformer, new_tokens: int, bandwidth: float) -
 
 
 def print_row(record: dict) -> None:
+    share = f"{record['bandwidth_share']:>5.0%} of read bandwidth" if "bandwidth_share" in record else ""
     print(
         f"{record['model']:<14} {record['peer'] or record['mode']:<16} {record['sparsity']:>4.0%} after "
-        f"{record['prompt_tokens']:>5}  {record['tokens_per_s']:>7.1f} tokens/s  "
-        f"{record.get('bandwidth_share', 0):>5.0%} of read bandwidth",
+        f"{record['prompt_tokens']:>5}  {record['tokens_per_s']:>7.1f} tokens/s  {share}",
         flush=True,
     )
 
@@ -116,6 +116,8 @@ def benchmark(model: Transformer, calibration: Calibration, options: argparse.Na
     longest = max(options.prompt_tokens) + options.new_tokens
     model.setup_caches(1, cache_length(model, longest))
     rows = make_rows(model, options)
+    if model.norm.weight.is_cuda:
+        torch.cuda.reset_peak_memory_stats()  # calibration and models before this one do not count
     measure_rows(model, calibration, rows, options.rounds, options.new_tokens)
     with profiler(options.profile):
         decode_once(model, rows[-1], options.new_tokens)
@@ -177,9 +179,9 @@ def main() -> None:
         for record in found:
             print_row(record)
         records += found
+    print(json.dumps(records))
     if options.out:
         write_records(options.out, records)
-    print(json.dumps(records))
 
 
 if __name__ == "__main__":

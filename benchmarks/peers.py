@@ -37,7 +37,8 @@ def transformers_decode(
         seconds(new_tokens), seconds(new_tokens)  # compiles
         few = 8
         rates = sorted((new_tokens - few) / (seconds(new_tokens) - seconds(few)) for _ in range(3))
-        yield {"prompt_tokens": length, "tokens_per_s": rates[1], "tokens_per_s_spread": [rates[0], rates[2]]}
+        about = {"peer_version": transformers.__version__, "prompt_tokens": length}
+        yield about | {"tokens_per_s": rates[1], "tokens_per_s_spread": [rates[0], rates[2]]}
 
 
 PEERS = {"transformers": transformers_decode}

@@ -37,13 +37,13 @@ def launch_options(x: Tensor) -> dict[str, bool]:
 
 
 def offset_type(weight: Tensor):
-    """The integer type that reaches every element of `weight`: 64-bit offsets cost a product 1 to 4 % (docs/gpu_log.md)."""
+    """The integer type that reaches every element of `weight`: 64-bit offsets cost 1 to 4 % (docs/gpu_log.md)."""
     return tl.int32 if weight.numel() < 2**31 else tl.int64
 
 
 @jit
 def gdc_wait(PDL: tl.constexpr):
-    """Waits until what the kernel before wrote can be read."""
+    """Waits until what the kernel before wrote can be read; what is read earlier must not come from it."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 

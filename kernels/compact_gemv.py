@@ -113,11 +113,13 @@ torch.library.register_fake("teal::compact_gemv", _compact_gemv_fake)
 def compact_gemv(index: Tensor, value: Tensor, count: Tensor, weight: Tensor) -> Tensor:
     """Partial sums [splits, N], as above. Raises ValueError on what does not fit."""
     slots = count.shape[0]
-    if index.ndim != 2 or index.shape != value.shape or index.shape[0] != slots or not weight.is_contiguous():
+    if index.ndim != 2 or index.shape != value.shape or index.shape[0] != slots or index.numel() < weight.shape[0]:
         shapes = [list(t.shape) for t in (index, value, count, weight)]
         raise ValueError(
             f"compact_gemv takes index and value [slots, width], count [slots], weight [K, N], got {shapes}"
         )
+    if not all(t.is_contiguous() for t in (index, value, count, weight)):
+        raise ValueError("compact_gemv takes contiguous tensors, got a strided view")
     if value.dtype != weight.dtype or index.dtype != torch.int32 or count.dtype != torch.int32:
         raise ValueError(f"compact_gemv takes int32 index and count, one dtype, got {value.dtype}, {weight.dtype}")
     return torch.ops.teal.compact_gemv(index, value, count, weight)

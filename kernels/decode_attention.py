@@ -113,9 +113,10 @@ def _decode_attention_kernel(
             v_new = _load_head(qkv_ptr, (HEADS + KV_HEADS + head) * D + full, full < D, width, SPLITS).to(dtype)
             low, high = (k1 * cos - k2 * sin).to(dtype), (k2 * cos + k1 * sin).to(dtype)
             cell = base + position * D
-            tl.store(k_cache_ptr + cell + d, low)
-            tl.store(k_cache_ptr + cell + HALF + d, high)
-            tl.store(v_cache_ptr + cell + full, v_new)
+            room = position < max_seq_length
+            tl.store(k_cache_ptr + cell + d, low, mask=room & (d < HALF))
+            tl.store(k_cache_ptr + cell + HALF + d, high, mask=room & (d < HALF))
+            tl.store(v_cache_ptr + cell + full, v_new, mask=room & (full < D))
             score = tl.sum(q_low.to(tl.float32) * low.to(tl.float32)[None, :], axis=1)
             score += tl.sum(q_high.to(tl.float32) * high.to(tl.float32)[None, :], axis=1)
             m_new = tl.maximum(m, score)
@@ -137,10 +138,10 @@ def _decode_attention_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv_heads, max_seq_length, D = k_cache.shape
     acc, peak, total = _decode_attention_fake(qkv, frequencies, k_cache, v_cache, input_pos, heads, window)
-    shares = peak.shape[1]
-    _decode_attention_kernel[(kv_heads, shares)](
+    _decode_attention_kernel[(kv_heads, peak.shape[1])](
         qkv, frequencies, k_cache, v_cache, input_pos, acc, peak, total, max_seq_length, window, 1 / math.sqrt(D),
-        heads, kv_heads, D, qkv.shape[0], shares, BLOCK_T, GROUP, INTERPRETED, num_warps=2, **launch_options(qkv),
+        heads, kv_heads, D, qkv.shape[0], peak.shape[1], BLOCK_T, GROUP, INTERPRETED, num_warps=2,
+        **launch_options(qkv),
     )  # fmt: skip
     return acc, peak, total
 
@@ -149,9 +150,8 @@ def _decode_attention_fake(
     qkv: Tensor, frequencies: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, heads: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv_heads, _, D = k_cache.shape
-    shares = max(4, 1 << (PROGRAMS // kv_heads - 1).bit_length()) if kv_heads < PROGRAMS else 4
-    acc = qkv.new_empty(heads, shares, D)
-    return acc, qkv.new_empty(heads, shares), qkv.new_empty(heads, shares)
+    shares = min(64, max(4, 1 << (PROGRAMS // kv_heads - 1).bit_length()))
+    return qkv.new_empty(heads, shares, D), qkv.new_empty(heads, shares), qkv.new_empty(heads, shares)
 
 
 torch.library.define(
@@ -173,4 +173,8 @@ def decode_attention(
         raise ValueError(f"decode_attention takes qkv [S, (H + 2 H_kv) D] and caches [H_kv, T, D], got {shapes}")
     if D & (D - 1) or D < 32 or heads // kv_heads > GROUP or frequencies.shape != (D // 2,):
         raise ValueError(f"decode_attention takes heads of 32, 64, 128 … channels, up to {GROUP} a group, got {D}")
+    if qkv.dtype != torch.float32 or input_pos.dtype != torch.int64 or k_cache.dtype != v_cache.dtype:
+        raise ValueError("decode_attention takes fp32 qkv, int64 input_pos and caches of one dtype")
+    if not all(t.is_contiguous() for t in (qkv, frequencies, k_cache, v_cache)):
+        raise ValueError("decode_attention takes contiguous tensors, got a strided view")
     return torch.ops.teal.decode_attention(qkv, frequencies, k_cache, v_cache, input_pos, heads, window)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
+from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl
 
 # F: rows a step, channels of h a program (the slots' width), warps. benchmarks/kernels.py --tune, H200, 2026-11-24.
 TUNED = {14336: (128, 64, 4), 11008: (128, 32, 4), 8192: (256, 64, 8)}
@@ -41,19 +41,18 @@ def gate_up_reference(
 @jit
 def _gate_up_kernel(
     index_ptr, value_ptr, count_ptr, weight_ptr, threshold_ptr, out_index_ptr, out_value_ptr, out_count_ptr, K, F,
-    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK_N)
-    n = tl.program_id(0) * WIDTH + column
-    own = (column < WIDTH) & (n < F)
+    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    own = n < F
     limit = tl.load(threshold_ptr + n, mask=own, other=0.0)
     gdc_wait(PDL)
     place = tl.arange(0, BLOCK_K)
     k = tl.load(index_ptr + place, mask=place < K, other=0)
     x = tl.load(value_ptr + place, mask=place < K, other=0.0)
     count = tl.load(count_ptr)
-    gate = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    gate = tl.zeros((BLOCK_K, WIDTH), dtype=tl.float32)
+    up = tl.zeros((BLOCK_K, WIDTH), dtype=tl.float32)
     for _ in tl.range(0, count, BLOCK_K, num_stages=1):
         inside = place < count
         row = weight_ptr + (tl.where(inside, k, 0).to(OFFSET)[:, None] * (2 * F) + n[None, :])
@@ -83,7 +82,7 @@ def _gate_up_cuda(
     block_k, width, warps = config(threshold.shape[0])
     _gate_up_kernel[(out_count.shape[0],)](
         index, value, count, weight, threshold, out_index, out_value, out_count, weight.shape[0], threshold.shape[0],
-        block_k, width, triton.next_power_of_2(width), offset_type(weight), num_warps=warps, **launch_options(weight),
+        block_k, width, offset_type(weight), num_warps=warps, **launch_options(weight),
     )  # fmt: skip
     return out_index, out_value, out_count
 
@@ -113,6 +112,13 @@ def gate_up(
     if not fits or width % 2 or not weight.is_contiguous():
         shapes = [list(t.shape) for t in (index, value, count, weight, threshold)]
         raise ValueError(f"gate_up takes index, value [1, K], count [1], weight [K, 2 F], threshold [F], got {shapes}")
-    if value.dtype != weight.dtype or index.dtype != torch.int32 or count.dtype != torch.int32:
-        raise ValueError(f"gate_up takes int32 index and count, one dtype, got {value.dtype}, {weight.dtype}")
+    if (
+        value.dtype != weight.dtype
+        or threshold.dtype != torch.float32
+        or index.dtype != torch.int32
+        or count.dtype != torch.int32
+    ):
+        raise ValueError(
+            f"gate_up takes int32 index and count, one dtype, fp32 threshold, got {value.dtype}, {weight.dtype}"
+        )
     return torch.ops.teal.gate_up(index, value, count, weight, threshold)

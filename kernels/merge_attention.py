@@ -84,4 +84,6 @@ def merge_attention(
     if peak.shape != (heads, shares) or total.shape != peak.shape or threshold.shape != (heads * D,):
         shapes = [list(t.shape) for t in (acc, peak, total, threshold)]
         raise ValueError(f"merge_attention takes acc [H, S, D], peak, total [H, S], threshold [H D], got {shapes}")
+    if D & (D - 1) or shares & (shares - 1):
+        raise ValueError(f"merge_attention takes shares and channels that are powers of two, got {shares} and {D}")
     return torch.ops.teal.merge_attention(acc, peak, total, threshold, dtype)

@@ -99,6 +99,8 @@ def norm_compact(
     if residual.ndim != 1 or partial.shape[1:] != shape or norm_weight.shape != shape or threshold.shape != shape:
         shapes = [list(t.shape) for t in (residual, partial, norm_weight, threshold)]
         raise ValueError(f"norm_compact takes residual [K], partial [S, K], norm_weight, threshold [K], got {shapes}")
+    if not all(t.is_contiguous() for t in (residual, partial, norm_weight, threshold)):
+        raise ValueError("norm_compact takes contiguous tensors, got a strided view")
     if {residual.dtype, partial.dtype, threshold.dtype} != {torch.float32}:
         raise ValueError("norm_compact takes residual, partial and threshold in fp32")
     return torch.ops.teal.norm_compact(residual, partial, norm_weight, threshold, eps)

@@ -2,7 +2,7 @@
 
 x [K]; weight [K, N] row-major (an input channel is one contiguous row) in x's dtype; threshold [K] fp32, compared with
 |x|, one number per input channel: below 0 keeps the channel always; bias [N] in x's dtype, or none. y [N] in x's dtype,
-accumulated in fp32.
+accumulated in fp32 (on the CPU as four partial sums, each rounded to x's dtype).
 A channel is kept unless |x| <= threshold, so that NaN travels on as in a dense layer. Source: TEAL, arXiv:2408.14690.
 """
 

@@ -71,6 +71,15 @@ def test_fused_step_in_half_precision(dtype, tolerance):
     assert (fused - plain).norm() / plain.norm() < tolerance
 
 
+def test_a_cache_that_is_too_small_is_refused():
+    model, _ = make(CONFIG, torch.float32, 0)
+    tokens = decode.decode(
+        model, decode_step, PROMPT, 60, Sampling(0.0), torch.Generator(DEVICE), frozenset(), Sample(len(PROMPT))
+    )
+    with pytest.raises(ValueError, match="9 prompt and 60 new tokens do not fit the cache of 64"):
+        next(tokens)
+
+
 def test_can_fuse():
     def answer(**changes):
         return can_fuse(random_model(CONFIG | changes, DEVICE, torch.float32))
@@ -82,14 +91,14 @@ def test_can_fuse():
 
 
 @torch.no_grad()
-def test_compiled_prefill_serves_every_length(monkeypatch):
+def test_compiled_prefill_serves_every_length():
     model, _ = make(CONFIG, torch.float32, 0.5)
     compiled = compiled_prefill()
     prompts = [torch.arange(5, 5 + length, device=DEVICE)[None] for length in (9, 23, 40, 2)]
     compiled(model, prompts[0])
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for prompt in prompts:
-        torch.testing.assert_close(compiled(model, prompt), prefill(model, prompt), rtol=0, atol=1e-4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompt in prompts:
+            torch.testing.assert_close(compiled(model, prompt), prefill(model, prompt), rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu

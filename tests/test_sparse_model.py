@@ -132,7 +132,7 @@ def test_sparsity_zero_is_the_dense_model_bit_for_bit(name, prompt, request):
     assert torch.equal(run(model, TOKENS, prompt), expected)
 
 
-def test_one_compiled_step_serves_every_sparsity_and_prompt(tiny, calibration, monkeypatch):
+def test_one_compiled_step_serves_every_sparsity_and_prompt(tiny, calibration):
     torch._dynamo.reset()
     model = load_model(tiny)
     model.setup_caches(1, 64)
@@ -140,15 +140,14 @@ def test_one_compiled_step_serves_every_sparsity_and_prompt(tiny, calibration, m
     with torch.no_grad():
         for position in range(2):
             step(model, TOKENS[:, :1], torch.tensor([position]))
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-        for prompt in (1, 4, 9):
-            prefill(model, TOKENS[:, :prompt])
-            for index, sparsity in enumerate((0.25, 0.5, 0.9, 0.0)):  # changes between two tokens
-                set_sparsity(model, calibration, sparsity)
-                token, position = TOKENS[:, prompt + index, None], torch.tensor([prompt + index])
-                eager = decode_step(model, token, position)
-                torch.testing.assert_close(step(model, token, position), eager, **ROUNDING)
-    monkeypatch.undo()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for prompt in (1, 4, 9):
+                prefill(model, TOKENS[:, :prompt])
+                for index, sparsity in enumerate((0.25, 0.5, 0.9, 0.0)):  # changes between two tokens
+                    set_sparsity(model, calibration, sparsity)
+                    token, position = TOKENS[:, prompt + index, None], torch.tensor([prompt + index])
+                    eager = decode_step(model, token, position)
+                    torch.testing.assert_close(step(model, token, position), eager, **ROUNDING)
     torch._dynamo.reset()
 
 

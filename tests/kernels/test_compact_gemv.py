@@ -66,5 +66,9 @@ def test_rejects_bad_input():
         compact_gemv(index, value[:, :-1], count, weight)
     with pytest.raises(ValueError, match="one dtype"):
         compact_gemv(index, value.bfloat16(), count, weight)
+    with pytest.raises(ValueError, match="takes index and value"):
+        compact_gemv(index, value, count, torch.cat((weight, weight)))
+    with pytest.raises(ValueError, match="contiguous"):
+        compact_gemv(index, value, count, weight.t().contiguous().t())
     with pytest.raises(ValueError, match="int32"):
         compact_gemv(index.long(), value, count, weight)

@@ -88,6 +88,10 @@ def test_rejects_bad_input():
         decode_attention(qkv[:, :-1], frequencies, k, v, position, heads, 0)
     with pytest.raises(ValueError, match="heads of 32"):
         decode_attention(qkv[:, : 12 * 48], frequencies[:24], k[..., :48], v[..., :48], position, heads, 0)
+    with pytest.raises(ValueError, match="int64"):
+        decode_attention(qkv, frequencies, k, v, position.int(), heads, 0)
+    with pytest.raises(ValueError, match="powers of two"):
+        merge_attention(torch.zeros(8, 3, 64), torch.zeros(8, 3), torch.zeros(8, 3), torch.zeros(512), torch.float32)
     acc, peak = torch.zeros(8, 4, 64), torch.zeros(8, 4)
     with pytest.raises(ValueError, match="takes acc"):
         merge_attention(acc, peak, peak, torch.zeros(511), torch.float32)

@@ -66,5 +66,7 @@ def test_rejects_bad_input():
     residual, partial, weight, threshold, eps = make(64, 2, torch.bfloat16)
     with pytest.raises(ValueError, match="takes residual"):
         norm_compact(residual, partial[:, :-1], weight, threshold, eps)
+    with pytest.raises(ValueError, match="contiguous"):
+        norm_compact(residual, partial.t().contiguous().t(), weight, threshold, eps)
     with pytest.raises(ValueError, match="fp32"):
         norm_compact(residual.bfloat16(), partial, weight, threshold, eps)
