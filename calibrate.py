@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, ROOT, find_checkpoint, fingerprint
+from checkpoint import DTYPES, ROOT, check_writable, find_checkpoint, fingerprint
 from cli import add_model_arguments, positive_int, run
 from corpus import read_corpus
 from model import Transformer
@@ -95,6 +95,8 @@ def main() -> None:
     options = parser.parse_args()
 
     folder = find_checkpoint(options.checkpoint)
+    out = options.out or folder / CALIBRATION
+    check_writable(out)
     tokenizer = Tokenizer.load(folder)
     documents = [tokenizer.encode(text) for text in read_corpus(options.corpus)]
     model = load_model(folder, pick_device(options.device), DTYPES.get(options.dtype))
@@ -112,7 +114,6 @@ def main() -> None:
         "seed": str(options.seed),
         "allocation": "uniform",
     }
-    out = options.out or folder / CALIBRATION
     Calibration(measure(model, sequences), fingerprint(folder), origin).save(out)
     print(f"wrote {out}: quantiles of |x| at the input of {len(sparse_layers(model))} layers over {tokens} tokens")
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +38,17 @@ def find_checkpoint(name: str) -> Path:
     folder = ROOT / "checkpoints" / "demo" if name == "demo" else Path(name)
     if name == "demo" and not folder.exists():
         run_command("scripts.prepare_demo", "--out", str(folder))
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file, expected a folder: convert it with `python -m scripts.convert_gguf {folder}`"
+        )
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist: expected a converted checkpoint's folder, or the name demo")
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {file}: expected a folder made by scripts/convert_hf_checkpoint.py or "
-                "scripts/convert_gguf.py, or the name demo"
+                f"{folder} has no {file}: expected a folder made by `python -m scripts.convert_hf_checkpoint` or "
+                "`python -m scripts.convert_gguf`, or the name demo"
             )
     return folder
 
@@ -86,9 +93,21 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): make it again") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raises ValueError when no file or folder can be made at `path`: better before long work than after it."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {folder} takes no new file ({error.strerror})") from error
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which it replaces when the block ends well; otherwise `path` stays as it was."""
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -103,6 +122,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, else goes. Raises when `path` exists."""
     if path.exists():
         raise FileExistsError(f"{path} exists already: remove it, or choose another place with --out")
+    check_writable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def sparsity(text: str) -> float:
     """argparse type: a fraction of input channels in [0, 0.95]."""
-    return _number(text, 0, MAX_SPARSITY, f"a fraction from 0 (dense) to {MAX_SPARSITY}")
+    return _number(text, 0, MAX_SPARSITY, f"a fraction from 0 (dense) to {MAX_SPARSITY} (0.5 is 50 %)")
 
 
 def probability(text: str) -> float:
@@ -58,6 +58,8 @@ def _number(text: str, low: float, high: float, expected: str) -> float:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that loads a model."""
-    parser.add_argument("--checkpoint", required=True, help="a converted checkpoint's folder, or demo")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FOLDER|demo", help="a converted checkpoint's folder, or demo"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="computation type (default: the stored one)")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, find_checkpoint, new_file
+from checkpoint import DTYPES, check_writable, find_checkpoint, new_file
 from cli import add_model_arguments, positive_int, probability, run, sparsity, temperature
 from decode import (
     Prefill,
@@ -158,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default="Hello, my name is", help="text to continue (default: %(default)r)")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one after another")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
-    parser.add_argument("--sparsity", type=sparsity, default=0.0, help="fraction of input channels skipped a token")
+    parser.add_argument("--sparsity", type=sparsity, default=0.0, help="fraction of input channels skipped, 0 to 0.95")
     parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
     parser.add_argument("--num_samples", type=positive_int, default=1, help="texts to generate (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=positive_int, default=200, help="tokens a text (default: %(default)s)")
@@ -194,6 +194,8 @@ def profiler(path: Path | None) -> Iterator[None]:
 def main() -> None:
     options = parse_arguments()
     folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
+    if options.profile:
+        check_writable(options.profile)
     tokenizer = Tokenizer.load(folder)
     calibration = None
     if options.sparsity > 0:

@@ -243,7 +243,7 @@ def test_command_rejects_bad_input(run_here, tiny, corpus, tmp_path):
     (tmp_path / "one.txt").write_text("a")
     words = corpus / "words.txt"
     for arguments, code, message in (
-        (["--checkpoint", tmp_path / "none", "--corpus", words], 1, "none has no config.json"),
+        (["--checkpoint", tmp_path / "none", "--corpus", words], 1, "none does not exist"),
         (["--checkpoint", tiny, "--corpus", tmp_path / "none.txt"], 1, "none.txt does not exist"),
         (["--checkpoint", tiny, "--corpus", tmp_path / "one.txt"], 1, "fewer than 2 tokens"),
         (["--checkpoint", tiny, "--corpus", words, "--tokens", 0], 2, "--tokens: got '0', expected a whole number"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import checkpoint
 from checkpoint import (
     CONFIG,
     WEIGHTS,
+    check_writable,
     find_checkpoint,
     fingerprint,
     new_file,
@@ -189,3 +191,18 @@ def test_demo_is_prepared_when_missing(tmp_path, monkeypatch):
     (tmp_path / "scripts" / "prepare_demo.py").write_text(prepare)
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("demo") == tmp_path / "checkpoints" / "demo"
+
+
+def test_find_checkpoint_says_what_is_there_instead(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none does not exist"):
+        find_checkpoint(str(tmp_path / "none"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"is a file, .*`python -m scripts.convert_gguf .*model.gguf`"):
+        find_checkpoint(str(tmp_path / "model.gguf"))
+
+
+def test_check_writable_speaks_of_the_path_that_was_asked_for(tmp_path):
+    check_writable(tmp_path / "not" / "yet" / "there.json")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"cannot write /proc/x/y.json: /proc takes no new file"):
+        check_writable(Path("/proc/x/y.json"))

@@ -228,7 +228,7 @@ def test_unwritable_out_keeps_what_was_measured(run_here, calibrated, tmp_path):
         (["--sparsity", "0.96"], 2, "--sparsity: got '0.96', expected a fraction from 0 (dense) to 0.95"),
         (["--sparsity", "0.5", "-0.1"], 2, "--sparsity"),
         (["--sparsity", "nan"], 2, "--sparsity: got 'nan'"),
-        (["--checkpoint", "{none}"], 1, "has no config.json: expected a folder made by scripts/convert_hf"),
+        (["--checkpoint", "{none}"], 1, "none does not exist: expected a converted checkpoint"),
         (["--calibration", "{broken}", "--sparsity", "0.5"], 1, "is truncated or not a safetensors file"),
         (["--calibration", "{none}", "--sparsity", "0.5"], 1, "is missing"),
         (["--calibration", "{weights}", "--sparsity", "0.5"], 1, "is no calibration of version 1: run calibrate.py"),

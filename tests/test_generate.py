@@ -194,7 +194,7 @@ def test_ctrl_c_ends_cleanly(calibrated):
         (("--prompt", "word " * 600), 1, "the prompt has 601 tokens"),
         (("--device", "tpu"), 1, "--device tpu is not known here"),
         (("--calibration", "nowhere.safetensors", "--sparsity", "0.5"), 1, "nowhere.safetensors is missing"),
-        (("--checkpoint", "nowhere"), 1, "nowhere has no config.json"),
+        (("--checkpoint", "nowhere"), 1, "nowhere does not exist"),
         (("--profile", "/proc/nowhere/trace.json"), 1, "/proc/nowhere"),
     ],
 )
