@@ -5,12 +5,12 @@ place between replays. A layer is eight launches: norm and compaction, q/k/v, at
 compaction, gate/up, down. The residual stream stays in fp32; projections hand on unreduced partial sums.
 """
 
+import functools
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def prefill(model: Transformer, prompt: Tensor, compute: Prefill = prompt_logits
 
 def compiled_prefill() -> Prefill:
     """`prefill`, compiled on first use, once for all lengths (and once more for prompts of one token)."""
-    return partial(prefill, compute=torch.compile(prompt_logits, dynamic=True, fullgraph=True))
+    return functools.partial(prefill, compute=torch.compile(prompt_logits, dynamic=True, fullgraph=True))
 
 
 @torch.no_grad()

@@ -197,6 +197,7 @@ def main() -> None:
     if options.profile:
         check_writable(options.profile)
     tokenizer = Tokenizer.load(folder)
+    prompt = [] if options.interactive else encode_prompt(tokenizer, options.prompt, [] if options.chat else None)
     calibration = None
     if options.sparsity > 0:
         calibration = load_calibration(folder, options.calibration, device)
@@ -204,9 +205,8 @@ def main() -> None:
     if calibration is not None:
         set_sparsity(model, calibration, options.sparsity)
     if options.interactive:
-        prompt, length = [], min(options.max_seq_length, model.args.max_position)
+        length = min(options.max_seq_length, model.args.max_position)
     else:
-        prompt = encode_prompt(tokenizer, options.prompt, [] if options.chat else None)
         check_length(model, prompt)
         length = cache_length(model, len(prompt) + options.max_new_tokens)
     model.setup_caches(1, length)
