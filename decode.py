@@ -1,4 +1,4 @@
-"""The decode loop, and its step in three ways: plain, compiled, and captured as one CUDA graph of fused sparse kernels.
+"""The decode loop, and its step: plain, or fast: C++ on the CPU (cpu_step.py), one CUDA graph of fused sparse kernels.
 
 The captured step serves every prompt length, position and sparsity: position and thresholds are tensors that change in
 place between replays. A layer is eight launches: norm and compaction, q/k/v, attention, its merge, o, norm and
@@ -13,19 +13,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cpu_step import CpuStep
 from kernels.compact_gemv import compact_gemv
 from kernels.decode_attention import GROUP, decode_attention
 from kernels.gate_up import gate_up
 from kernels.merge_attention import merge_attention
+from kernels.native import library
 from kernels.norm_compact import norm_compact
 from model import Transformer
 from sampling import Sampling
 from sparse_model import KEEP_ALL, leading_dense, sparse_layers, tally_kept
 
+FEWEST_ROWS = 12  # MKL's products of 5 to 11 rows depend on the number of threads, so shorter prompts are padded
 Step = Callable[[Transformer, Tensor, Tensor], Tensor]
 Prefill = Callable[[Transformer, Tensor], Tensor]
+PromptLogits = Callable[[Transformer, Tensor, Tensor], Tensor]
 
 
 def decode_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
@@ -92,18 +97,16 @@ class CapturedStep:
         return self.logits
 
 
-@torch.no_grad()
 def fast_step(model: Transformer) -> Step:
-    """The fastest step there is for the model's device, ready to run: captured on CUDA, compiled on the CPU."""
+    """The fastest step there is for the model's device, ready to run; its cache must be set up.
+
+    Captured on CUDA, in C++ on the CPU; plain there, as kernels/native.py says in a line, when C++ can't be built.
+    """
+    if not model.norm.weight.is_cuda:
+        return decode_step if library() is None else CpuStep(model)
     started = time.perf_counter()
-    device = model.norm.weight.device
-    if device.type == "cuda":
-        step = CapturedStep(model)
-    else:
-        step = torch.compile(decode_step, fullgraph=True)
-        for position in range(2):
-            step(model, torch.zeros(1, 1, dtype=torch.long), torch.tensor([position]))
-    print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    step = CapturedStep(model)
+    print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return step
 
 
@@ -137,19 +140,25 @@ class Reading:
         return int(self.token)
 
 
-def prompt_logits(model: Transformer, prompt: Tensor) -> Tensor:
-    """Fills the cache with prompt [1, T]; logits [vocab] of the token to follow."""
-    return model.output(model.hidden(prompt)[:, -1])[0]
+def prompt_logits(model: Transformer, prompt: Tensor, last: Tensor) -> Tensor:
+    """Fills the cache with prompt [1, T]; logits [vocab] after its token number `last` [1]."""
+    return model.output(model.hidden(prompt)[0, last])[0]
 
 
-def prefill(model: Transformer, prompt: Tensor, compute: Prefill = prompt_logits) -> Tensor:
-    """`compute` of prompt [1, T] without sparsity, also when the prompt is one token."""
+def prefill(model: Transformer, prompt: Tensor, compute: PromptLogits = prompt_logits) -> Tensor:
+    """Logits [vocab] after prompt [1, T], which fills the cache, computed without sparsity.
+
+    The cache rows behind a padded prompt are written again before they are read.
+    """
+    tokens = prompt.shape[1]
+    rows = min(FEWEST_ROWS, model.max_seq_length)
+    padded = F.pad(prompt, (0, max(0, rows - tokens)))
     with leading_dense(model, sys.maxsize):  # not T, which would make a compiled `compute` one of each length
-        return compute(model, prompt)
+        return compute(model, padded, torch.tensor([tokens - 1], device=prompt.device))
 
 
 def compiled_prefill() -> Prefill:
-    """`prefill`, compiled on first use, once for all lengths (and once more for prompts of one token)."""
+    """`prefill`, compiled on first use, once for all lengths."""
     return functools.partial(prefill, compute=torch.compile(prompt_logits, dynamic=True, fullgraph=True))
 
 

@@ -169,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min_p", type=probability, help="drop tokens less likely than P times the likeliest")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same text (default: %(default)s)")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the decode step (on CUDA: capture it as a graph)"
+        "--compile", action="store_true", help="capture the decode step as a CUDA graph (the CPU's is always compiled)"
     )
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass, for any length")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
@@ -210,7 +210,7 @@ def main() -> None:
         check_length(model, prompt)
         length = cache_length(model, len(prompt) + options.max_new_tokens)
     model.setup_caches(1, length)
-    step = fast_step(model) if options.compile else decode_step
+    step = fast_step(model) if options.compile or device.type == "cpu" else decode_step
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     first = compiled_prefill() if options.compile_prefill else prefill
     session = Session(model, tokenizer, step, first, sampling, options.max_new_tokens, options.seed)

@@ -9,14 +9,16 @@ from checkpoint import ROOT
 
 OPS = ("compact_gemv", "decode_attention", "gate_up", "merge_attention", "norm_compact", "sparse_gemv")
 RANKS = [
-    {"kernels.backend"},
+    {"kernels.backend", "kernels.native"},
     {f"kernels.{op}" for op in OPS} | {"model", "chat", "cli", "corpus", "sampling"},
     {"tokenizer"},
     {"checkpoint"},
     {"sparse_model", "record"},
+    {"cpu_step"},
     {"decode"},
     {"generate", "calibrate", "eval"},
-    {"scripts", "benchmarks"},
+    {"scripts"},
+    {"benchmarks"},
     {"tests"},
 ]
 FILES = sorted(

@@ -1,0 +1,214 @@
+// One token through the whole model on the CPU, in one parallel region: see cpu_step.py.
+//
+// Every thread keeps the residual stream and the lists of kept channels for itself: to compute them again is cheaper than
+// to wait for one another. What they share is written by all and read after a barrier.
+#include <omp.h>
+
+#include <vector>
+
+#include "attention.h"
+
+extern "C" {
+
+struct Layer {  // CpuLayer in cpu_step.py; absent tensors are null
+    const void *attention_norm, *wqkv, *wqkv_bias, *q_norm, *k_norm, *wo, *wo_bias;
+    const void *ffn_norm, *w13, *w13_bias, *w2, *w2_bias;
+    const float *wqkv_threshold, *wo_threshold, *w13_threshold, *w2_threshold;
+    void *k_cache, *v_cache;  // [key/value heads, max_seq_length, head_dim]
+    int64_t window;           // 0: the whole context
+};
+
+struct Model {  // CpuModel in cpu_step.py
+    int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
+    double eps;
+    const void *embeddings, *norm, *output;
+    const float* frequencies;
+    const Layer* layer;
+};
+}
+
+namespace {
+
+int64_t padded(int64_t n) { return n + LANES; }  // room for whole vectors
+
+struct Shared {
+    std::vector<float> qkv, update, gate_up;  // products as partial sums [SPLITS, N]
+    std::vector<float> values, peak, total;   // attention: [heads, chunks, head_dim], [heads, chunks] twice
+    std::vector<float> h;
+
+    void fit(const Model& m) {
+        int64_t chunks = (m.max_seq_length + CHUNK - 1) / CHUNK;
+        qkv.resize(SPLITS * (m.heads + 2 * m.kv_heads) * m.head_dim);
+        update.resize(SPLITS * m.dim);
+        gate_up.resize(SPLITS * 2 * m.ffn_dim);
+        values.resize(m.heads * chunks * m.head_dim);
+        peak.resize(m.heads * chunks), total.resize(m.heads * chunks);
+        h.resize(m.ffn_dim);
+    }
+};
+
+struct Private {
+    std::vector<float> residual, x, value, up, cos, sin, q, peak, scratch;
+    std::vector<int32_t> index;
+
+    void fit(const Model& m) {
+        int64_t widest = std::max({m.dim, m.ffn_dim, m.heads * m.head_dim});
+        residual.resize(m.dim);
+        x.resize(padded(widest)), value.resize(widest), index.resize(widest), up.resize(padded(m.ffn_dim));
+        cos.resize(m.head_dim / 2), sin.resize(m.head_dim / 2);
+        q.resize(m.heads * m.head_dim), scratch.resize(4 * m.head_dim);
+        peak.resize(padded((m.max_seq_length + CHUNK - 1) / CHUNK));
+    }
+};
+
+template <class T> class Step {
+    const Model& m;
+    const int64_t position, width;  // width: outputs of wqkv
+    Shared& all;
+    Private& own;
+    const Worker worker;
+    float* const x;  // this thread's input of the next product
+
+  public:
+    Step(const Model& m, int64_t position, Shared& all, Private& own, Worker worker)
+        : m(m), position(position), width((m.heads + 2 * m.kv_heads) * m.head_dim), all(all), own(own), worker(worker),
+          x(own.x.data()) {}
+
+    void run(int64_t token, float* logits) {
+        for (int64_t k = 0; k < m.dim; k++) own.residual[k] = widen(((const T*)m.embeddings)[token * m.dim + k]);
+        for (int64_t d = 0; d < m.head_dim / 2; d++) {
+            float angle = position * m.frequencies[d];
+            own.cos[d] = std::cos(angle), own.sin[d] = std::sin(angle);
+        }
+        for (int64_t i = 0; i < m.layers; i++) block(m.layer[i]);
+        norm((const T*)m.norm);
+        arrange<T>(x, m.dim, own.value.data());
+        int64_t first = share(m.vocab_size, 0), last = share(m.vocab_size, 1);
+        dot_rows<T, 1>((const T*)m.output + first * m.dim, own.value.data(), m.dim, last - first, logits + first, 0,
+                       nullptr);
+    }
+
+  private:
+    static void barrier() {
+#pragma omp barrier
+    }
+    int64_t share(int64_t n, int end, int64_t grain = 1) { return part(n, worker.id + end, worker.count, grain); }
+
+    void block(const Layer& layer) {
+        norm((const T*)layer.attention_norm);
+        product(x, layer.wqkv_threshold, layer.wqkv, m.dim, width, all.qkv);
+        attention(layer);
+        product(x, layer.wo_threshold, layer.wo, m.heads * m.head_dim, m.dim, all.update);
+        add((const T*)layer.wo_bias);
+        norm((const T*)layer.ffn_norm);
+        product(x, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
+        activate((const T*)layer.w13_bias);
+        product(all.h.data(), layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
+        add((const T*)layer.w2_bias);
+    }
+
+    void product(const float* x, const float* threshold, const void* weight, int64_t K, int64_t N, std::vector<float>& y) {
+        Kept kept = keep(x, threshold, K, own.index.data(), own.value.data());
+        multiply(kept, (const T*)weight, N, y.data(), worker);
+        barrier();
+    }
+
+    void norm(const T* weight) {  // x: the residual, normalised, as the model's type holds it
+        const float* residual = own.residual.data();
+        vf squares = {};
+        int64_t k = 0;
+        for (; k + LANES <= m.dim; k += LANES) squares += load(residual + k) * load(residual + k);
+        float rest = sum(squares);
+        for (; k < m.dim; k++) rest += residual[k] * residual[k];
+        float scale = 1 / std::sqrt(rest / m.dim + float(m.eps));
+        for (k = 0; k < m.dim; k++) x[k] = rounded<T>(residual[k] * scale * widen(weight[k]));
+    }
+
+    void add(const T* bias) {
+        collect(all.update.data(), m.dim, bias, 0, m.dim, x);
+        for (int64_t k = 0; k < m.dim; k++) own.residual[k] += x[k];
+    }
+
+    // Head `head` of the q/k/v product into y [head_dim], turned unless it is a value's.
+    void project(const Layer& layer, int64_t head, const void* norm, float* y) {
+        collect(all.qkv.data(), width, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
+        if (head >= m.heads + m.kv_heads) return;
+        turn(y, (const T*)norm, float(m.eps), own.cos.data(), own.sin.data(), m.head_dim);
+    }
+
+    void attention(const Layer& layer) {  // x: what the heads found
+        int64_t size = m.head_dim, group = m.heads / m.kv_heads;
+        Span span(position, layer.window);
+        float scale = 1 / std::sqrt(float(size)), *scratch = own.scratch.data();
+        for (int64_t head = 0; head < m.heads; head++) {
+            project(layer, head, layer.q_norm, scratch);
+            for (int64_t d = 0; d < size; d++) scratch[d] *= scale;
+            arrange<T>(scratch, size, &own.q[head * size]);
+        }
+        Found found{all.values.data(), all.peak.data(), all.total.data(), span.chunks};
+        int64_t tasks = m.kv_heads * span.chunks;
+        for (int64_t task = share(tasks, 0); task < share(tasks, 1); task++) {
+            int64_t kv = task / span.chunks, chunk = task % span.chunks;
+            int64_t begin = std::max(span.begin, (span.first + chunk) * CHUNK);
+            int64_t count = std::min(span.end, (span.first + chunk + 1) * CHUNK) - begin;
+            T* keys = (T*)layer.k_cache + (kv * m.max_seq_length + begin) * size;
+            T* values = (T*)layer.v_cache + (kv * m.max_seq_length + begin) * size;
+            if (chunk == span.chunks - 1) {  // the token itself
+                project(layer, m.heads + kv, layer.k_norm, scratch);
+                for (int64_t d = 0; d < size; d++) keys[(count - 1) * size + d] = narrow<T>(scratch[d]);
+                project(layer, m.heads + m.kv_heads + kv, nullptr, scratch);
+                for (int64_t d = 0; d < size; d++) values[(count - 1) * size + d] = narrow<T>(scratch[d]);
+            }
+            int64_t head = kv * group, last = head + group;
+            auto attend_some = [&](auto heads) {
+                for (constexpr int H = decltype(heads)::value; head + H <= last; head += H)
+                    attend<T, H>(&own.q[head * size], keys, values, count, size, scratch, found.at(head, chunk, size));
+            };
+            attend_some(std::integral_constant<int, 4>());
+            attend_some(std::integral_constant<int, 3>());
+            attend_some(std::integral_constant<int, 1>());
+        }
+        barrier();
+        for (int64_t head = 0; head < m.heads; head++) {
+            int64_t at = head * span.chunks;
+            std::copy_n(&all.peak[at], span.chunks, own.peak.data());
+            merge(&all.values[at * size], own.peak.data(), &all.total[at], span.chunks, size, x + head * size);
+        }
+        for (int64_t k = 0; k < m.heads * size; k++) x[k] = rounded<T>(x[k]);
+    }
+
+    void activate(const T* bias) {  // this thread's share of h = SiLU(gate) * up
+        int64_t F = m.ffn_dim, begin = share(F, 0, GRAIN), count = share(F, 1, GRAIN) - begin;
+        float *gate = x, *up = own.up.data();
+        collect(all.gate_up.data(), 2 * F, bias, begin, count, gate);
+        collect(all.gate_up.data(), 2 * F, bias, F + begin, count, up);
+        for (int64_t n = 0; n < count; n += LANES) {
+            vf g = load(gate + n);
+            store(gate + n, g / (1.0f + exp(-g)) * load(up + n));
+        }
+        for (int64_t n = 0; n < count; n++) all.h[begin + n] = rounded<T>(gate[n]);
+        barrier();
+    }
+};
+
+template <class T> void decode_step(const Model& model, int64_t token, int64_t position, float* logits, int threads) {
+    static thread_local Shared shared;
+    shared.fit(model);
+    Shared& all = shared;  // the calling thread's
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Private own;
+        own.fit(model);
+        Step<T>(model, position, all, own, {omp_get_thread_num(), omp_get_num_threads()}).run(token, logits);
+    }
+}
+
+}  // namespace
+
+// logits [vocab_size] after `token` at `position`, whose keys and values go to the cache. type: see sparse_gemv.py.
+extern "C" void teal_decode_step(const Model* model, int type, int64_t token, int64_t position, float* logits,
+                                 int threads) {
+    if (type == 0) decode_step<float>(*model, token, position, logits, threads);
+    if (type == 1) decode_step<bf16>(*model, token, position, logits, threads);
+    if (type == 2) decode_step<fp16>(*model, token, position, logits, threads);
+}

@@ -1,0 +1,161 @@
+// The two products of decoding: sums of weighted rows (a layer's kept channels, attention's values) and dot products
+// with rows (the output layer, attention's keys). Rows are T, everything else fp32.
+//
+// Sums have one order, whatever the number of threads: a list of rows is cut into SPLITS parts wherever it is used, the
+// terms of a part are added in the order of the list, and the parts in theirs.
+#pragma once
+#include <algorithm>
+#include <numeric>
+
+#include "vec.h"
+
+// All of this was chosen for the demo model and 4096 x 14336 on two cores of an AMD EPYC (Zen 3), bf16, cold weights.
+constexpr int SPLITS = 4;        // of two threads each takes two parts of the list and whole rows: 1.1 to 1.3x half rows
+constexpr int ROWS = 8;          // rows at once, so that a column's sum is loaded and stored once for all
+constexpr int64_t SHORT = 8192;  // bytes of a row up to which fetching the next rows helps; longer streams are noticed
+constexpr int64_t AHEAD = 2048;  // bytes that dot products fetch ahead
+constexpr int64_t LINE = 64;     // bytes
+constexpr int64_t GRAIN = 32;    // columns that threads do not share: a line of bf16, and whole pairs
+
+#define UNROLL _Pragma("GCC unroll 8")  // else small arrays of vectors live in memory
+
+struct Worker {
+    int id, count;
+};
+
+// Where part i of n things begins.
+inline int64_t part(int64_t n, int64_t i, int64_t parts, int64_t grain = 1) {
+    return i == parts ? n : n * i / parts / grain * grain;
+}
+
+// A vector by its kept channels.
+struct Kept {
+    const int32_t* index;
+    const float* value;
+    int64_t count;
+};
+
+// Channels of x [K] unless |x| <= threshold, so that NaN is kept; index and value have room for K.
+inline Kept keep(const float* x, const float* threshold, int64_t K, int32_t* index, float* value) {
+    int64_t count = 0;
+    for (int64_t k = 0; k < K; k++) {
+        index[count] = int32_t(k), value[count] = x[k];
+        count += !(__builtin_fabsf(x[k]) <= threshold[k]);
+    }
+    return {index, value, count};
+}
+
+// sums [columns] += x[0] row[0] + … + x[R-1] row[R-1], in the order of load_pair; `next`: as many rows to fetch, or null.
+template <class T, int R>
+inline void add_rows(const T* const* row, const float* x, const T* const* next, int64_t columns, float* sums) {
+    const T* rows[R];
+    float scale[R];
+    for (int r = 0; r < R; r++) rows[r] = row[r], scale[r] = x[r];
+    int64_t n = 0;
+    for (; n + PAIR <= columns; n += PAIR) {
+        if (next && n * int64_t(sizeof(T)) % LINE == 0)
+            for (int r = 0; r < R; r++) __builtin_prefetch(next[r] + n);
+        vf s = load(sums + n), t = load(sums + n + LANES);
+        UNROLL for (int r = 0; r < R; r++) {
+            vf a, b;
+            load_pair(rows[r] + n, a, b);
+            s += a * scale[r], t += b * scale[r];
+        }
+        store(sums + n, s), store(sums + n + LANES, t);
+    }
+    for (; n < columns; n++)
+        for (int r = 0; r < R; r++) sums[n] += widen(rows[r][n]) * scale[r];
+}
+
+// sums [columns] = entries `first` to `last` of the list times their rows of weight [K, N], of which the first `columns`
+// columns count; entries up to `end` follow and are fetched ahead.
+template <class T>
+inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, const T* weight, int64_t N, int64_t columns,
+                     float* sums) {
+    std::memset(sums, 0, columns * sizeof(float));
+    bool fetch = columns * int64_t(sizeof(T)) <= SHORT;
+    auto add = [&](auto rows, int64_t i) {
+        constexpr int R = decltype(rows)::value;
+        const T *row[R], *next[R];
+        for (int r = 0; r < R; r++) {
+            row[r] = weight + x.index[i + r] * N;
+            next[r] = weight + x.index[std::min(i + R + r, end - 1)] * N;
+        }
+        add_rows<T, R>(row, x.value + i, fetch ? next : nullptr, columns, sums);
+    };
+    int64_t i = first;
+    for (; i + ROWS <= last; i += ROWS) add(std::integral_constant<int, ROWS>(), i);
+    for (; i < last; i++) add(std::integral_constant<int, 1>(), i);
+    rearrange<T>(sums, columns);
+}
+
+// This worker's share of partial [SPLITS, N], whose sum over splits is the product of x and weight [K, N].
+template <class T> inline void multiply(const Kept& x, const T* weight, int64_t N, float* partial, Worker worker) {
+    int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, parts = worker.count / shared;
+    int64_t begin = part(N, worker.id / shared, parts, GRAIN), end = part(N, worker.id / shared + 1, parts, GRAIN);
+    int first = worker.id % shared * splits, last = first + splits;
+    for (int split = first; split < last; split++)
+        sum_rows(x, part(x.count, split, SPLITS), part(x.count, split + 1, SPLITS), part(x.count, last, SPLITS),
+                 weight + begin, N, end - begin, partial + split * N + begin);
+}
+
+// y [count]: elements from `begin` on of the product whose parts are partial [SPLITS, N], plus bias [N] unless null.
+template <class T>
+inline void collect(const float* partial, int64_t N, const T* bias, int64_t begin, int64_t count, float* __restrict y) {
+    const float* p = partial + begin;
+    for (int64_t i = 0; i < count; i++) y[i] = p[i] + p[N + i] + p[2 * N + i] + p[3 * N + i];
+    if (bias)
+        for (int64_t i = 0; i < count; i++) y[i] += widen(bias[begin + i]);
+}
+static_assert(SPLITS == 4, "collect adds four parts");
+
+// y [H, stride]: rows [count, K] times each of x [H, K], which `arrange` has put into the order of load_pair. `also`: as
+// many rows again, to be fetched meanwhile, or null.
+template <class T, int H>
+inline void dot_rows(const T* rows, const float* x, int64_t K, int64_t count, float* y, int64_t stride, const T* also) {
+    for (int64_t i = 0; i < count; i++, rows += K) {
+        vf s[H], t[H];
+        UNROLL for (int h = 0; h < H; h++) s[h] = t[h] = vf{};
+        int64_t k = 0;
+        for (; k + PAIR <= K; k += PAIR) {
+            if (k * int64_t(sizeof(T)) % LINE == 0) {
+                __builtin_prefetch((const char*)(rows + k) + AHEAD);
+                if (also) __builtin_prefetch(also + i * K + k);
+            }
+            vf a, b;
+            load_pair(rows + k, a, b);
+            UNROLL for (int h = 0; h < H; h++) s[h] += a * load(x + h * K + k), t[h] += b * load(x + h * K + k + LANES);
+        }
+        UNROLL for (int h = 0; h < H; h++) {
+            float rest = 0;
+            for (int64_t j = k; j < K; j++) rest += widen(rows[j]) * x[h * K + j];
+            y[h * stride + i] = sum(s[h] + t[h]) + rest;
+        }
+    }
+}
+
+// y [H, N]: each of the weights [H, stride] of `count` rows times rows [count, N].
+template <class T, int H>
+inline void blend_rows(const T* rows, const float* weights, int64_t N, int64_t count, int64_t stride, float* y) {
+    int64_t n = 0;
+    for (; n + PAIR <= N; n += PAIR) {
+        vf s[H], t[H];
+        UNROLL for (int h = 0; h < H; h++) s[h] = t[h] = vf{};
+        for (int64_t i = 0; i < count; i++) {
+            const T* row = rows + i * N + n;
+            vf a, b;
+            load_pair(row, a, b);
+            UNROLL for (int h = 0; h < H; h++) s[h] += a * weights[h * stride + i], t[h] += b * weights[h * stride + i];
+        }
+        UNROLL for (int h = 0; h < H; h++) {
+            store(y + h * N + n, s[h]), store(y + h * N + n + LANES, t[h]);
+            rearrange<T>(y + h * N + n, PAIR);
+        }
+    }
+    for (; n < N; n++)
+        for (int h = 0; h < H; h++) {
+            float rest = 0;
+            for (int64_t i = 0; i < count; i++) rest += weights[h * stride + i] * widen(rows[i * N + n]);
+            y[h * N + n] = rest;
+        }
+}

@@ -1,0 +1,37 @@
+// teal::sparse_gemv on the CPU: see kernels/sparse_gemv.py.
+#include <omp.h>
+
+#include <vector>
+
+#include "rows.h"
+
+template <class T>
+static void sparse_gemv(const T* x, const T* weight, const float* threshold, const T* bias, T* y, int64_t K, int64_t N,
+                        int threads) {
+    static thread_local std::vector<float> floats;
+    static thread_local std::vector<int32_t> index;
+    floats.resize(2 * K + (SPLITS + 1) * N), index.resize(K);
+    float *wide = floats.data(), *value = wide + K, *partial = value + K, *sums = partial + SPLITS * N;
+    for (int64_t k = 0; k < K; k++) wide[k] = widen(x[k]);
+    Kept kept = keep(wide, threshold, K, index.data(), value);
+#pragma omp parallel num_threads(threads)
+    {
+        Worker worker{omp_get_thread_num(), omp_get_num_threads()};
+        multiply(kept, weight, N, partial, worker);
+#pragma omp barrier
+        int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
+        collect(partial, N, bias, begin, end - begin, sums + begin);
+        for (int64_t n = begin; n < end; n++) y[n] = narrow<T>(sums[n]);
+    }
+}
+
+extern "C" void teal_sparse_gemv(int type, const void* x, const void* weight, const float* threshold, const void* bias,
+                                 void* y, int64_t K, int64_t N, int threads) {
+    auto run = [&](auto* y) {
+        using T = std::remove_pointer_t<decltype(y)>;
+        sparse_gemv((const T*)x, (const T*)weight, threshold, (const T*)bias, y, K, N, threads);
+    };
+    if (type == 0) run((float*)y);
+    if (type == 1) run((bf16*)y);
+    if (type == 2) run((fp16*)y);
+}

@@ -1,0 +1,144 @@
+// Vectors of fp32 as wide as the target's registers, by the compiler's vector extension: one source for AVX-512, AVX2,
+// NEON and everything else. Weights in bf16, fp16 and fp32 are widened two vectors at a time.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+constexpr int LANES = VECTOR_BYTES / 4;
+constexpr int PAIR = 2 * LANES;
+
+typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
+
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline vf splat(float x) { return vf{} + x; }
+
+inline float sum(vf v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+template <class To, class From> inline To bits(From x) { To y; std::memcpy(&y, &x, sizeof y); return y; }
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
+inline float widen(fp16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#elif defined(__ARM_NEON)
+    return bits<__fp16>(x.bits);
+#else
+    uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    if (rest >= 0x7c00) return bits<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
+    return bits<float>(sign | bits<uint32_t>(bits<float>(rest << 13) * 0x1p112f));     // subnormals too: an exact product
+#endif
+}
+
+// To nearest, ties to even.
+template <class T> T narrow(float x);
+template <> inline float narrow(float x) { return x; }
+template <> inline bf16 narrow(float x) {
+    uint32_t u = bits<uint32_t>(x);
+    if (x != x) return {uint16_t(u >> 16 | 0x40)};
+    return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+template <> inline fp16 narrow(float x) {
+#if defined(__F16C__)
+    return {uint16_t(_cvtss_sh(x, 0))};
+#elif defined(__ARM_NEON)
+    return {bits<uint16_t>(__fp16(x))};
+#else
+    uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+    if (rest > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+    if (rest >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // from 65520 on it rounds to infinity
+    if (rest < 0x38800000)  // subnormal: adding 0.5 puts the last kept bit where an fp32 sum rounds
+        return {uint16_t(sign | (bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000))};
+    return {uint16_t(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13)};
+#endif
+}
+template <class T> inline float rounded(float x) { return widen(narrow<T>(x)); }
+
+// PAIR elements as two vectors: of bf16 first the even ones, then the odd, which costs one operation a vector.
+inline void load_pair(const float* p, vf& a, vf& b) { a = load(p), b = load(p + LANES); }
+inline void load_pair(const bf16* p, vf& a, vf& b) {
+    vu u;
+    std::memcpy(&u, p, sizeof u);
+    a = (vf)(u << 16), b = (vf)(u & 0xffff0000u);
+}
+inline void load_pair(const fp16* p, vf& a, vf& b) {
+#if defined(__AVX512F__)
+    a = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    b = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p + 1));
+#elif defined(__AVX2__) && defined(__F16C__)
+    a = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    b = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    a = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+    b = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p + LANES)));
+#else
+    float wide[PAIR];
+    for (int i = 0; i < PAIR; i++) wide[i] = widen(p[i]);
+    a = load(wide), b = load(wide + LANES);
+#endif
+}
+// Where load_pair puts element i of a pair.
+template <class T> constexpr int slot(int i) { return i; }
+template <> constexpr int slot<bf16>(int i) { return i % 2 * LANES + i / 2; }
+
+// Puts x [n] into the order of load_pair, whole pairs only, the rest as it is; and back.
+template <class T> inline void arrange(const float* x, int64_t n, float* out) {
+    int64_t pairs = n / PAIR * PAIR;
+    for (int64_t p = 0; p < pairs; p += PAIR)
+        for (int i = 0; i < PAIR; i++) out[p + slot<T>(i)] = x[p + i];
+    for (int64_t i = pairs; i < n; i++) out[i] = x[i];
+}
+template <class T> inline void rearrange(float* x, int64_t n) {
+    if (slot<T>(1) == 1) return;
+    for (int64_t p = 0; p + PAIR <= n; p += PAIR) {
+        float pair[PAIR];
+        for (int i = 0; i < PAIR; i++) pair[i] = x[p + slot<T>(i)];
+        std::memcpy(x + p, pair, sizeof pair);
+    }
+}
+
+// e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series. NaN stays, infinities are exact.
+inline vf exp(vf x) {
+    const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    vf y = x < -87.0f ? splat(-87.0f) : x;
+    y = y > 88.0f ? splat(88.0f) : y;
+    vf n = y * 1.44269504f + shift;
+    vi power = ((vi)n - (vi)shift) << 23;
+    n -= shift;
+    vf r = y - n * 0.693145752f - n * 1.42860677e-6f;
+    vf p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    p = (vf)((vi)p + power);
+    p = x < -87.0f ? vf{} : p;
+    p = x > 88.0f ? splat(__builtin_inff()) : p;
+    return x == x ? p : x;
+}

@@ -1,0 +1,100 @@
+"""The C++ kernels of csrc/: compiled on first use for this machine's instruction set, cached, and loaded.
+
+They are plain functions on pointers, without PyTorch's headers: they build in seconds, once for all its versions.
+TEAL_CPU forces an instruction set: avx512, avx2, neon or portable; `torch` does without C++.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CSRC = Path(__file__).resolve().parent / "csrc"
+SOURCES = ("sparse_gemv", "decode_step")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp")
+INSTRUCTIONS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "neon": (),
+    "portable": (),
+}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/ numbers them
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor's data; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def instruction_set() -> str:
+    """What to compile for: what TEAL_CPU says, else the best of this machine. Raises ValueError on an unknown one."""
+    forced = os.environ.get("TEAL_CPU")
+    if forced is not None and forced not in (*INSTRUCTIONS, "torch"):
+        raise ValueError(f"TEAL_CPU is {forced!r}, expected one of {', '.join(INSTRUCTIONS)}, torch")
+    if forced is None and platform.machine() in ("arm64", "aarch64"):
+        return "neon"
+    return forced or {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they can't be had, which it says, or where TEAL_CPU is `torch`."""
+    instructions = instruction_set()
+    if instructions == "torch":
+        return None
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    trouble = "no C++ compiler was found (c++, g++, clang++ or what CXX names)"
+    if compiler:
+        try:
+            return ctypes.CDLL(str(build(compiler, instructions)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            trouble = f"{compiler} could not build the CPU kernels ({said[0] if said else 'it says nothing'})"
+    print(f"{trouble}: decoding in plain PyTorch, several times slower", file=sys.stderr)
+    return None
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teal-fast"
+
+
+def build(compiler: str, instructions: str) -> Path:
+    """The shared library, compiled unless the cache has it: of these sources, this compiler, these instructions."""
+    command = [compiler, *FLAGS, *INSTRUCTIONS[instructions]]
+    version = _run(compiler, "--version")
+    key = hashlib.sha256("\n".join([*command, version, platform.machine()]).encode())
+    for source in sorted(CSRC.iterdir()):
+        key.update(source.read_bytes())
+    target = cache_folder() / f"{instructions}-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    print(f"compiling the CPU kernels for {instructions}, once: some seconds", file=sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        linked, objects = Path(scratch, target.name), [str(Path(scratch, f"{name}.o")) for name in SOURCES]
+        with ThreadPoolExecutor() as pool:
+            sources = (str(CSRC / f"{name}.cpp") for name in SOURCES)
+            list(pool.map(lambda source, out: _run(*command, "-c", source, "-o", out), sources, objects))
+        # Not linked with OpenMP: the library that PyTorch has loaded serves, so that there is one pool of threads.
+        undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
+        _run(compiler, "-shared", *undefined, *objects, "-o", str(linked))
+        try:
+            ctypes.CDLL(str(linked))
+        except OSError:  # this PyTorch has none to offer
+            _run(compiler, "-shared", "-fopenmp", *objects, "-o", str(linked))
+        linked.replace(target)
+    return target
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
