@@ -92,6 +92,7 @@ def build(compiler: str, instructions: str) -> Path:
             ctypes.CDLL(str(linked))
         except OSError:  # this PyTorch has none to offer
             _run(compiler, "-shared", "-fopenmp", *objects, "-o", str(linked))
+            ctypes.CDLL(str(linked))  # the cache gets nothing that can't be loaded
         linked.replace(target)
     return target
 

@@ -69,3 +69,11 @@ def command():
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, **options)
 
     return run
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

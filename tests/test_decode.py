@@ -3,11 +3,24 @@ import torch
 
 import decode
 from benchmarks.shapes import calibrate_on_random_tokens, random_model
-from decode import CapturedStep, Sample, can_fuse, compiled_prefill, decode_step, fused_step, prefill
+from cpu_step import CpuStep
+from decode import (
+    FEWEST_ROWS,
+    CapturedStep,
+    Sample,
+    can_fuse,
+    compiled_prefill,
+    decode_step,
+    fast_step,
+    fused_step,
+    prefill,
+    prompt_logits,
+)
 from kernels import compact_gemv, decode_attention, gate_up, merge_attention, norm_compact
 from kernels.backend import triton
+from kernels.native import library
 from sampling import Sampling
-from sparse_model import set_sparsity
+from sparse_model import leading_dense, set_sparsity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = {
@@ -90,11 +103,54 @@ def test_can_fuse():
     assert not answer(head_dim=48) and not answer(head_dim=16)
 
 
+@pytest.mark.parametrize("config", [CONFIG, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("tokens", [1, 5, 11, 12, 13])
+@torch.no_grad()
+def test_short_prompts_are_padded_and_answered_as_they_are(config, tokens):
+    model, _ = make(config, torch.float32, 0)
+    prompt, rows = torch.arange(5, 5 + tokens, device=DEVICE)[None], []
+
+    def compute(model, padded, last):
+        rows.append(padded.shape[1])
+        return prompt_logits(model, padded, last)
+
+    answers = []
+    for answer in (
+        lambda: prefill(model, prompt, compute),
+        lambda: prompt_logits(model, prompt, prompt.new_tensor([-1])),
+    ):
+        model.setup_caches(1, 64)
+        with leading_dense(model, tokens):
+            first = answer()
+        token, place = torch.tensor([[7]], device=DEVICE), torch.tensor([tokens], device=DEVICE)
+        answers.append(torch.stack([first, *(decode_step(model, token, place + i) for i in range(3))]))
+    assert rows == [max(tokens, FEWEST_ROWS)] and answers[0].std() > 0.1
+    torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_shorter_than_the_padding():
+    model, _ = make(CONFIG, torch.float32, 0)
+    prompt = torch.arange(5, 9, device=DEVICE)[None]
+    expected = prefill(model, prompt)
+    for length in (4, 7):
+        model.setup_caches(1, length)
+        torch.testing.assert_close(prefill(model, prompt), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU")
+def test_the_fast_step_on_the_cpu_is_the_compiled_one_or_plain(monkeypatch):
+    model, _ = make(CONFIG, torch.float32, 0)
+    assert library() is None or isinstance(fast_step(model), CpuStep)
+    monkeypatch.setattr(decode, "library", lambda: None)
+    assert fast_step(model) is decode_step
+
+
 @torch.no_grad()
 def test_compiled_prefill_serves_every_length():
     model, _ = make(CONFIG, torch.float32, 0.5)
     compiled = compiled_prefill()
-    prompts = [torch.arange(5, 5 + length, device=DEVICE)[None] for length in (9, 23, 40, 2)]
+    prompts = [torch.arange(5, 5 + length, device=DEVICE)[None] for length in (9, 23, 40, 2, 1)]
     compiled(model, prompts[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompt in prompts:
