@@ -1,11 +1,11 @@
-// Attention of one token over a static cache, in tasks of one key/value head and CHUNK positions: rotary embedding, scores and
-// values of a chunk (as flash decoding has it, https://crfm.stanford.edu/2023/10/12/flashdecoding.html), then a merge.
+// Attention of one token over a static cache: rotary embedding, scores and values of CHUNK positions at a time, which
+// are a task for some thread, then a merge (flash decoding: https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 #pragma once
 #include <cmath>
 
 #include "rows.h"
 
-constexpr int64_t CHUNK = 64;   // fixed, so that sums do not depend on the number of threads
+constexpr int64_t CHUNK = 64;  // fixed, so that sums do not depend on the number of threads
 
 // The positions that a token at `position` sees, and the chunks of the cache they lie in.
 struct Span {
@@ -29,9 +29,7 @@ struct Found {
 template <class T>
 inline void turn(float* x, const T* norm, float eps, const float* cos, const float* sin, int64_t size) {
     if (norm) {
-        float squares = 0;
-        for (int64_t d = 0; d < size; d++) squares += x[d] * x[d];
-        float scale = 1 / std::sqrt(squares / size + eps);
+        float scale = 1 / std::sqrt(sum_of_squares(x, size) / size + eps);
         for (int64_t d = 0; d < size; d++) x[d] = x[d] * scale * widen(norm[d]);
     }
     for (int64_t d = 0, half = size / 2; d < half; d++) {
@@ -43,23 +41,25 @@ inline void turn(float* x, const T* norm, float eps, const float* cos, const flo
 // exp(score - the largest) in place, with its sum and the largest; `scores` has room for whole vectors.
 inline float soften(float* scores, int64_t count, float& peak) {
     for (int64_t i = count; i % LANES; i++) scores[i] = -__builtin_inff();
-    vf highest = load(scores);
-    for (int64_t i = LANES; i < count; i += LANES) highest = load(scores + i) > highest ? load(scores + i) : highest;
-    peak = highest[0];
-    for (int i = 1; i < LANES; i++) peak = std::max(peak, highest[i]);
+    vf highest = splat(-__FLT_MAX__);  // finite: where all scores are -infinity, all weights shall be 0, not NaN
+    for (int64_t i = 0; i < count; i += LANES) highest = load(scores + i) > highest ? load(scores + i) : highest;
+    float most = highest[0];
+    for (int i = 1; i < LANES; i++) most = std::max(most, highest[i]);
     vf sums = {};
     for (int64_t i = 0; i < count; i += LANES) {
-        vf weight = exp(load(scores + i) - peak);
+        vf weight = exp(load(scores + i) - most);
         store(scores + i, weight);
         sums += weight;
     }
+    peak = most;
     return sum(sums);
 }
 
-// H query heads q [H, size], turned, scaled and arranged, over `count` positions of the keys and values [count, size] that
-// they share. scratch [H, size].
+// H query heads q [H, size], turned, scaled and arranged, over the keys and values [count, size] that they share.
+// scratch [H, size].
 template <class T, int H>
-inline void attend(const float* q, const T* keys, const T* values, int64_t count, int64_t size, float* scratch, Found found) {
+inline void attend(const float* q, const T* keys, const T* values, int64_t count, int64_t size, float* scratch,
+                   Found found) {
     float scores[H * CHUNK];
     dot_rows<T, H>(keys, q, size, count, scores, CHUNK, values);
     for (int h = 0; h < H; h++)
@@ -68,9 +68,10 @@ inline void attend(const float* q, const T* keys, const T* values, int64_t count
     for (int h = 0; h < H; h++) std::copy_n(scratch + h * size, size, found.values + h * found.chunks * size);
 }
 
-// y [size] of one query head from its chunks' values [chunks, size], peak and total [chunks]; overwrites peak, which has
-// room for whole vectors.
-inline void merge(const float* values, float* peak, const float* total, int64_t chunks, int64_t size, float* __restrict y) {
+// y [size] of one query head from its chunks' values [chunks, size], peak and total [chunks]; overwrites peak, which
+// has room for whole vectors.
+inline void merge(const float* values, float* peak, const float* total, int64_t chunks, int64_t size,
+                  float* __restrict y) {
     float highest, sum = 0;
     soften(peak, chunks, highest);
     for (int64_t c = 0; c < chunks; c++) sum += peak[c] * total[c];

@@ -1,10 +1,9 @@
 // One token through the whole model on the CPU, in one parallel region: see cpu_step.py.
 //
-// Every thread keeps the residual stream and the lists of kept channels for itself: to compute them again is cheaper than
-// to wait for one another. What they share is written by all and read after a barrier.
+// Every thread keeps the residual stream and the lists of kept channels for itself: to compute them again is cheaper
+// than to wait for one another. What they share is written by all, each its share, read after a barrier, and written
+// again in the next layer, or for `update` half a layer later: behind other barriers, when all have read it.
 #include <omp.h>
-
-#include <vector>
 
 #include "attention.h"
 
@@ -29,12 +28,10 @@ struct Model {  // CpuModel in cpu_step.py
 
 namespace {
 
-int64_t padded(int64_t n) { return n + LANES; }  // room for whole vectors
-
 struct Shared {
-    std::vector<float> qkv, update, gate_up;  // products as partial sums [SPLITS, N]
-    std::vector<float> values, peak, total;   // attention: [heads, chunks, head_dim], [heads, chunks] twice
-    std::vector<float> h;
+    Floats qkv, update, gate_up;  // products as partial sums [SPLITS, N]
+    Floats values, peak, total;   // attention: [heads, chunks, head_dim], [heads, chunks] twice
+    Floats h;
 
     void fit(const Model& m) {
         int64_t chunks = (m.max_seq_length + CHUNK - 1) / CHUNK;
@@ -48,16 +45,16 @@ struct Shared {
 };
 
 struct Private {
-    std::vector<float> residual, x, value, up, cos, sin, q, peak, scratch;
+    Floats residual, x, value, up, cos, sin, q, peak, scratch;
     std::vector<int32_t> index;
 
     void fit(const Model& m) {
         int64_t widest = std::max({m.dim, m.ffn_dim, m.heads * m.head_dim});
         residual.resize(m.dim);
-        x.resize(padded(widest)), value.resize(widest), index.resize(widest), up.resize(padded(m.ffn_dim));
+        x.resize(widest), value.resize(widest), index.resize(widest), up.resize(m.ffn_dim);
         cos.resize(m.head_dim / 2), sin.resize(m.head_dim / 2);
         q.resize(m.heads * m.head_dim), scratch.resize(4 * m.head_dim);
-        peak.resize(padded((m.max_seq_length + CHUNK - 1) / CHUNK));
+        peak.resize((m.max_seq_length + CHUNK - 1) / CHUNK);
     }
 };
 
@@ -72,7 +69,7 @@ template <class T> class Step {
   public:
     Step(const Model& m, int64_t position, Shared& all, Private& own, Worker worker)
         : m(m), position(position), width((m.heads + 2 * m.kv_heads) * m.head_dim), all(all), own(own), worker(worker),
-          x(own.x.data()) {}
+          x(own.x) {}
 
     void run(int64_t token, float* logits) {
         for (int64_t k = 0; k < m.dim; k++) own.residual[k] = widen(((const T*)m.embeddings)[token * m.dim + k]);
@@ -82,9 +79,9 @@ template <class T> class Step {
         }
         for (int64_t i = 0; i < m.layers; i++) block(m.layer[i]);
         norm((const T*)m.norm);
-        arrange<T>(x, m.dim, own.value.data());
+        arrange<T>(x, m.dim, own.value);
         int64_t first = share(m.vocab_size, 0), last = share(m.vocab_size, 1);
-        dot_rows<T, 1>((const T*)m.output + first * m.dim, own.value.data(), m.dim, last - first, logits + first, 0,
+        dot_rows<T, 1>((const T*)m.output + first * m.dim, own.value, m.dim, last - first, logits + first, 0,
                        nullptr);
     }
 
@@ -103,49 +100,45 @@ template <class T> class Step {
         norm((const T*)layer.ffn_norm);
         product(x, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
         activate((const T*)layer.w13_bias);
-        product(all.h.data(), layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
+        product(all.h, layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
         add((const T*)layer.w2_bias);
     }
 
-    void product(const float* x, const float* threshold, const void* weight, int64_t K, int64_t N, std::vector<float>& y) {
-        Kept kept = keep(x, threshold, K, own.index.data(), own.value.data());
-        multiply(kept, (const T*)weight, N, y.data(), worker);
+    void product(const float* input, const float* threshold, const void* weight, int64_t K, int64_t N,
+                 float* partial) {
+        Kept kept = keep(input, threshold, K, own.index.data(), own.value);
+        multiply(kept, (const T*)weight, N, partial, worker);
         barrier();
     }
 
     void norm(const T* weight) {  // x: the residual, normalised, as the model's type holds it
-        const float* residual = own.residual.data();
-        vf squares = {};
-        int64_t k = 0;
-        for (; k + LANES <= m.dim; k += LANES) squares += load(residual + k) * load(residual + k);
-        float rest = sum(squares);
-        for (; k < m.dim; k++) rest += residual[k] * residual[k];
-        float scale = 1 / std::sqrt(rest / m.dim + float(m.eps));
-        for (k = 0; k < m.dim; k++) x[k] = rounded<T>(residual[k] * scale * widen(weight[k]));
+        const float* residual = own.residual;
+        float scale = 1 / std::sqrt(sum_of_squares(residual, m.dim) / m.dim + float(m.eps));
+        for (int64_t k = 0; k < m.dim; k++) x[k] = rounded<T>(residual[k] * scale * widen(weight[k]));
     }
 
     void add(const T* bias) {
-        collect(all.update.data(), m.dim, bias, 0, m.dim, x);
+        collect(all.update, m.dim, bias, 0, m.dim, x);
         for (int64_t k = 0; k < m.dim; k++) own.residual[k] += x[k];
     }
 
     // Head `head` of the q/k/v product into y [head_dim], turned unless it is a value's.
     void project(const Layer& layer, int64_t head, const void* norm, float* y) {
-        collect(all.qkv.data(), width, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
+        collect(all.qkv, width, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
         if (head >= m.heads + m.kv_heads) return;
-        turn(y, (const T*)norm, float(m.eps), own.cos.data(), own.sin.data(), m.head_dim);
+        turn(y, (const T*)norm, float(m.eps), own.cos, own.sin, m.head_dim);
     }
 
     void attention(const Layer& layer) {  // x: what the heads found
         int64_t size = m.head_dim, group = m.heads / m.kv_heads;
         Span span(position, layer.window);
-        float scale = 1 / std::sqrt(float(size)), *scratch = own.scratch.data();
+        float scale = 1 / std::sqrt(float(size)), *scratch = own.scratch;
         for (int64_t head = 0; head < m.heads; head++) {
             project(layer, head, layer.q_norm, scratch);
             for (int64_t d = 0; d < size; d++) scratch[d] *= scale;
-            arrange<T>(scratch, size, &own.q[head * size]);
+            arrange<T>(scratch, size, own.q + head * size);
         }
-        Found found{all.values.data(), all.peak.data(), all.total.data(), span.chunks};
+        Found found{all.values, all.peak, all.total, span.chunks};
         int64_t tasks = m.kv_heads * span.chunks;
         for (int64_t task = share(tasks, 0); task < share(tasks, 1); task++) {
             int64_t kv = task / span.chunks, chunk = task % span.chunks;
@@ -162,26 +155,27 @@ template <class T> class Step {
             int64_t head = kv * group, last = head + group;
             auto attend_some = [&](auto heads) {
                 for (constexpr int H = decltype(heads)::value; head + H <= last; head += H)
-                    attend<T, H>(&own.q[head * size], keys, values, count, size, scratch, found.at(head, chunk, size));
+                    attend<T, H>(own.q + head * size, keys, values, count, size, scratch, found.at(head, chunk, size));
             };
             attend_some(std::integral_constant<int, 4>());
             attend_some(std::integral_constant<int, 3>());
             attend_some(std::integral_constant<int, 1>());
         }
         barrier();
+        float* peak = own.peak;
         for (int64_t head = 0; head < m.heads; head++) {
             int64_t at = head * span.chunks;
-            std::copy_n(&all.peak[at], span.chunks, own.peak.data());
-            merge(&all.values[at * size], own.peak.data(), &all.total[at], span.chunks, size, x + head * size);
+            std::copy_n(all.peak + at, span.chunks, peak);
+            merge(all.values + at * size, peak, all.total + at, span.chunks, size, x + head * size);
         }
         for (int64_t k = 0; k < m.heads * size; k++) x[k] = rounded<T>(x[k]);
     }
 
     void activate(const T* bias) {  // this thread's share of h = SiLU(gate) * up
         int64_t F = m.ffn_dim, begin = share(F, 0, GRAIN), count = share(F, 1, GRAIN) - begin;
-        float *gate = x, *up = own.up.data();
-        collect(all.gate_up.data(), 2 * F, bias, begin, count, gate);
-        collect(all.gate_up.data(), 2 * F, bias, F + begin, count, up);
+        float *gate = x, *up = own.up;
+        collect(all.gate_up, 2 * F, bias, begin, count, gate);
+        collect(all.gate_up, 2 * F, bias, F + begin, count, up);
         for (int64_t n = 0; n < count; n += LANES) {
             vf g = load(gate + n);
             store(gate + n, g / (1.0f + exp(-g)) * load(up + n));

@@ -6,11 +6,12 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
+#include <vector>
 
 #include "vec.h"
 
-// All of this was chosen for the demo model and 4096 x 14336 on two cores of an AMD EPYC (Zen 3), bf16, cold weights.
-constexpr int SPLITS = 4;        // of two threads each takes two parts of the list and whole rows: 1.1 to 1.3x half rows
+// Chosen for the demo model and for 4096 x 14336 on two cores of an AMD EPYC (Zen 3), bf16, cold weights.
+constexpr int SPLITS = 4;        // two threads take two parts and whole rows each: 1.1 to 1.3 times as fast as half rows
 constexpr int ROWS = 8;          // rows at once, so that a column's sum is loaded and stored once for all
 constexpr int64_t SHORT = 8192;  // bytes of a row up to which fetching the next rows helps; longer streams are noticed
 constexpr int64_t AHEAD = 2048;  // bytes that dot products fetch ahead
@@ -18,6 +19,19 @@ constexpr int64_t LINE = 64;     // bytes
 constexpr int64_t GRAIN = 32;    // columns that threads do not share: a line of bf16, and whole pairs
 
 #define UNROLL _Pragma("GCC unroll 8")  // else small arrays of vectors live in memory
+
+// An array on lines of its own, with room for whole vectors at its end.
+class Floats {
+    struct alignas(LINE) Line {
+        float floats[LINE / 4];
+    };
+    std::vector<Line> lines;
+
+  public:
+    void resize(int64_t n) { lines.resize((n * 4 + LINE - 1) / LINE); }
+    operator float*() { return (float*)lines.data(); }
+};
+static_assert(LINE >= VECTOR_BYTES, "whole lines hold whole vectors");
 
 struct Worker {
     int id, count;
@@ -45,7 +59,8 @@ inline Kept keep(const float* x, const float* threshold, int64_t K, int32_t* ind
     return {index, value, count};
 }
 
-// sums [columns] += x[0] row[0] + … + x[R-1] row[R-1], in the order of load_pair; `next`: as many rows to fetch, or null.
+// sums [columns] += x[0] row[0] + … + x[R-1] row[R-1], in the order of load_pair. `next`: as many rows to be fetched
+// meanwhile, or null.
 template <class T, int R>
 inline void add_rows(const T* const* row, const float* x, const T* const* next, int64_t columns, float* sums) {
     const T* rows[R];
@@ -67,11 +82,11 @@ inline void add_rows(const T* const* row, const float* x, const T* const* next, 
         for (int r = 0; r < R; r++) sums[n] += widen(rows[r][n]) * scale[r];
 }
 
-// sums [columns] = entries `first` to `last` of the list times their rows of weight [K, N], of which the first `columns`
-// columns count; entries up to `end` follow and are fetched ahead.
+// sums [columns] = entries `first` to `last` of the list times the first `columns` columns of their rows of
+// weight [K, N]; entries up to `end` follow and are fetched ahead.
 template <class T>
-inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, const T* weight, int64_t N, int64_t columns,
-                     float* sums) {
+inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, const T* weight, int64_t N,
+                     int64_t columns, float* sums) {
     std::memset(sums, 0, columns * sizeof(float));
     bool fetch = columns * int64_t(sizeof(T)) <= SHORT;
     auto add = [&](auto rows, int64_t i) {
@@ -124,7 +139,10 @@ inline void dot_rows(const T* rows, const float* x, int64_t K, int64_t count, fl
             }
             vf a, b;
             load_pair(rows + k, a, b);
-            UNROLL for (int h = 0; h < H; h++) s[h] += a * load(x + h * K + k), t[h] += b * load(x + h * K + k + LANES);
+            UNROLL for (int h = 0; h < H; h++) {
+                s[h] += a * load(x + h * K + k);
+                t[h] += b * load(x + h * K + k + LANES);
+            }
         }
         UNROLL for (int h = 0; h < H; h++) {
             float rest = 0;
@@ -142,10 +160,12 @@ inline void blend_rows(const T* rows, const float* weights, int64_t N, int64_t c
         vf s[H], t[H];
         UNROLL for (int h = 0; h < H; h++) s[h] = t[h] = vf{};
         for (int64_t i = 0; i < count; i++) {
-            const T* row = rows + i * N + n;
             vf a, b;
-            load_pair(row, a, b);
-            UNROLL for (int h = 0; h < H; h++) s[h] += a * weights[h * stride + i], t[h] += b * weights[h * stride + i];
+            load_pair(rows + i * N + n, a, b);
+            UNROLL for (int h = 0; h < H; h++) {
+                s[h] += a * weights[h * stride + i];
+                t[h] += b * weights[h * stride + i];
+            }
         }
         UNROLL for (int h = 0; h < H; h++) {
             store(y + h * N + n, s[h]), store(y + h * N + n + LANES, t[h]);

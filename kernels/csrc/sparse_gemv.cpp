@@ -1,19 +1,19 @@
 // teal::sparse_gemv on the CPU: see kernels/sparse_gemv.py.
 #include <omp.h>
 
-#include <vector>
-
 #include "rows.h"
 
 template <class T>
 static void sparse_gemv(const T* x, const T* weight, const float* threshold, const T* bias, T* y, int64_t K, int64_t N,
                         int threads) {
-    static thread_local std::vector<float> floats;
-    static thread_local std::vector<int32_t> index;
-    floats.resize(2 * K + (SPLITS + 1) * N), index.resize(K);
-    float *wide = floats.data(), *value = wide + K, *partial = value + K, *sums = partial + SPLITS * N;
+    static thread_local struct {
+        Floats x, value, partial, y;
+        std::vector<int32_t> index;
+    } room;
+    room.x.resize(K), room.value.resize(K), room.index.resize(K), room.partial.resize(SPLITS * N), room.y.resize(N);
+    float *wide = room.x, *partial = room.partial, *sums = room.y;  // the calling thread's
     for (int64_t k = 0; k < K; k++) wide[k] = widen(x[k]);
-    Kept kept = keep(wide, threshold, K, index.data(), value);
+    Kept kept = keep(wide, threshold, K, room.index.data(), room.value);
 #pragma omp parallel num_threads(threads)
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads()};

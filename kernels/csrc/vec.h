@@ -6,7 +6,7 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -21,19 +21,28 @@ constexpr int LANES = VECTOR_BYTES / 4;
 constexpr int PAIR = 2 * LANES;
 
 typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
+typedef float quarter __attribute__((vector_size(16)));
 
 inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vf splat(float x) { return vf{} + x; }
 
 inline float sum(vf v) {
-    float lanes[LANES];
-    store(lanes, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    quarter q[LANES / 4];  // an array of floats would go through memory
+    std::memcpy(q, &v, sizeof v);
+    for (int half = LANES / 8; half; half /= 2)
+        for (int i = 0; i < half; i++) q[i] += q[i + half];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
+
+inline float sum_of_squares(const float* x, int64_t n) {
+    vf squares = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
+    float rest = sum(squares);
+    for (; i < n; i++) rest += x[i] * x[i];
+    return rest;
 }
 
 template <class To, class From> inline To bits(From x) { To y; std::memcpy(&y, &x, sizeof y); return y; }
@@ -46,12 +55,12 @@ inline float widen(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
 inline float widen(fp16 x) {
 #if defined(__F16C__)
     return _cvtsh_ss(x.bits);
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
     return bits<__fp16>(x.bits);
 #else
-    uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-    if (rest >= 0x7c00) return bits<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
-    return bits<float>(sign | bits<uint32_t>(bits<float>(rest << 13) * 0x1p112f));     // subnormals too: an exact product
+    uint32_t sign = (x.bits & 0x8000u) << 16;
+    float y = bits<float>((x.bits & 0x7fffu) << 13) * 0x1p112f;  // exact, of subnormals too
+    return bits<float>(bits<uint32_t>(y) | sign | (y >= 65536.0f ? 0x7f800000u : 0u));  // those were infinity and NaN
 #endif
 }
 
@@ -66,7 +75,7 @@ template <> inline bf16 narrow(float x) {
 template <> inline fp16 narrow(float x) {
 #if defined(__F16C__)
     return {uint16_t(_cvtss_sh(x, 0))};
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
     return {bits<uint16_t>(__fp16(x))};
 #else
     uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
@@ -93,9 +102,9 @@ inline void load_pair(const fp16* p, vf& a, vf& b) {
 #elif defined(__AVX2__) && defined(__F16C__)
     a = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
     b = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-    a = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
-    b = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p + LANES)));
+#elif defined(__aarch64__)
+    float16x8_t both = vreinterpretq_f16_u16(vld1q_u16((const uint16_t*)p));
+    a = (vf)vcvt_f32_f16(vget_low_f16(both)), b = (vf)vcvt_high_f32_f16(both);
 #else
     float wide[PAIR];
     for (int i = 0; i < PAIR; i++) wide[i] = widen(p[i]);
@@ -122,23 +131,21 @@ template <class T> inline void rearrange(float* x, int64_t n) {
     }
 }
 
-// e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series. NaN stays, infinities are exact.
+// e^x to 1.1 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series. Below 2^-126 it is 0; NaN stays.
 inline vf exp(vf x) {
     const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
-    vf y = x < -87.0f ? splat(-87.0f) : x;
-    y = y > 88.0f ? splat(88.0f) : y;
-    vf n = y * 1.44269504f + shift;
-    vi power = ((vi)n - (vi)shift) << 23;
+    vf n = x * 1.44269504f + shift;
+    vu power = ((vu)n - (vu)shift) << 23;
     n -= shift;
-    vf r = y - n * 0.693145752f - n * 1.42860677e-6f;
-    vf p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    p = (vf)((vi)p + power);
-    p = x < -87.0f ? vf{} : p;
-    p = x > 88.0f ? splat(__builtin_inff()) : p;
-    return x == x ? p : x;
+    vf r = x - n * 0.693145752f - n * 1.42860682e-6f;
+    vf y = r * (1.0f / 5040) + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = y * r * r + r + 1.0f;
+    y = (vf)((vu)y + power);
+    y = x < -87.33f ? vf{} : y;
+    y = x > 88.72f ? splat(__builtin_inff()) : y;
+    return x == x ? y : x;
 }
