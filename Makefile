@@ -21,8 +21,10 @@ lint: $(READY)
 	$(PYTHON) -m ruff format --check .
 
 bench: $(READY)
-	$(PYTHON) -m benchmarks.decode --checkpoint demo --device cpu --out benchmarks/results/demo-cpu.json
-	$(PYTHON) -m benchmarks.decode --checkpoint demo --device cpu --compile --out benchmarks/results/demo-cpu-compiled.json
+	$(PYTHON) -m benchmarks.decode --checkpoint demo --device cpu --prompt_tokens 5 100 2000 --rounds 9 \
+		--out benchmarks/results/demo-cpu.json
+	$(PYTHON) -m benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75 \
+		--out benchmarks/results/kernels-cpu.json
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)

@@ -1,131 +1,180 @@
 """Times single-stream decoding at several sparsities, in one process and interleaved, so that ratios can be trusted.
 
     python -m benchmarks.decode --checkpoint demo --sparsity 0 0.25 0.4 0.5
+    python -m benchmarks.decode --checkpoint demo --device cpu --prompt_tokens 5 100 2000 \\
+        --peers llama.cpp,transformers "llama.cpp q8_0"
     python -m benchmarks.decode --shapes llama-3-8b --compile --prompt_tokens 5 4096 --dense --peers transformers
 
 Each round decodes once in every configuration; the median over rounds is reported, with the extremes. The first round
-warms up. The read bandwidth that the shares refer to is measured in the same run. `--shapes` takes random weights, and
+warms up. The read bandwidth that the shares refer to is measured in between. `--shapes` takes random weights, and
 thresholds calibrated on random tokens. Prints one JSON line of records; --out writes the same.
+
+Peers are other programs on the same weights. On the CPU they take turns with our rows; on CUDA they need the memory and
+come after our model is gone. A row's host share is what a token costs outside the C++ step: Python and drawing it.
 """
 
 import argparse
 import json
 import statistics
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from benchmarks.bandwidth import read_bandwidth
+from benchmarks.bandwidth import bandwidth_meter
 from benchmarks.dense import cublas_step
-from benchmarks.peers import PEERS
+from benchmarks.peers import check_installed, parse_peers, peer_rows
+from benchmarks.rows import Row, Task, measure, random_prompt, ratios
 from benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_tokens, random_model
 from checkpoint import DTYPES, find_checkpoint
 from cli import positive_int, run, sparsity
-from decode import CapturedStep, Sample, Step, achieved_sparsity, decode, decode_step, fast_step
+from cpu_step import CpuStep
+from decode import CapturedStep, Prefill, Sample, Step, achieved_sparsity, decode, decode_step, fast_step, prefill
 from generate import cache_length, profiler
 from model import Transformer
 from record import describe, write_records
 from sampling import Sampling
-from sparse_model import (
-    Calibration,
-    bytes_per_token,
-    load_calibration,
-    load_model,
-    pick_device,
-    set_sparsity,
-)
+from scripts.prepare_demo import find_gguf
+from sparse_model import Calibration, bytes_per_token, load_calibration, load_model, pick_device, set_sparsity
 
 GREEDY = Sampling(0.0)
 
 
-@dataclass
-class Row:
-    """One configuration and what it measured: a step at a sparsity, after a prompt."""
+class TimedCalls:
+    """A function that adds up the seconds spent in it."""
 
+    def __init__(self, function: Callable[..., None]):
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *arguments) -> None:
+        started = time.perf_counter()
+        self.function(*arguments)
+        self.seconds += time.perf_counter() - started
+
+
+class KeptPrefill:
+    """`prefill` that computes a prompt once and later copies its keys and values: 2,000 tokens take a CPU seconds."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def __call__(self, model: Transformer, prompt: Tensor) -> Tensor:
+        tokens = prompt.shape[1]
+        caches = [cache for layer in model.layers for cache in layer.attention.kv_cache.buffers()]
+        if tokens not in self.kept:
+            logits = prefill(model, prompt)
+            self.kept[tokens] = logits, [cache[:, :, :tokens].clone() for cache in caches]
+        logits, rows = self.kept[tokens]
+        for cache, kept in zip(caches, rows, strict=True):
+            cache[:, :, :tokens] = kept
+        return logits
+
+
+@dataclass
+class Decoder:
+    """Our model in one configuration, and what its decodings tell besides their rate."""
+
+    model: Transformer
+    calibration: Calibration
     mode: str
     step: Step
     sparsity: float
-    prompt_tokens: int
-    achieved: float = 0.0
-    rates: list[float] = field(default_factory=list)
+    prompt: list[int]
+    new_tokens: int
+    prefill: Prefill
+    achieved: float | None = None
+    host_shares: list[float] = field(default_factory=list)
+
+    def decode(self) -> float:
+        """Decodes once; tokens a second. The first time it also counts what is skipped."""
+        set_sparsity(self.model, self.calibration, self.sparsity)
+        native = getattr(self.step, "native", None)
+        before = native.seconds if native else 0.0
+        sample, draws = Sample(len(self.prompt)), torch.Generator(self.model.norm.weight.device)
+        for _ in decode(
+            self.model, self.step, self.prompt, self.new_tokens, GREEDY, draws, frozenset(), sample, self.prefill
+        ):
+            pass
+        if native:
+            self.host_shares.append(1 - (native.seconds - before) / sum(sample.decode_s))
+        if self.achieved is None:
+            self.achieved = achieved_sparsity(self.model, sample)["all"]
+        return sample.tokens_per_s
+
+    def row(self) -> Row:
+        about = {"mode": self.mode, "sparsity": self.sparsity, "prompt_tokens": len(self.prompt)}
+        return Row(about, self.decode, self.details)
+
+    def details(self) -> dict:
+        """Fields of the row's record that were counted on the way."""
+        read = bytes_per_token(self.model, self.achieved, context=len(self.prompt) + self.new_tokens // 2)
+        fields = {"achieved_sparsity": self.achieved, "bytes_per_token": read}
+        return fields | ({"host_share": statistics.median(self.host_shares[1:])} if self.host_shares else {})
 
 
-def decode_once(model: Transformer, row: Row, new_tokens: int) -> Sample:
-    """Decodes `new_tokens` tokens after a random prompt."""
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.args.vocab_size, (row.prompt_tokens,), generator=generator).tolist()
-    sample = Sample(row.prompt_tokens)
-    draws = torch.Generator(model.norm.weight.device)
-    for _ in decode(model, row.step, prompt, new_tokens, GREEDY, draws, frozenset(), sample):
-        pass
-    return sample
-
-
-def measure_rows(model: Transformer, calibration: Calibration, rows: list[Row], rounds: int, new_tokens: int) -> None:
-    """Fills the rows' rates and achieved sparsities."""
-    for number in tqdm(range(rounds + 1), desc="decoding", unit="round"):
-        for row in rows:
-            set_sparsity(model, calibration, row.sparsity)
-            sample = decode_once(model, row, new_tokens)
-            if number == 0:
-                row.achieved = achieved_sparsity(model, sample)["all"]
-            else:
-                row.rates.append(sample.tokens_per_s)
-
-
-def make_rows(model: Transformer, options: argparse.Namespace) -> list[Row]:
-    """The configurations asked for, the dense baseline first."""
+def make_decoders(
+    model: Transformer, calibration: Calibration, prompts: list[list[int]], options: argparse.Namespace
+) -> list[Decoder]:
+    """Our configurations, the dense baseline first."""
     cuda = model.norm.weight.is_cuda
     steps: list[tuple[str, Step, list[float]]] = []
     if options.dense:
         steps.append(("captured cublas", CapturedStep(model, cublas_step), [0.0]))
-    mode, step = ("captured" if cuda else "compiled", fast_step(model)) if options.compile else ("plain", decode_step)
+    step = fast_step(model) if options.compile or not cuda else decode_step
+    mode = "plain" if step is decode_step else "captured" if cuda else "compiled"
+    if isinstance(step, CpuStep):
+        step.native = TimedCalls(step.native)
     steps.append((mode, step, options.sparsity))
-    return [Row(m, s, value, p) for p in options.prompt_tokens for m, s, values in steps for value in values]
+    first = prefill if cuda else KeptPrefill()
+    return [
+        Decoder(model, calibration, mode, step, value, prompt, options.new_tokens, first)
+        for prompt in prompts
+        for mode, step, values in steps
+        for value in values
+    ]
 
 
-def to_record(row: Row, model: Transformer, new_tokens: int, bandwidth: float) -> dict:
-    rate = statistics.median(row.rates)
-    read = bytes_per_token(model, row.achieved, context=row.prompt_tokens + new_tokens // 2)
-    return {
-        "mode": row.mode,
-        "sparsity": row.sparsity,
-        "achieved_sparsity": row.achieved,
-        "prompt_tokens": row.prompt_tokens,
-        "tokens_per_s": rate,
-        "tokens_per_s_spread": [min(row.rates), max(row.rates)],
-        "bytes_per_token": read,
-        "bandwidth_share": read * rate / bandwidth,
-    }
-
-
-def print_row(record: dict) -> None:
-    share = f"{record['bandwidth_share']:>5.0%} of read bandwidth" if "bandwidth_share" in record else ""
+def print_record(record: dict) -> None:
+    shares = [f"{record['bandwidth_share']:>4.0%} of read bandwidth"] if "bandwidth_share" in record else []
+    shares += [f"host {record['host_share']:.1%}"] if "host_share" in record else []
     print(
-        f"{record['model']:<14} {record['peer'] or record['mode']:<16} {record['sparsity']:>4.0%} after "
-        f"{record['prompt_tokens']:>5}  {record['tokens_per_s']:>7.1f} tokens/s  {share}",
+        f"{record['model']:<14} {record['peer'] or record['mode']:<17} {record['sparsity']:>4.0%} after "
+        f"{record['prompt_tokens']:>5}  {record['tokens_per_s']:>7.1f} tokens/s  {', '.join(shares)}",
         flush=True,
     )
 
 
-def benchmark(model: Transformer, calibration: Calibration, options: argparse.Namespace, common: dict) -> list[dict]:
-    """The records of one model."""
-    longest = max(options.prompt_tokens) + options.new_tokens
-    model.setup_caches(1, cache_length(model, longest))
-    rows = make_rows(model, options)
-    if model.norm.weight.is_cuda:
+def benchmark(name: str, options: argparse.Namespace, device: torch.device, common: dict) -> list[dict]:
+    """The records of one model and, where asked for, of the peers on its weights."""
+    name, model, calibration = load(name, options, device)
+    model.setup_caches(1, cache_length(model, max(options.prompt_tokens) + options.new_tokens))
+    about = describe(name, device, model.norm.weight.dtype) | common
+    prompts = [random_prompt(model.args.vocab_size, tokens) for tokens in options.prompt_tokens]
+    weights = options.gguf or COMMON | SHAPES.get(name, {})
+    task = Task(weights, model.args.vocab_size, prompts, options.new_tokens, device, about["format"])
+    rows = [decoder.row() for decoder in make_decoders(model, calibration, prompts, options)]
+    meter = bandwidth_meter(device)
+    others, cuda, memory = [], device.type == "cuda", {}
+    if cuda:
         torch.cuda.reset_peak_memory_stats()  # calibration and models before this one do not count
-    measure_rows(model, calibration, rows, options.rounds, options.new_tokens)
-    with profiler(options.profile):
-        decode_once(model, rows[-1], options.new_tokens)
-    records = [common | to_record(row, model, options.new_tokens, common["read_gb_per_s"] * 1e9) for row in rows]
-    if model.norm.weight.is_cuda:
-        memory = torch.cuda.max_memory_allocated()
-        records = [record | {"max_memory_bytes": memory} for record in records]
-    return records
+        measure(rows, options.rounds, meter)
+        memory["max_memory_bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        others += peer_rows(options.peers, task)
+        measure(rows + others, options.rounds, meter)
+    if options.profile:
+        with profiler(options.profile):
+            rows[-1].decode()
+    records = [about | row.record() | memory for row in rows]
+    del model, rows  # peers on CUDA need the memory
+    for row in peer_rows(options.peers, task) if cuda else ():
+        measure([row], options.rounds, meter)  # alone: its one cache would grow with the other prompts
+        others.append(row)
+    return records + [about | row.record() for row in others]
 
 
 def load(name: str, options: argparse.Namespace, device: torch.device) -> tuple[str, Transformer, Calibration]:
@@ -149,35 +198,46 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt_tokens", type=positive_int, nargs="+", default=[5], help="(default: 5)")
     parser.add_argument("--new_tokens", type=positive_int, default=64, help="tokens a round (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step (on CUDA: capture it)")
+    parser.add_argument(
+        "--compile", action="store_true", help="capture the decode step as a CUDA graph (the CPU's is always compiled)"
+    )
     parser.add_argument("--dense", action="store_true", help="a dense baseline row: cuBLAS in the captured step (CUDA)")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other programs to time in the same run")
+    parser.add_argument(
+        "--peers", nargs="+", default=[], help="programs to time as well: llama.cpp [FORMAT], transformers"
+    )
+    parser.add_argument("--gguf", type=Path, help="file with the checkpoint's weights, for peers (default: the demo's)")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="profile one more decoding of the last row")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     return parser.parse_args()
 
 
+def check_peers(options: argparse.Namespace) -> None:
+    """Puts into the options which peers they ask for, and the GGUF file for them; raises when something is missing."""
+    options.peers = parse_peers(options.peers)
+    check_installed(options.peers)
+    if not options.peers or options.shapes:
+        options.gguf = None
+    elif options.gguf is None and options.checkpoint == "demo":
+        options.gguf = find_gguf()
+    elif options.gguf is None:
+        raise ValueError("--peers decode the GGUF file that the checkpoint was converted from: name it with --gguf")
+    elif not options.gguf.is_file():
+        raise FileNotFoundError(f"{options.gguf} does not exist: expected the checkpoint's GGUF file")
+
+
 def main() -> None:
     options = parse_arguments()
     device = pick_device(options.device)
-    if options.peers and not options.shapes:
-        raise ValueError("--peers times other programs on random weights: use it with --shapes")
     if options.dense and device.type != "cuda":
         raise ValueError("--dense measures cuBLAS: it needs a CUDA device")
+    check_peers(options)
     common = {"benchmark": "decode", "run": uuid.uuid4().hex[:12], "new_tokens": options.new_tokens}
-    common["read_gb_per_s"] = read_bandwidth(device) / 1e9
     records: list[dict] = []
     for name in options.shapes or [options.checkpoint]:
-        name, model, calibration = load(name, options, device)
-        about = describe(name, device, model.norm.weight.dtype) | common
-        found = benchmark(model, calibration, options, about)
-        dtype = model.norm.weight.dtype
-        del model  # a peer needs the memory
-        for peer in options.peers:
-            measured = PEERS[peer](COMMON | SHAPES[name], device, dtype, options.prompt_tokens, options.new_tokens)
-            found += [about | {"peer": peer, "mode": "compiled", "sparsity": 0.0} | row for row in measured]
+        found = benchmark(name, options, device, common)
         for record in found:
-            print_row(record)
+            print_record(record)
+        print("\n".join(ratios(found)), flush=True)
         records += found
     print(json.dumps(records))
     if options.out:

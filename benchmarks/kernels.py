@@ -1,27 +1,34 @@
-"""Times single ops on cold weights: the four products of a layer, sparse at several sparsities and dense.
+"""Times single ops on cold weights: the products of a layer, sparse at several sparsities and dense.
 
     python -m benchmarks.kernels --shapes llama-3-8b --out benchmarks/results/kernels-h200.json
     python -m benchmarks.kernels --shapes llama-3-8b --tune      # sweeps block sizes for the tables in kernels/
+    python -m benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75
 
-Every sparse op is compared with a plain fp32 product first. Weights rotate among copies that no cache holds. On CUDA
-the ops of a pass are captured in one graph, so that launch gaps count as they do in decoding; "layer" is qkv, o,
-gate+up and down one after another. Microseconds, bytes really read, and their share of the read bandwidth measured in
-the same run. Prints one JSON line of records; --out writes the same.
+Every sparse op is compared with a plain fp32 product first. Weights rotate among copies that no cache holds. "layer" is
+qkv, o, gate+up and down one after another; "up", on the CPU, is half of gate+up. Microseconds, bytes really read, and
+their share of the read bandwidth measured in the same run. Prints one JSON line of records; --out writes the same.
+
+On CUDA the ops of a pass are captured in one graph, so that launch gaps count as they do in decoding. On the CPU they
+are calls of teal::sparse_gemv, with what PyTorch adds to a call, and take turns: each pass is compared with the greater
+of the read bandwidths just before and after it, and the share is the median of the rounds'.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from benchmarks.bandwidth import read_bandwidth
+from benchmarks.bandwidth import bandwidth_meter
 from benchmarks.shapes import COMMON, SHAPES
 from checkpoint import DTYPES
 from cli import run, sparsity
@@ -30,7 +37,8 @@ from model import ModelArgs
 from record import describe, write_records
 from sparse_model import pick_device
 
-COLD_BYTES = 1 << 29  # rotated through by each op: many times any cache
+COLD_BYTES = {"cuda": 1 << 29, "cpu": 1 << 28}  # rotated through by each op: many times any cache
+ROUNDS = 20
 GEMV_CONFIGS = [  # splits, rows and columns a step, warps
     (8, 128, 64, 4), (8, 64, 64, 2), (8, 128, 64, 2), (16, 64, 64, 2), (16, 32, 64, 1), (4, 128, 64, 4),
     (32, 32, 64, 1),
@@ -45,16 +53,20 @@ class Op:
         """`slots`: in how many slots the op's producer hands on its input."""
         self.name, self.K, self.N, self.slots = name, K, N, slots
         generator = torch.Generator(device).manual_seed(0)
-        copies = max(2, -(-COLD_BYTES // (K * N * dtype.itemsize)))
-        self.weights = [
-            torch.empty(K, N, dtype=dtype, device=device).normal_(0, 0.02, generator=generator) for _ in range(copies)
-        ]
+        copies = max(2, -(-COLD_BYTES[device.type] // (K * N * dtype.itemsize)))
+        weight = torch.empty(K, N, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+        self.weights = [weight, *(weight.clone() for _ in range(copies - 1))]
         self.x = torch.empty(K, dtype=dtype, device=device).normal_(generator=generator)
         self.keep_h = torch.zeros(N // 2, device=device) if name == "gate+up" else None
 
     def threshold(self, sparsity: float) -> Tensor:
         cut = self.x.float().abs().quantile(sparsity).item() if sparsity else -1.0
         return torch.full((self.K,), cut, device=self.x.device)
+
+    def bytes(self, sparsity: float) -> int:
+        """What one call reads of the weight."""
+        kept = int((self.x.abs() > self.threshold(sparsity)).sum())
+        return kept * self.N * self.x.element_size()
 
     def kept(self, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
         """Index, value and count of x as the op's producer would hand them on."""
@@ -92,11 +104,23 @@ class Op:
         assert error < 0.01, f"{self.name} at sparsity {sparsity}: relative error {error}"
 
 
-def time_passes(run_pass: Callable[[], object], ops: int, device: torch.device, repeats: int = 20) -> list[float]:
-    """Seconds an op of `repeats` passes of `ops` ops, after a warm-up; on CUDA a pass is one graph."""
-    if device.type == "cpu":
-        run_pass()
-        return [_seconds(run_pass) / ops for _ in range(repeats)]
+@dataclass
+class Case:
+    """One op, or a layer of them, to be timed, and what each pass of `calls` calls took."""
+
+    op: str
+    implementation: str
+    sparsity: float
+    bytes: int  # really read by a call
+    calls: int
+    run: Callable[[], object]
+    shape: tuple[int, int] | None = None
+    seconds: list[float] = field(default_factory=list)  # a call
+    bandwidths: list[float] = field(default_factory=list)  # bytes a second that the device read meanwhile
+
+
+def time_passes(run_pass: Callable[[], object], calls: int, repeats: int = ROUNDS) -> list[float]:
+    """Seconds a call of `repeats` passes of `calls` calls on CUDA, after a warm-up; a pass is one graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run_pass()
@@ -111,14 +135,28 @@ def time_passes(run_pass: Callable[[], object], ops: int, device: torch.device, 
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / ops)
+        times.append(begin.elapsed_time(end) / 1e3 / calls)
     return times[3:]
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+def time_cases(cases: list[Case], device: torch.device) -> None:
+    """Fills the cases' times and bandwidths: on CUDA one case after another, on the CPU in turns, each once a round."""
+    meter = bandwidth_meter(device)
+    if device.type == "cuda":
+        for case in tqdm(cases, desc="timing", unit="op"):
+            case.seconds = time_passes(case.run, case.calls)
+            case.bandwidths = [meter()] * len(case.seconds)
+        return
+    before = meter()
+    for number in tqdm(range(ROUNDS + 1), desc="timing", unit="round"):
+        for case in cases:
+            started = time.perf_counter()
+            case.run()
+            seconds, after = time.perf_counter() - started, meter()
+            if number:  # the first round warms up
+                case.seconds.append(seconds / case.calls)
+                case.bandwidths.append(max(before, after))
+            before = after
 
 
 def make_ops(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> list[Op]:
@@ -129,37 +167,44 @@ def make_ops(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> list[
         "gate+up": (args.dim, 2 * args.ffn_dim),
         "down": (args.ffn_dim, args.dim),
     }
+    if device.type == "cpu":
+        sizes["up"] = (args.dim, args.ffn_dim)
     return [Op(name, K, N, args.n_heads if name == "o" else 1, device, dtype) for name, (K, N) in sizes.items()]
 
 
-Timing = tuple[str, str, float, list[float], int]  # op, implementation, sparsity, seconds, bytes really read
-
-
-def measure(ops: list[Op], sparsities: list[float], device: torch.device) -> Iterator[Timing]:
-    """Times every op, sparse and dense, and the four as a layer."""
-    size = {op.name: op.K * op.N * op.x.element_size() for op in ops}
+def make_cases(ops: list[Op], sparsities: list[float]) -> list[Case]:
+    """Every op, sparse and dense, and a layer; the sparse ones checked."""
+    cases = []
     for nominal in sparsities:
         for op in ops:
             op.check(nominal)
-            call = op.sparse(nominal)
-            seconds = time_passes(lambda op=op, call=call: [call(w) for w in op.weights], len(op.weights), device)
-            yield op.name, "sparse", nominal, seconds, round(size[op.name] * (1 - nominal))
-        calls, layers = [op.sparse(nominal) for op in ops], max(len(op.weights) for op in ops)
-
-        def run_layers(calls=calls, layers=layers) -> None:
-            for layer in range(layers):
-                for op, call in zip(ops, calls, strict=True):
-                    call(op.weights[layer % len(op.weights)])
-
-        seconds = time_passes(run_layers, layers, device)
-        yield "layer", "sparse", nominal, seconds, round(sum(size.values()) * (1 - nominal))
+            call, shape = op.sparse(nominal), (op.K, op.N)
+            run_pass = functools.partial(run_ops, [op], [call], len(op.weights))
+            cases.append(Case(op.name, "sparse", nominal, op.bytes(nominal), len(op.weights), run_pass, shape))
+        layer = [op for op in ops if op.name != "up"]
+        calls, layers = [op.sparse(nominal) for op in layer], max(len(op.weights) for op in layer)
+        read = sum(op.bytes(nominal) for op in layer)
+        cases.append(Case("layer", "sparse", nominal, read, layers, functools.partial(run_ops, layer, calls, layers)))
     for op in ops:
         x, weights = op.x[None], [w.t().contiguous() for w in op.weights]  # [N, K], as a dense model has them
-        seconds = time_passes(lambda x=x, weights=weights: [F.linear(x, w) for w in weights], len(weights), device)
-        yield op.name, "dense", 0.0, seconds, size[op.name]
+        run_pass = functools.partial(run_dense, x, weights)
+        cases.append(Case(op.name, "dense", 0.0, op.bytes(0.0), len(weights), run_pass, (op.K, op.N)))
+    return cases
 
 
-def tune(ops: list[Op], device: torch.device) -> None:
+def run_ops(ops: list[Op], calls: list[Callable[[Tensor], Tensor]], times: int) -> None:
+    """The ops one after another, several times, each time on other weights."""
+    for number in range(times):
+        for op, call in zip(ops, calls, strict=True):
+            call(op.weights[number % len(op.weights)])
+
+
+def run_dense(x: Tensor, weights: list[Tensor]) -> None:
+    for weight in weights:
+        F.linear(x, weight)
+
+
+def tune(ops: list[Op]) -> None:
     """Prints the best block sizes at 50 %, in the form of the tables in kernels/."""
     for op in ops:
         table, key, configs = compact_gemv.TUNED, (op.K, op.N), GEMV_CONFIGS
@@ -169,11 +214,36 @@ def tune(ops: list[Op], device: torch.device) -> None:
         for config in configs:
             table[key] = config
             call = op.sparse(0.5)
-            seconds = time_passes(lambda op=op, call=call: [call(w) for w in op.weights], len(op.weights), device)
+            seconds = time_passes(functools.partial(run_ops, [op], [call], len(op.weights)), len(op.weights))
             timed.append((statistics.median(seconds) * 1e6, config))
         timed.sort()
         table[key] = timed[0][1]
         print(f"{op.name} {key}: " + "  ".join(f"{config} {us:.2f} us" for us, config in timed[:4]), flush=True)
+
+
+def to_record(case: Case) -> dict:
+    us = [second * 1e6 for second in case.seconds]
+    shares = [case.bytes / second / rate for second, rate in zip(case.seconds, case.bandwidths, strict=True)]
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "implementation": case.implementation,
+        "sparsity": case.sparsity,
+        "us": statistics.median(us),
+        "us_spread": [min(us), max(us)],
+        "bytes": case.bytes,
+        "read_gb_per_s": statistics.median(case.bandwidths) / 1e9,
+        "bandwidth_share": statistics.median(shares),
+        "bandwidth_share_spread": [min(shares), max(shares)],
+    }
+
+
+def print_record(record: dict) -> None:
+    print(
+        f"{record['model']:<14} {record['op']:<8} {record['implementation']:<7} {record['sparsity']:>4.0%}  "
+        f"{record['us']:>8.2f} us  {record['bandwidth_share']:.0%} of read bandwidth",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -188,27 +258,21 @@ def main() -> None:
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     if options.tune and device.type != "cuda":
         raise ValueError("--tune sweeps the CUDA kernels: it needs a CUDA device")
-    run_id, bandwidth = uuid.uuid4().hex[:12], read_bandwidth(device)
+    run_id = uuid.uuid4().hex[:12]
     records = []
     for name in options.shapes:
         ops = make_ops(ModelArgs.from_config(COMMON | SHAPES[name]), device, dtype)
         if options.tune:
             print(name)
-            tune(ops, device)
+            tune(ops)
             continue
-        about = describe(name, device, dtype) | {
-            "benchmark": "kernels",
-            "run": run_id,
-            "read_gb_per_s": bandwidth / 1e9,
-        }
-        for op, implementation, nominal, seconds, read in measure(ops, options.sparsity, device):
-            us = [second * 1e6 for second in seconds]
-            median = statistics.median(us)
-            row = {"op": op, "implementation": implementation, "sparsity": nominal, "us": median}
-            row |= {"us_spread": [min(us), max(us)], "bytes": read, "bandwidth_share": read / median * 1e6 / bandwidth}
-            records.append(about | row)
-            share = f"{row['bandwidth_share']:.0%} of read bandwidth"
-            print(f"{name:<14} {op:<8} {implementation:<7} {nominal:>4.0%}  {median:>8.2f} us  {share}", flush=True)
+        cases = make_cases(ops, options.sparsity)
+        time_cases(cases, device)
+        about = describe(name, device, dtype) | {"benchmark": "kernels", "run": run_id}
+        found = [about | to_record(case) for case in cases]
+        for record in found:
+            print_record(record)
+        records += found
     print(json.dumps(records))
     if options.out and records:
         write_records(options.out, records)

@@ -1,44 +1,50 @@
-"""Other programs, timed on the same shapes in the same run. Each is optional and imported only when asked for."""
+"""Other programs to time in the same run. Each is optional: nothing of them is imported unless it is asked for."""
 
-import time
+import importlib
 from collections.abc import Iterator
 
-import torch
+from benchmarks import peer_llama, peer_transformers
+from benchmarks.rows import Row, Task
+
+FORMATS = {"llama.cpp": ("bf16", "q8_0", "q4_0"), "transformers": ("",)}  # the first is meant when none is named
+MODULES = {"llama.cpp": ("llama_cpp",), "transformers": ("transformers", "accelerate")}
+INSTALL = {
+    "llama.cpp": "pip install --no-binary llama-cpp-python llama-cpp-python",
+    "transformers": "pip install transformers accelerate",
+}
+
+Peer = tuple[str, str]  # a program, and the format in which it has the weights ("": the model's own)
 
 
-def transformers_decode(
-    config: dict, device: torch.device, dtype: torch.dtype, prompt_tokens: list[int], new_tokens: int
-) -> Iterator[dict]:
-    """transformers' own `generate` with a static cache, which compiles its decode step on CUDA; random weights."""
-    import transformers
-
-    options = {name: value for name, value in config.items() if name != "model_type"}
-    with torch.device(device):
-        torch.set_default_dtype(dtype)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options, eos_token_id=None)).eval()
-        torch.set_default_dtype(torch.float32)
-    for length in prompt_tokens:
-        prompt = torch.randint(config["vocab_size"], (1, length), device=device)
-
-        def seconds(tokens: int, prompt: torch.Tensor = prompt) -> float:
-            started = time.perf_counter()
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                cache_implementation="static",
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-            )
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter() - started
-
-        seconds(new_tokens), seconds(new_tokens)  # compiles
-        few = 8
-        rates = sorted((new_tokens - few) / (seconds(new_tokens) - seconds(few)) for _ in range(3))
-        about = {"peer_version": transformers.__version__, "prompt_tokens": length}
-        yield about | {"tokens_per_s": rates[1], "tokens_per_s_spread": [rates[0], rates[2]]}
+def parse_peers(words: list[str]) -> list[Peer]:
+    """The peers that words name, apart by commas or spaces: programs, each followed by its formats if need be."""
+    groups: list[list[str]] = []
+    for word in " ".join(words).replace(",", " ").split():
+        if word in FORMATS:
+            groups.append([word])
+        elif groups and word in FORMATS[groups[-1][0]]:
+            groups[-1].append(word)
+        else:
+            known = [f"{program} {format}".strip() for program, formats in FORMATS.items() for format in formats]
+            raise ValueError(f"--peers got {word!r}, expected some of {', '.join(known)}")
+    named = [(program, format) for program, *formats in groups for format in formats or FORMATS[program][:1]]
+    return list(dict.fromkeys(named))
 
 
-PEERS = {"transformers": transformers_decode}
+def check_installed(peers: list[Peer]) -> None:
+    """Raises ValueError saying what to install when a peer's packages are not there."""
+    for program in dict.fromkeys(program for program, _ in peers):
+        for module in MODULES[program]:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(f"--peers {program} needs {module}: {INSTALL[program]}") from error
+
+
+def peer_rows(peers: list[Peer], task: Task) -> Iterator[Row]:
+    """Rows that are ready to decode, one a peer and prompt."""
+    for program, format in peers:
+        if program == "llama.cpp":
+            yield from peer_llama.rows(task, format)
+        else:
+            yield from peer_transformers.rows(task)

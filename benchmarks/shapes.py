@@ -34,6 +34,16 @@ SHAPES = {
         "num_key_value_heads": 8,
         "vocab_size": 32000,
     },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
 }
 COMMON = {"model_type": "llama", "num_attention_heads": 32, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
 

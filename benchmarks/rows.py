@@ -1,0 +1,105 @@
+"""The rows of a decode benchmark: configurations, ours and other programs' alike, that take turns.
+
+Each round decodes once in every row, so that what a shared machine does to one row it does to all of them. The read
+bandwidth is measured between any two decodings; the greater of the rates before and after one belongs to it.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Task:
+    """What another program is to decode: greedily, `new_tokens` tokens after each of the prompts."""
+
+    weights: Path | dict  # a GGUF file, or a config.json for random weights
+    vocab_size: int
+    prompts: list[list[int]]
+    new_tokens: int
+    device: torch.device
+    format: str  # of our model
+
+
+@dataclass
+class Row:
+    """One configuration and what it measured."""
+
+    about: dict  # fields of its record that are known beforehand
+    decode: Callable[[], float]  # decodes once; tokens a second
+    details: Callable[[], dict] = dict  # further fields, known once it has decoded
+    rates: list[float] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)  # bytes a second, one a rate
+
+    def record(self) -> dict:
+        """Its fields of a record. "bandwidth_share" is the median of the rounds' shares, each of its own bandwidth."""
+        record = self.about | self.details()
+        record |= {
+            "tokens_per_s": statistics.median(self.rates),
+            "tokens_per_s_spread": [min(self.rates), max(self.rates)],
+            "tokens_per_s_rounds": self.rates,
+            "read_gb_per_s": statistics.median(self.bandwidths) / 1e9,
+        }
+        if "bytes_per_token" in record:
+            shares = [rate / bandwidth for rate, bandwidth in zip(self.rates, self.bandwidths, strict=True)]
+            record["bandwidth_share"] = record["bytes_per_token"] * statistics.median(shares)
+        return record
+
+
+def measure(rows: list[Row], rounds: int, meter: Callable[[], float]) -> None:
+    """Fills the rows' rates and bandwidths; `meter` tells the latter. A first round that does not count warms up."""
+    before = meter()
+    for number in tqdm(range(rounds + 1), desc="decoding", unit="round"):
+        for row in rows:
+            rate, after = row.decode(), meter()
+            if number:
+                row.rates.append(rate)
+                row.bandwidths.append(max(before, after))
+            before = after
+
+
+def random_prompt(vocab_size: int, tokens: int) -> list[int]:
+    """The same for every row: speed does not depend on what the tokens say."""
+    return torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def ratios(records: list[dict]) -> list[str]:
+    """Lines that compare our rows at 0 and 50 % with the others of one model.
+
+    Medians first; then the median of the rounds' ratios, which a machine's slow moments touch least; then best rounds.
+    """
+    lines = []
+    ours = [r for r in records if _name(r) in ("0 %", "50 %")]
+    for mine in sorted(ours, key=lambda r: (r["prompt_tokens"], -r["sparsity"])):
+        others = [r for r in records if r["prompt_tokens"] == mine["prompt_tokens"] and _is_baseline(r, mine)]
+        if others:
+            compared = ", ".join(f"{_ratio(mine, other)} of {_name(other)}" for other in others)
+            lines.append(f"{_name(mine)} after {mine['prompt_tokens']}: {compared}")
+    for name in ("50 %", "0 %"):
+        *shorter, longest = sorted((r for r in ours if _name(r) == name), key=lambda r: r["prompt_tokens"]) or [None]
+        if shorter:
+            compared = ", ".join(f"{_ratio(longest, other)} of after {other['prompt_tokens']}" for other in shorter)
+            lines.append(f"{name} after {longest['prompt_tokens']}: {compared}")
+    return lines
+
+
+def _name(record: dict) -> str:
+    if record["peer"] or "cublas" in record["mode"]:
+        return record["peer"] or record["mode"]
+    return f"{record['sparsity'] * 100:g} %"
+
+
+def _is_baseline(record: dict, mine: dict) -> bool:
+    return record is not mine and (_name(record) == "0 %" or not _name(record).endswith("%"))
+
+
+def _ratio(record: dict, other: dict) -> str:
+    median = record["tokens_per_s"] / other["tokens_per_s"]
+    rounds = zip(record["tokens_per_s_rounds"], other["tokens_per_s_rounds"], strict=True)
+    paired = statistics.median(mine / theirs for mine, theirs in rounds)
+    best = record["tokens_per_s_spread"][1] / other["tokens_per_s_spread"][1]
+    return f"{median:.2f}x (rounds {paired:.2f}x, best {best:.2f}x)"
