@@ -1,0 +1,68 @@
+"""The benchmark commands on the CPU, from end to end, on small models."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import kernels
+from benchmarks.kernels import make_cases, make_ops, time_cases, to_record
+from benchmarks.shapes import COMMON
+from kernels.native import library
+from model import ModelArgs
+
+
+@pytest.fixture(scope="module")
+def decoded(tiny, command, tmp_path_factory):
+    """The finished command on a tiny model, and the records that it wrote."""
+    folder = tmp_path_factory.mktemp("decoded")
+    checkpoint = folder / "tiny"
+    checkpoint.mkdir()
+    for file in tiny.iterdir():
+        (checkpoint / file.name).write_bytes(file.read_bytes())
+    done = command("calibrate", "--checkpoint", checkpoint, "--tokens", 2000, "--context", 128)
+    assert done.returncode == 0, done.stderr
+    prompts, out = ("--prompt_tokens", 5, 30), folder / "out.json"
+    settings = ("--device", "cpu", "--sparsity", 0, 0.5, "--new_tokens", 9, "--rounds", 2)
+    done = command("benchmarks.decode", "--checkpoint", checkpoint, *prompts, *settings, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(out.read_text())
+
+
+def test_decode_times_the_fast_step_without_being_told(decoded):
+    done, records = decoded
+    mode = "plain" if library() is None else "compiled"
+    assert [(r["mode"], r["prompt_tokens"], r["sparsity"]) for r in records] == [
+        (mode, 5, 0), (mode, 5, 0.5), (mode, 30, 0), (mode, 30, 0.5)
+    ]  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1]) == records
+    assert "50 % after 30: " in done.stdout
+
+
+def test_decode_counts_what_is_skipped_and_what_python_costs(decoded):
+    _, records = decoded
+    for record in records:
+        assert len(record["tokens_per_s_rounds"]) == 2
+        assert record["read_gb_per_s"] > 0 and record["bandwidth_share"] > 0
+        assert record["achieved_sparsity"] == pytest.approx(record["sparsity"], abs=0.2)
+        if record["mode"] == "compiled":
+            assert 0 < record["host_share"] < 1
+
+
+def test_decode_wants_the_gguf_file_of_another_checkpoint_for_peers(tiny, command):
+    done = command("benchmarks.decode", "--checkpoint", tiny, "--device", "cpu", "--peers", "transformers")
+    assert done.returncode == 1 and "--gguf" in done.stderr.splitlines()[-1]
+
+
+def test_kernels_counts_the_rows_really_kept(monkeypatch):
+    monkeypatch.setitem(kernels.COLD_BYTES, "cpu", 1 << 16)
+    monkeypatch.setattr(kernels, "ROUNDS", 2)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    args = ModelArgs.from_config(COMMON | sizes | {"num_hidden_layers": 1, "vocab_size": 10})
+    ops = make_ops(args, torch.device("cpu"), torch.bfloat16)
+    cases = make_cases(ops, [0.0, 0.5])
+    time_cases(cases, torch.device("cpu"))
+    found = {(r["op"], r["implementation"], r["sparsity"]): r for r in map(to_record, cases)}
+    assert found["up", "sparse", 0]["bytes"] == 48 * 64 * 2 and found["up", "sparse", 0.5]["bytes"] == 24 * 64 * 2
+    assert found["layer", "sparse", 0]["bytes"] == 2 * (48 * 96 + 48 * 48 + 48 * 128 + 64 * 48)
+    assert all(len(case.seconds) == 2 and record["us"] > 0 for case, record in zip(cases, found.values(), strict=True))
