@@ -1,16 +1,16 @@
 """Times single-stream decoding at several sparsities, in one process and interleaved, so that ratios can be trusted.
 
     python -m benchmarks.decode --checkpoint demo --sparsity 0 0.25 0.4 0.5
-    python -m benchmarks.decode --checkpoint demo --device cpu --prompt_tokens 5 100 2000 \\
-        --peers llama.cpp,transformers "llama.cpp q8_0"
+    python -m benchmarks.decode --checkpoint demo --device cpu --peers llama.cpp bf16 q8_0 q4_0, transformers
     python -m benchmarks.decode --shapes llama-3-8b --compile --prompt_tokens 5 4096 --dense --peers transformers
 
 Each round decodes once in every configuration; the median over rounds is reported, with the extremes. The first round
 warms up. The read bandwidth that the shares refer to is measured in between. `--shapes` takes random weights, and
 thresholds calibrated on random tokens. Prints one JSON line of records; --out writes the same.
 
-Peers are other programs on the same weights. On the CPU they take turns with our rows; on CUDA they need the memory and
-come after our model is gone. A row's host share is what a token costs outside the C++ step: Python and drawing it.
+Peers are other programs on the same weights, which --gguf names for other checkpoints than the demo. On the CPU they take
+turns with our rows; on CUDA they need the memory and come after our model is gone. A row's host share is what a token
+costs outside the C++ step: Python and drawing it.
 """
 
 import argparse

@@ -57,6 +57,7 @@ def test_decode_wants_the_gguf_file_of_another_checkpoint_for_peers(tiny, comman
 def test_kernels_counts_the_rows_really_kept(monkeypatch):
     monkeypatch.setitem(kernels.COLD_BYTES, "cpu", 1 << 16)
     monkeypatch.setattr(kernels, "ROUNDS", 2)
+    monkeypatch.setattr(kernels, "bandwidth_meter", lambda device: lambda: 1e9)
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     args = ModelArgs.from_config(COMMON | sizes | {"num_hidden_layers": 1, "vocab_size": 10})
     ops = make_ops(args, torch.device("cpu"), torch.bfloat16)
