@@ -8,9 +8,9 @@ Each round decodes once in every configuration; the median over rounds is report
 warms up. The read bandwidth that the shares refer to is measured in between. `--shapes` takes random weights, and
 thresholds calibrated on random tokens. Prints one JSON line of records; --out writes the same.
 
-Peers are other programs on the same weights, which --gguf names for other checkpoints than the demo. On the CPU they take
-turns with our rows; on CUDA they need the memory and come after our model is gone. A row's host share is what a token
-costs outside the C++ step: Python and drawing it.
+Peers are other programs on the same weights, which --gguf names for other checkpoints than the demo. On the CPU they
+take turns with our rows; on CUDA they need the memory and come after our model is gone. A row's host share is what a
+token costs outside the C++ step: Python and drawing it.
 """
 
 import argparse
