@@ -90,12 +90,13 @@ class CpuStep:
         token, position = int(token), int(input_pos)
         if not (0 <= token < self.model.vocab_size and 0 <= position < self.model.max_seq_length):
             raise ValueError(f"token {token} at position {position} is outside the vocabulary or the cache")
-        self.native(
-            ctypes.byref(self.model),
-            self.type,
-            c_int64(token),
-            c_int64(position),
-            pointer(logits),
-            torch.get_num_threads(),
-        )
+        with torch.profiler.record_function("teal::decode_step"):
+            self.native(
+                ctypes.byref(self.model),
+                self.type,
+                c_int64(token),
+                c_int64(position),
+                pointer(logits),
+                torch.get_num_threads(),
+            )
         return logits

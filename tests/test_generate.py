@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -150,16 +151,22 @@ def test_command_writes_a_profile(calibrated, command, tmp_path):
     arguments = ("--checkpoint", calibrated, "--sparsity", 0.5, "--max_new_tokens", 4, "--profile", trace)
     done = command("generate", *arguments)
     assert done.returncode == 0, done.stderr
-    assert any("sparse_gemv" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
-    assert "teal::sparse_gemv" in done.stderr
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("teal::decode_step") == 3  # and the first token from the prompt
+    assert "teal::decode_step" in done.stderr
 
 
 def test_command_compiles(calibrated, command):
-    arguments = ("--checkpoint", calibrated, "--sparsity", 0.5, "--temperature", 0, "--max_new_tokens", 12)
-    plain, compiled = command("generate", *arguments), command("generate", *arguments, "--compile")
+    arguments = ("--checkpoint", calibrated, "--sparsity", 0.5, "--temperature", 0, "--max_new_tokens", 12, "--json")
+    plain, usual, compiled = (
+        command("generate", *arguments, *more, env=os.environ | env)
+        for more, env in (((), {"TEAL_CPU": "torch"}), ((), {}), (("--compile",), {}))
+    )
     assert compiled.returncode == 0, compiled.stderr
-    assert compiled.stdout == plain.stdout
-    assert "compiled in" in compiled.stderr
+    texts = [done.stdout.splitlines()[:-1] for done in (plain, usual, compiled)]
+    assert texts[0] == texts[1] == texts[2] != []
+    modes = [json.loads(done.stdout.splitlines()[-1])["mode"] for done in (plain, usual, compiled)]
+    assert modes == ["plain", "compiled", "compiled"]
 
 
 def test_ctrl_c_ends_cleanly(calibrated):
