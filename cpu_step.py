@@ -46,6 +46,7 @@ class CpuStep:
     def __init__(self, model: Transformer):
         args = model.args
         self.tensors: list[Tensor] = []
+        self.logits = torch.empty(args.vocab_size)
         self.type = TYPES[model.norm.weight.dtype]
         self.native = library().teal_decode_step
         self.model = CpuModel(
@@ -85,8 +86,10 @@ class CpuStep:
         return CpuLayer(window=window or 0, **{name: self._address(tensor) for name, tensor in tensors.items()})
 
     def __call__(self, model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
-        """Logits [vocab] fp32 after token [1, 1] at input_pos [1]. Raises ValueError outside vocabulary or cache."""
-        logits = torch.empty(self.model.vocab_size)
+        """Logits [vocab] fp32 after token [1, 1] at input_pos [1], in the same tensor each time.
+
+        Raises ValueError outside vocabulary or cache.
+        """
         token, position = int(token), int(input_pos)
         if not (0 <= token < self.model.vocab_size and 0 <= position < self.model.max_seq_length):
             raise ValueError(f"token {token} at position {position} is outside the vocabulary or the cache")
@@ -96,7 +99,7 @@ class CpuStep:
                 self.type,
                 c_int64(token),
                 c_int64(position),
-                pointer(logits),
+                pointer(self.logits),
                 torch.get_num_threads(),
             )
-        return logits
+        return self.logits

@@ -113,7 +113,7 @@ def restore(model: Transformer, before: list[Tensor]) -> None:
 
 @torch.no_grad()
 def run(model: Transformer, step, token: int, position: int) -> Tensor:
-    return step(model, torch.tensor([[token]]), torch.tensor([position])).float()
+    return step(model, torch.tensor([[token]]), torch.tensor([position])).float().clone()
 
 
 def margin(model: Transformer, token: int, position: int) -> float:
@@ -228,7 +228,7 @@ def test_same_tokens_for_any_number_of_threads(make_step, dtype, prompt, set_thr
         step, logits = make_step(model), []
 
         def keeping(*arguments, step=step, logits=logits):
-            logits.append(step(*arguments))
+            logits.append(step(*arguments).clone())
             return logits[-1]
 
         found.append((greedy(model, keeping, list(range(5, 5 + prompt)), 40), torch.stack(logits)))
