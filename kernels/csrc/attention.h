@@ -6,6 +6,7 @@
 #include "rows.h"
 
 constexpr int64_t CHUNK = 64;  // fixed, so that sums do not depend on the number of threads
+static_assert(CHUNK % LANES == 0, "a chunk's scores are whole vectors");
 
 // The positions that a token at `position` sees, and the chunks of the cache they lie in.
 struct Span {

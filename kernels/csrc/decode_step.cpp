@@ -1,8 +1,8 @@
 // One token through the whole model on the CPU, in one parallel region: see cpu_step.py.
 //
 // Every thread keeps the residual stream and the lists of kept channels for itself: to compute them again is cheaper
-// than to wait for one another. What they share is written by all, each its share, read after a barrier, and written
-// again in the next layer, or for `update` half a layer later: behind other barriers, when all have read it.
+// than to wait for one another. What they share is written by all, each its share, and read by all after a barrier; at
+// least one more barrier lies between that and when it is written again.
 #include <omp.h>
 
 #include "attention.h"
@@ -31,7 +31,7 @@ namespace {
 struct Shared {
     Floats qkv, update, gate_up;  // products as partial sums [SPLITS, N]
     Floats values, peak, total;   // attention: [heads, chunks, head_dim], [heads, chunks] twice
-    Floats h;
+    Floats h;                     // [ffn_dim]
 
     void fit(const Model& m) {
         int64_t chunks = (m.max_seq_length + CHUNK - 1) / CHUNK;
@@ -53,7 +53,7 @@ struct Private {
         residual.resize(m.dim);
         x.resize(widest), value.resize(widest), index.resize(widest), up.resize(m.ffn_dim);
         cos.resize(m.head_dim / 2), sin.resize(m.head_dim / 2);
-        q.resize(m.heads * m.head_dim), scratch.resize(4 * m.head_dim);
+        q.resize(m.heads * m.head_dim), scratch.resize(4 * m.head_dim);  // 4: most heads at once
         peak.resize((m.max_seq_length + CHUNK - 1) / CHUNK);
     }
 };
@@ -81,8 +81,8 @@ template <class T> class Step {
         norm((const T*)m.norm);
         arrange<T>(x, m.dim, own.value);
         int64_t first = share(m.vocab_size, 0), last = share(m.vocab_size, 1);
-        dot_rows<T, 1>((const T*)m.output + first * m.dim, own.value, m.dim, last - first, logits + first, 0,
-                       nullptr);
+        const T* rows = (const T*)m.output + first * m.dim;
+        dot_rows<T, 1>(rows, own.value, m.dim, last - first, logits + first, 0, nullptr);
     }
 
   private:
@@ -104,8 +104,7 @@ template <class T> class Step {
         add((const T*)layer.w2_bias);
     }
 
-    void product(const float* input, const float* threshold, const void* weight, int64_t K, int64_t N,
-                 float* partial) {
+    void product(const float* input, const float* threshold, const void* weight, int64_t K, int64_t N, float* partial) {
         Kept kept = keep(input, threshold, K, own.index.data(), own.value);
         multiply(kept, (const T*)weight, N, partial, worker);
         barrier();

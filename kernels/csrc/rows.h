@@ -11,12 +11,13 @@
 #include "vec.h"
 
 // Chosen for the demo model and for 4096 x 14336 on two cores of an AMD EPYC (Zen 3), bf16, cold weights.
-constexpr int SPLITS = 4;        // two threads take two parts and whole rows each: 1.1 to 1.3 times as fast as half rows
+constexpr int SPLITS = 4;        // two threads take two parts of the list and whole rows each: 1.1 to 1.3x half rows
 constexpr int ROWS = 8;          // rows at once, so that a column's sum is loaded and stored once for all
 constexpr int64_t SHORT = 8192;  // bytes of a row up to which fetching the next rows helps; longer streams are noticed
 constexpr int64_t AHEAD = 2048;  // bytes that dot products fetch ahead
 constexpr int64_t LINE = 64;     // bytes
 constexpr int64_t GRAIN = 32;    // columns that threads do not share: a line of bf16, and whole pairs
+static_assert(GRAIN % PAIR == 0, "else sums would depend on the number of threads");
 
 #define UNROLL _Pragma("GCC unroll 8")  // else small arrays of vectors live in memory
 
@@ -31,7 +32,7 @@ class Floats {
     void resize(int64_t n) { lines.resize((n * 4 + LINE - 1) / LINE); }
     operator float*() { return (float*)lines.data(); }
 };
-static_assert(LINE >= VECTOR_BYTES, "whole lines hold whole vectors");
+static_assert(LINE % VECTOR_BYTES == 0, "whole lines hold whole vectors");
 
 struct Worker {
     int id, count;
@@ -59,8 +60,8 @@ inline Kept keep(const float* x, const float* threshold, int64_t K, int32_t* ind
     return {index, value, count};
 }
 
-// sums [columns] += x[0] row[0] + … + x[R-1] row[R-1], in the order of load_pair. `next`: as many rows to be fetched
-// meanwhile, or null.
+// sums [columns] += x[0] row[0] + … + x[R-1] row[R-1], in the order of load_pair. `next`: as many rows again, to be
+// fetched meanwhile, or null.
 template <class T, int R>
 inline void add_rows(const T* const* row, const float* x, const T* const* next, int64_t columns, float* sums) {
     const T* rows[R];
@@ -124,8 +125,8 @@ inline void collect(const float* partial, int64_t N, const T* bias, int64_t begi
 }
 static_assert(SPLITS == 4, "collect adds four parts");
 
-// y [H, stride]: rows [count, K] times each of x [H, K], which `arrange` has put into the order of load_pair. `also`: as
-// many rows again, to be fetched meanwhile, or null.
+// y [H, stride]: rows [count, K] times each of x [H, K], which `arrange` has put into the order of load_pair. `also`:
+// as many rows again, to be fetched meanwhile, or null.
 template <class T, int H>
 inline void dot_rows(const T* rows, const float* x, int64_t K, int64_t count, float* y, int64_t stride, const T* also) {
     for (int64_t i = 0; i < count; i++, rows += K) {

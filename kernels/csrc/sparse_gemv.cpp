@@ -3,15 +3,17 @@
 
 #include "rows.h"
 
+struct Room {
+    Floats x, value, partial, y;
+    std::vector<int32_t> index;
+};
+
 template <class T>
 static void sparse_gemv(const T* x, const T* weight, const float* threshold, const T* bias, T* y, int64_t K, int64_t N,
                         int threads) {
-    static thread_local struct {
-        Floats x, value, partial, y;
-        std::vector<int32_t> index;
-    } room;
+    static thread_local Room room;
     room.x.resize(K), room.value.resize(K), room.index.resize(K), room.partial.resize(SPLITS * N), room.y.resize(N);
-    float *wide = room.x, *partial = room.partial, *sums = room.y;  // the calling thread's
+    float *wide = room.x, *partial = room.partial, *sums = room.y;  // the calling thread's, for all
     for (int64_t k = 0; k < K; k++) wide[k] = widen(x[k]);
     Kept kept = keep(wide, threshold, K, room.index.data(), room.value);
 #pragma omp parallel num_threads(threads)
