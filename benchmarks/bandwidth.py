@@ -3,8 +3,6 @@
 import ctypes
 import functools
 import itertools
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from kernels.native import find_compiler
 
 SOURCE = Path(__file__).with_name("read_memory.cpp")
 
@@ -40,12 +40,11 @@ def _cpu_seconds(values: Tensor) -> float:
 @functools.cache
 def reader() -> Callable[[Tensor], object]:
     """What reads a tensor on the CPU: C++, since torch.sum leaves a tenth of the rate; torch.sum without a compiler."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), "c++")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "read_memory.so")
         flags = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
         try:
-            subprocess.run([compiler, *flags, SOURCE, "-o", path], capture_output=True, check=True)
+            subprocess.run([find_compiler() or "c++", *flags, SOURCE, "-o", path], capture_output=True, check=True)
             function = ctypes.CDLL(str(path)).read_memory
         except (OSError, subprocess.CalledProcessError):
             print("the read bandwidth is measured by torch.sum, for want of a C++ compiler", file=sys.stderr)

@@ -46,13 +46,18 @@ def instruction_set() -> str:
     return forced or {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler to use: what CXX names, else c++, g++ or clang++; None where there is none of them."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they can't be had, which it says, or where TEAL_CPU is `torch`."""
     instructions = instruction_set()
     if instructions == "torch":
         return None
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    compiler = find_compiler()
     trouble = "no C++ compiler was found (c++, g++, clang++ or what CXX names)"
     if compiler:
         try:

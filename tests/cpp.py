@@ -3,12 +3,11 @@
 import ctypes
 import functools
 import platform
-import shutil
 
 import pytest
 import torch
 
-from kernels.native import build
+from kernels.native import build, find_compiler
 
 ARM = platform.machine() in ("arm64", "aarch64")
 WIDER = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}
@@ -18,5 +17,5 @@ RUNNABLE = ["portable", *(["neon"] if ARM else WIDER.get(torch.backends.cpu.get_
 @functools.cache
 def compiled(instructions: str) -> ctypes.CDLL:
     """The kernels for an instruction set, from the cache of every day; skips the test where there is no compiler."""
-    compiler = shutil.which("c++")
+    compiler = find_compiler()
     return ctypes.CDLL(str(build(compiler, instructions))) if compiler else pytest.skip("no C++ compiler here")
