@@ -18,21 +18,10 @@ from model import Transformer
 from sampling import Sampling
 from sparse_model import Calibration, set_sparsity, watch_inputs
 from tests.cpp import RUNNABLE, compiled
+from tests.models import TINY
 
 LENGTH = 260
 POSITIONS = (0, 1, 62, 63, 64, 65, 127, 128, 200, LENGTH - 1)  # a chunk is 64 positions
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 300,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 500,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-}
 
 
 def heads(query: int, key: int, size: int) -> dict:
@@ -83,7 +72,7 @@ def make_step(request, monkeypatch):
 
 @functools.cache
 def made(case: str, dtype: torch.dtype) -> tuple[Transformer, Calibration]:
-    model = random_model(CONFIG | CASES[case], "cpu", dtype, std=0.1)
+    model = random_model(TINY | CASES[case], "cpu", dtype, std=0.1)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -21,21 +21,11 @@ from kernels.backend import triton
 from kernels.native import library
 from sampling import Sampling
 from sparse_model import leading_dense, set_sparsity
+from tests.models import TINY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 300,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 500,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-}
-QWEN = CONFIG | {"model_type": "qwen2", "tie_word_embeddings": True}
-MISTRAL = CONFIG | {"model_type": "mistral", "sliding_window": 6}
+QWEN = TINY | {"model_type": "qwen2", "tie_word_embeddings": True}
+MISTRAL = TINY | {"model_type": "mistral", "sliding_window": 6}
 PROMPT = list(range(5, 14))
 
 if DEVICE == "cpu" and triton is not None:  # the interpreter runs the CUDA launchers here
@@ -67,7 +57,7 @@ def follow(model, step, tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.skipif(triton is None, reason="no Triton here")
-@pytest.mark.parametrize("config", [CONFIG, QWEN, MISTRAL], ids=["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("config", [TINY, QWEN, MISTRAL], ids=["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("sparsity", [0, 0.5])
 def test_fused_step_equals_the_plain_one(config, sparsity):
     model, _ = make(config, torch.float32, sparsity)
@@ -79,13 +69,13 @@ def test_fused_step_equals_the_plain_one(config, sparsity):
 @pytest.mark.skipif(triton is None, reason="no Triton here")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.01), (torch.bfloat16, 0.06)], ids=str)
 def test_fused_step_in_half_precision(dtype, tolerance):
-    model, _ = make(CONFIG, dtype, 0)  # dense: on a threshold, the last bit of a rounding decides
+    model, _ = make(TINY, dtype, 0)  # dense: on a threshold, the last bit of a rounding decides
     plain, fused = follow(model, decode_step, 2), follow(model, fused_step, 2)
     assert (fused - plain).norm() / plain.norm() < tolerance
 
 
 def test_a_cache_that_is_too_small_is_refused():
-    model, _ = make(CONFIG, torch.float32, 0)
+    model, _ = make(TINY, torch.float32, 0)
     tokens = decode.decode(
         model, decode_step, PROMPT, 60, Sampling(0.0), torch.Generator(DEVICE), frozenset(), Sample(len(PROMPT))
     )
@@ -95,7 +85,7 @@ def test_a_cache_that_is_too_small_is_refused():
 
 def test_can_fuse():
     def answer(**changes):
-        return can_fuse(random_model(CONFIG | changes, DEVICE, torch.float32))
+        return can_fuse(random_model(TINY | changes, DEVICE, torch.float32))
 
     assert answer() and answer(model_type="qwen2") and answer(model_type="mistral")
     assert not answer(model_type="qwen3")  # normalises q and k
@@ -103,7 +93,7 @@ def test_can_fuse():
     assert not answer(head_dim=48) and not answer(head_dim=16)
 
 
-@pytest.mark.parametrize("config", [CONFIG, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("config", [TINY, MISTRAL], ids=["llama", "mistral"])
 @pytest.mark.parametrize("tokens", [1, 5, 11, 12, 13])
 @torch.no_grad()
 def test_short_prompts_are_padded_and_answered_as_they_are(config, tokens):
@@ -130,7 +120,7 @@ def test_short_prompts_are_padded_and_answered_as_they_are(config, tokens):
 
 @torch.no_grad()
 def test_a_cache_may_be_shorter_than_the_padding():
-    model, _ = make(CONFIG, torch.float32, 0)
+    model, _ = make(TINY, torch.float32, 0)
     prompt = torch.arange(5, 9, device=DEVICE)[None]
     expected = prefill(model, prompt)
     for length in (4, 7):
@@ -140,7 +130,7 @@ def test_a_cache_may_be_shorter_than_the_padding():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU")
 def test_the_fast_step_on_the_cpu_is_the_compiled_one_or_plain(monkeypatch):
-    model, _ = make(CONFIG, torch.float32, 0)
+    model, _ = make(TINY, torch.float32, 0)
     assert library() is None or isinstance(fast_step(model), CpuStep)
     monkeypatch.setattr(decode, "library", lambda: None)
     assert fast_step(model) is decode_step
@@ -148,7 +138,7 @@ def test_the_fast_step_on_the_cpu_is_the_compiled_one_or_plain(monkeypatch):
 
 @torch.no_grad()
 def test_compiled_prefill_serves_every_length():
-    model, _ = make(CONFIG, torch.float32, 0.5)
+    model, _ = make(TINY, torch.float32, 0.5)
     compiled = compiled_prefill()
     prompts = [torch.arange(5, 5 + length, device=DEVICE)[None] for length in (9, 23, 40, 2, 1)]
     compiled(model, prompts[0])
@@ -158,7 +148,7 @@ def test_compiled_prefill_serves_every_length():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [CONFIG, QWEN, MISTRAL, CONFIG | {"model_type": "qwen3"}])
+@pytest.mark.parametrize("config", [TINY, QWEN, MISTRAL, TINY | {"model_type": "qwen3"}])
 def test_captured_step_equals_eager_at_every_sparsity(config):
     model, calibration = make(config, torch.bfloat16, 0)
     captured = CapturedStep(model)
@@ -170,7 +160,7 @@ def test_captured_step_equals_eager_at_every_sparsity(config):
 
 @pytest.mark.gpu
 def test_a_thousand_steps_repeat():
-    model, _ = make(CONFIG, torch.bfloat16, 0.5, length=1024)
+    model, _ = make(TINY, torch.bfloat16, 0.5, length=1024)
     captured, runs = CapturedStep(model), []
     for _ in range(2):
         sample = Sample(len(PROMPT))
@@ -182,7 +172,7 @@ def test_a_thousand_steps_repeat():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_decoding_ahead_of_the_host_gives_the_same_tokens():
-    model, _ = make(CONFIG, torch.float32, 0.5)
+    model, _ = make(TINY, torch.float32, 0.5)
     expected = [int(prefill(model, torch.tensor([PROMPT], device=DEVICE)).argmax())]
     for position in range(len(PROMPT), len(PROMPT) + 11):
         token, place = torch.tensor([expected[-1:]], device=DEVICE), torch.tensor([position], device=DEVICE)
