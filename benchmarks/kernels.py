@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.bandwidth import bandwidth_meter
+from benchmarks.rows import take_turns
 from benchmarks.shapes import COMMON, SHAPES
 from checkpoint import DTYPES
 from cli import run, sparsity
@@ -118,6 +119,12 @@ class Case:
     seconds: list[float] = field(default_factory=list)  # a call
     bandwidths: list[float] = field(default_factory=list)  # bytes a second that the device read meanwhile
 
+    def time_pass(self) -> float:
+        """Seconds a call of one pass on the CPU."""
+        started = time.perf_counter()
+        self.run()
+        return (time.perf_counter() - started) / self.calls
+
 
 def time_passes(run_pass: Callable[[], object], calls: int, repeats: int = ROUNDS) -> list[float]:
     """Seconds a call of `repeats` passes of `calls` calls on CUDA, after a warm-up; a pass is one graph."""
@@ -147,16 +154,9 @@ def time_cases(cases: list[Case], device: torch.device) -> None:
             case.seconds = time_passes(case.run, case.calls)
             case.bandwidths = [meter()] * len(case.seconds)
         return
-    before = meter()
-    for number in tqdm(range(ROUNDS + 1), desc="timing", unit="round"):
-        for case in cases:
-            started = time.perf_counter()
-            case.run()
-            seconds, after = time.perf_counter() - started, meter()
-            if number:  # the first round warms up
-                case.seconds.append(seconds / case.calls)
-                case.bandwidths.append(max(before, after))
-            before = after
+    results = take_turns([case.time_pass for case in cases], ROUNDS, meter, "timing")
+    for case, (seconds, bandwidths) in zip(cases, results, strict=True):
+        case.seconds, case.bandwidths = seconds, bandwidths
 
 
 def make_ops(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> list[Op]:

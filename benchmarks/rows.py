@@ -1,4 +1,4 @@
-"""The rows of a decode benchmark: configurations, ours and other programs' alike, that take turns.
+"""What takes turns in a benchmark, above all its rows: configurations, ours and other programs' alike, that decode.
 
 Each round decodes once in every row, so that what a shared machine does to one row it does to all of them. The read
 bandwidth is measured between any two decodings; the greater of the rates before and after one belongs to it.
@@ -50,16 +50,30 @@ class Row:
         return record
 
 
-def measure(rows: list[Row], rounds: int, meter: Callable[[], float]) -> None:
-    """Fills the rows' rates and bandwidths; `meter` tells the latter. A first round that does not count warms up."""
+def take_turns(
+    measures: list[Callable[[], float]], rounds: int, meter: Callable[[], float], doing: str
+) -> list[tuple[list[float], list[float]]]:
+    """What each measure gives in each round, and the read bandwidths beside it, which `meter` tells.
+
+    A first round that does not count warms up.
+    """
+    results: list[tuple[list[float], list[float]]] = [([], []) for _ in measures]
     before = meter()
-    for number in tqdm(range(rounds + 1), desc="decoding", unit="round"):
-        for row in rows:
-            rate, after = row.decode(), meter()
+    for number in tqdm(range(rounds + 1), desc=doing, unit="round"):
+        for measured, (values, bandwidths) in zip(measures, results, strict=True):
+            value, after = measured(), meter()
             if number:
-                row.rates.append(rate)
-                row.bandwidths.append(max(before, after))
+                values.append(value)
+                bandwidths.append(max(before, after))
             before = after
+    return results
+
+
+def measure(rows: list[Row], rounds: int, meter: Callable[[], float]) -> None:
+    """Fills the rows' rates and bandwidths."""
+    results = take_turns([row.decode for row in rows], rounds, meter, "decoding")
+    for row, (rates, bandwidths) in zip(rows, results, strict=True):
+        row.rates, row.bandwidths = rates, bandwidths
 
 
 def random_prompt(vocab_size: int, tokens: int) -> list[int]:
