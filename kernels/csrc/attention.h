@@ -57,16 +57,13 @@ inline float soften(float* scores, int64_t count, float& peak) {
 }
 
 // H query heads q [H, size], turned, scaled and arranged, over the keys and values [count, size] that they share.
-// scratch [H, size].
 template <class T, int H>
-inline void attend(const float* q, const T* keys, const T* values, int64_t count, int64_t size, float* scratch,
-                   Found found) {
+inline void attend(const float* q, const T* keys, const T* values, int64_t count, int64_t size, Found found) {
     float scores[H * CHUNK];
     dot_rows<T, H>(keys, q, size, count, scores, CHUNK, values);
     for (int h = 0; h < H; h++)
         found.total[h * found.chunks] = soften(scores + h * CHUNK, count, found.peak[h * found.chunks]);
-    blend_rows<T, H>(values, scores, size, count, CHUNK, scratch);
-    for (int h = 0; h < H; h++) std::copy_n(scratch + h * size, size, found.values + h * found.chunks * size);
+    blend_rows<T, H>(values, scores, size, count, CHUNK, found.values, found.chunks * size);
 }
 
 // y [size] of one query head from its chunks' values [chunks, size], peak and total [chunks]; overwrites peak, which

@@ -53,7 +53,7 @@ struct Private {
         residual.resize(m.dim);
         x.resize(widest), value.resize(widest), index.resize(widest), up.resize(m.ffn_dim);
         cos.resize(m.head_dim / 2), sin.resize(m.head_dim / 2);
-        q.resize(m.heads * m.head_dim), scratch.resize(4 * m.head_dim);  // 4: most heads at once
+        q.resize(m.heads * m.head_dim), scratch.resize(m.head_dim);
         peak.resize((m.max_seq_length + CHUNK - 1) / CHUNK);
     }
 };
@@ -154,7 +154,7 @@ template <class T> class Step {
             int64_t head = kv * group, last = head + group;
             auto attend_some = [&](auto heads) {
                 for (constexpr int H = decltype(heads)::value; head + H <= last; head += H)
-                    attend<T, H>(own.q + head * size, keys, values, count, size, scratch, found.at(head, chunk, size));
+                    attend<T, H>(own.q + head * size, keys, values, count, size, found.at(head, chunk, size));
             };
             attend_some(std::integral_constant<int, 4>());
             attend_some(std::integral_constant<int, 3>());
@@ -198,10 +198,8 @@ template <class T> void decode_step(const Model& model, int64_t token, int64_t p
 
 }  // namespace
 
-// logits [vocab_size] after `token` at `position`, whose keys and values go to the cache. type: see sparse_gemv.py.
+// logits [vocab_size] after `token` at `position`, whose keys and values go to the cache.
 extern "C" void teal_decode_step(const Model* model, int type, int64_t token, int64_t position, float* logits,
                                  int threads) {
-    if (type == 0) decode_step<float>(*model, token, position, logits, threads);
-    if (type == 1) decode_step<bf16>(*model, token, position, logits, threads);
-    if (type == 2) decode_step<fp16>(*model, token, position, logits, threads);
+    with_type(type, [&](auto zero) { decode_step<decltype(zero)>(*model, token, position, logits, threads); });
 }

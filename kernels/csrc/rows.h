@@ -153,9 +153,10 @@ inline void dot_rows(const T* rows, const float* x, int64_t K, int64_t count, fl
     }
 }
 
-// y [H, N]: each of the weights [H, stride] of `count` rows times rows [count, N].
+// y [H, step]: each of the weights [H, stride] of `count` rows times rows [count, N].
 template <class T, int H>
-inline void blend_rows(const T* rows, const float* weights, int64_t N, int64_t count, int64_t stride, float* y) {
+inline void blend_rows(const T* rows, const float* weights, int64_t N, int64_t count, int64_t stride, float* y,
+                       int64_t step) {
     int64_t n = 0;
     for (; n + PAIR <= N; n += PAIR) {
         vf s[H], t[H];
@@ -169,14 +170,14 @@ inline void blend_rows(const T* rows, const float* weights, int64_t N, int64_t c
             }
         }
         UNROLL for (int h = 0; h < H; h++) {
-            store(y + h * N + n, s[h]), store(y + h * N + n + LANES, t[h]);
-            rearrange<T>(y + h * N + n, PAIR);
+            store(y + h * step + n, s[h]), store(y + h * step + n + LANES, t[h]);
+            rearrange<T>(y + h * step + n, PAIR);
         }
     }
     for (; n < N; n++)
         for (int h = 0; h < H; h++) {
             float rest = 0;
             for (int64_t i = 0; i < count; i++) rest += weights[h * stride + i] * widen(rows[i * N + n]);
-            y[h * N + n] = rest;
+            y[h * step + n] = rest;
         }
 }

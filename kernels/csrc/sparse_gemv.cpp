@@ -29,11 +29,8 @@ static void sparse_gemv(const T* x, const T* weight, const float* threshold, con
 
 extern "C" void teal_sparse_gemv(int type, const void* x, const void* weight, const float* threshold, const void* bias,
                                  void* y, int64_t K, int64_t N, int threads) {
-    auto run = [&](auto* y) {
-        using T = std::remove_pointer_t<decltype(y)>;
-        sparse_gemv((const T*)x, (const T*)weight, threshold, (const T*)bias, y, K, N, threads);
-    };
-    if (type == 0) run((float*)y);
-    if (type == 1) run((bf16*)y);
-    if (type == 2) run((fp16*)y);
+    with_type(type, [&](auto zero) {
+        using T = decltype(zero);
+        sparse_gemv((const T*)x, (const T*)weight, threshold, (const T*)bias, (T*)y, K, N, threads);
+    });
 }

@@ -50,6 +50,13 @@ template <class To, class From> inline To bits(From x) { To y; std::memcpy(&y, &
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
+// Calls f with a value of the type that `type` numbers, as TYPES in kernels/native.py does.
+template <class F> inline void with_type(int type, F f) {
+    if (type == 0) f(float());
+    if (type == 1) f(bf16());
+    if (type == 2) f(fp16());
+}
+
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
 inline float widen(fp16 x) {
