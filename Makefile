@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench table
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -25,6 +25,14 @@ bench: $(READY)
 		--out benchmarks/results/demo-cpu.json
 	$(PYTHON) -m benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75 \
 		--out benchmarks/results/kernels-cpu.json
+
+table: $(READY)
+	@for mode in int8 int4; do \
+		test -d checkpoints/demo-$$mode || \
+			$(PYTHON) quantize.py --checkpoint demo --mode $$mode --calibrated || exit 1; \
+	done
+	$(PYTHON) -m benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8 \
+		--out benchmarks/results/demo-table.json
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)

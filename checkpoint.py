@@ -30,7 +30,16 @@ ROOT = Path(__file__).resolve().parent
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SPARSE_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w13|w2))\.weight")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
+
+METADATA = {"format": "teal-fast", "version": "1", "linear": "[K, N]"}  # of our model.safetensors
 
 
 def find_checkpoint(name: str) -> Path:
@@ -155,7 +164,9 @@ def write_safetensors(
         for name, (dtype, shape) in tqdm(layout.items(), desc=f"writing {WEIGHTS}", unit="tensor"):
             tensor = read(name).to(dtype).contiguous()
             assert tensor.shape == shape, (name, tensor.shape, shape)
-            if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN is passed on, nothing is allocated
+            if dtype.is_floating_point and not all(
+                v.isfinite() for v in tensor.aminmax()
+            ):  # NaN is passed on, nothing is allocated
                 raise ValueError(f"{name} holds NaN or values out of range for {SAFETENSORS_DTYPES[dtype]}")
             file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
         file.flush()
@@ -195,7 +206,7 @@ def write_weights(
         return tensor.t() if SPARSE_WEIGHT.fullmatch(name) else tensor
 
     layout = {name: (dtype, _stored_shape(name, shape)) for name, shape in expected.items()}
-    write_safetensors(folder / WEIGHTS, layout, build, {"format": "teal-fast", "version": "1", "linear": "[K, N]"})
+    write_safetensors(folder / WEIGHTS, layout, build, METADATA)
 
 
 def _check_shapes(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.native import TYPES, library, pointer
+from kernels.rows import bits
 from model import Block, Transformer
 
 
@@ -19,6 +20,7 @@ class CpuLayer(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("attention_norm", "wqkv", "wqkv_bias", "q_norm", "k_norm", "wo", "wo_bias")),
         *((name, c_void_p) for name in ("ffn_norm", "w13", "w13_bias", "w2", "w2_bias")),
+        *((name, c_void_p) for name in ("wqkv_scale", "wo_scale", "w13_scale", "w2_scale")),
         *((name, c_void_p) for name in ("wqkv_threshold", "wo_threshold", "w13_threshold", "w2_threshold")),
         *((name, c_void_p) for name in ("k_cache", "v_cache")),
         ("window", c_int64),
@@ -30,9 +32,9 @@ class CpuModel(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("dim", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab_size")),
-        *((name, c_int64) for name in ("max_seq_length", "layers")),
+        *((name, c_int64) for name in ("max_seq_length", "layers", "attention_bits", "ffn_bits", "group")),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("embeddings", "norm", "output", "frequencies")),
+        *((name, c_void_p) for name in ("embeddings", "norm", "output", "output_scale", "frequencies")),
         ("layer", ctypes.POINTER(CpuLayer)),
     ]
 
@@ -44,7 +46,7 @@ class CpuStep:
     """
 
     def __init__(self, model: Transformer):
-        args = model.args
+        args, block = model.args, model.layers[0]
         self.tensors: list[Tensor] = []
         self.logits = torch.empty(args.vocab_size)
         self.type = TYPES[model.norm.weight.dtype]
@@ -58,10 +60,14 @@ class CpuStep:
             vocab_size=args.vocab_size,
             max_seq_length=model.max_seq_length,
             layers=args.n_layers,
+            attention_bits=bits(block.attention.wqkv.weight.rows),
+            ffn_bits=bits(block.feed_forward.w13.weight.rows),
+            group=getattr(block.feed_forward.w13.weight, "group", 0),
             eps=args.norm_eps,
             embeddings=self._address(model.tok_embeddings.weight),
             norm=self._address(model.norm.weight),
             output=self._address(model.output.weight),
+            output_scale=self._address(getattr(model.output, "scale", None)),
             frequencies=self._address(model.frequencies),
             layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, args.sliding_windows)),
         )
@@ -82,7 +88,8 @@ class CpuStep:
             "v_cache": attention.kv_cache.v,
         }
         for name, linear in (("wqkv", attention.wqkv), ("wo", attention.wo), ("w13", ffn.w13), ("w2", ffn.w2)):
-            tensors |= {name: linear.weight.rows, f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
+            tensors |= {name: linear.weight.rows, f"{name}_scale": linear.weight.scale}
+            tensors |= {f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
         return CpuLayer(window=window or 0, **{name: self._address(tensor) for name, tensor in tensors.items()})
 
     def __call__(self, model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:

@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpu_step import CpuStep
-from kernels.compact_gemv import compact_gemv
 from kernels.decode_attention import GROUP, decode_attention
-from kernels.gate_up import gate_up
 from kernels.merge_attention import merge_attention
 from kernels.native import library
 from kernels.norm_compact import norm_compact
@@ -56,17 +54,17 @@ def fused_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
         attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.kv_cache
         wqkv, wo, w13, w2 = attention.wqkv, attention.wo, ffn.w13, ffn.w2
         residual, *x = norm_compact(residual, partial, layer.attention_norm.weight, wqkv.threshold, eps)
-        qkv = compact_gemv(*x, wqkv.weight.rows)
+        qkv = wqkv.weight.compact_matvec(x)
         if wqkv.bias is not None:
             qkv[0] += wqkv.bias
         shares = decode_attention(
             qkv, model.frequencies, cache.k[0], cache.v[0], input_pos, model.args.n_heads, window or 0
         )
         x = merge_attention(*shares, wo.threshold, cache.k.dtype)
-        partial = compact_gemv(*x, wo.weight.rows)
+        partial = wo.weight.compact_matvec(x)
         residual, *x = norm_compact(residual, partial, layer.ffn_norm.weight, w13.threshold, eps)
-        x = gate_up(*x, w13.weight.rows, w2.threshold)
-        partial = compact_gemv(*x, w2.weight.rows)
+        x = w13.weight.compact_gate_up(x, w2.threshold)
+        partial = w2.weight.compact_matvec(x)
     _, _, x, _ = norm_compact(residual, partial, model.norm.weight, keep_all, eps)  # the whole vector as a list
     return model.output(x)[0]
 

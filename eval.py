@@ -24,8 +24,9 @@ from cli import add_model_arguments, positive_int, run, sparsity
 from corpus import read_corpus
 from model import Transformer
 from record import describe, write_records
-from sparse_model import leading_dense, load_calibration, load_model, pick_device, set_sparsity, tally_kept
+from sparse_model import format_of, leading_dense, load_calibration, load_model, pick_device, set_sparsity, tally_kept
 from tokenizer import Tokenizer
+from weights import output_weight
 
 DEFAULT_TEXT = ROOT / "data" / "evaluation"
 LOGIT_ROWS = 128  # positions whose logits are held at once: 25 MB at a vocabulary of 49,152
@@ -72,7 +73,7 @@ def evaluate(
     model: Transformer, windows: list[tuple[list[int], int]], dense_tokens: int, nominal: float, progress: tqdm
 ) -> Score:
     """Scores the windows with their first `dense_tokens` tokens computed densely, at the thresholds now set."""
-    output = model.output.weight.float()
+    output = output_weight(model.output)
     started = time.perf_counter()
     losses = []
     with leading_dense(model, dense_tokens), tally_kept(model) as tally:
@@ -141,7 +142,7 @@ def main() -> None:
     protocol = f"context {context}, stride {stride}, {len(windows)} windows, prefill {options.prefill}"
     print(f"perplexity on {', '.join(path.name for path in options.text)} ({protocol})")
     print_table(scores)
-    common = describe(folder.resolve().name, device, model.norm.weight.dtype) | {
+    common = describe(folder.resolve().name, device, format_of(model)) | {
         "benchmark": "eval",
         "text": [path.name for path in options.text],
         "protocol": protocol,

@@ -34,6 +34,7 @@ from record import describe
 from sampling import Sampling
 from sparse_model import (
     bytes_per_token,
+    format_of,
     load_calibration,
     load_model,
     pick_device,
@@ -231,7 +232,7 @@ def main() -> None:
         raise
     measured = report(session, samples, options.sparsity)
     if options.json:
-        print(json.dumps(describe(folder.resolve().name, device, model.norm.weight.dtype) | measured))
+        print(json.dumps(describe(folder.resolve().name, device, format_of(model)) | measured))
 
 
 if __name__ == "__main__":

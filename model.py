@@ -277,9 +277,8 @@ class Transformer(nn.Module):
         """
         x = self.tok_embeddings(tokens)
         positions = torch.arange(tokens.shape[1], device=x.device) if input_pos is None else input_pos
-        angles = positions[:, None].float() * self.frequencies
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        masks = {window: self._mask(positions, input_pos, window) for window in set(self.args.sliding_windows)}
+        cos, sin = self.rotary(positions, x.dtype)
+        masks = {window: self.mask(positions, input_pos, window) for window in set(self.args.sliding_windows)}
         for layer, window in zip(self.layers, self.args.sliding_windows, strict=True):
             x = layer(x, cos, sin, input_pos, masks[window])
         return self.norm(x)
@@ -288,7 +287,12 @@ class Transformer(nn.Module):
         """Logits [B, T, vocab] of tokens [B, T]; see `hidden` for input_pos."""
         return self.output(self.hidden(tokens, input_pos))
 
-    def _mask(self, positions: Tensor, input_pos: Tensor | None, window: int | None) -> Tensor | None:
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, head_dim / 2] of the angles at positions [T]."""
+        angles = positions[:, None].float() * self.frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def mask(self, positions: Tensor, input_pos: Tensor | None, window: int | None) -> Tensor | None:
         """Which keys each query sees, bool [T, keys]; None for plain causal attention within the tokens given."""
         if input_pos is None and (window is None or positions.shape[0] <= window):
             return None

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, ROOT, new_file
+from checkpoint import ROOT, new_file
 from kernels.backend import triton
 
 
-def describe(model: str, device: torch.device, dtype: torch.dtype) -> dict:
+def describe(model: str, device: torch.device, format: str) -> dict:
     """Fields common to all records of a run of the model called `model`; call it once a run, which names the run."""
     return {
         "run": uuid.uuid4().hex[:12],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "model": model,
-        "format": next(name for name, value in DTYPES.items() if value == dtype),
+        "format": format,
         "peer": None,
         "versions": {
             "torch": torch.__version__,

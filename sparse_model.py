@@ -11,44 +11,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoint import SPARSE_WEIGHT, WEIGHTS, fingerprint, new_file, open_safetensors, read_config, run_command
-from kernels.sparse_gemv import sparse_gemv
+from checkpoint import (
+    DTYPES,
+    SPARSE_WEIGHT,
+    WEIGHTS,
+    fingerprint,
+    new_file,
+    open_safetensors,
+    read_config,
+    run_command,
+)
 from model import ModelArgs, Transformer
+from weights import DenseWeight, Form, Int8Output, Weight
 
 CALIBRATION = "calibration.safetensors"
 CALIBRATION_VERSION = "1"
 KINDS = {"wqkv": "qkv", "wo": "o", "w13": "gate+up", "w2": "down"}
 KEEP_ALL = -1.0  # a threshold below every |x|
-
-
-class DenseWeight(nn.Module):
-    """A linear layer's weight as rows [K, N], one contiguous row an input channel, in fp32, bf16 or fp16."""
-
-    def __init__(self, rows: Tensor):
-        super().__init__()
-        self.rows = nn.Parameter(rows.contiguous(), requires_grad=False)
-        self.in_features, self.out_features = rows.shape
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that one skipped channel saves."""
-        return self.out_features * self.rows.element_size()
-
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] -> [..., N], every channel."""
-        if x.device.type == "cpu" and x.dtype != torch.float32:
-            # A CPU without bf16 matrix instructions multiplies bf16 9x slower than fp32 (512x576x1536 on Zen 3).
-            bias = None if bias is None else bias.float()
-            return F.linear(x.float(), self.rows.float().t(), bias).to(x.dtype)
-        return F.linear(x, self.rows.t(), bias)
-
-    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [K] -> [N], reading only the rows whose |x| exceeds threshold [K]."""
-        return sparse_gemv(x, self.rows, threshold, bias)
 
 
 class SparseLinear(nn.Module):
@@ -58,7 +40,7 @@ class SparseLinear(nn.Module):
     (see `leading_dense`) overrides how many leading tokens of a call are computed densely.
     """
 
-    def __init__(self, weight: DenseWeight, bias: Tensor | None = None):
+    def __init__(self, weight: Weight, bias: Tensor | None = None):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -92,13 +74,26 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
-def sparsify(model: Transformer) -> Transformer:
-    """Replaces the linear layers of the blocks by SparseLinear, at sparsity 0; their weights are shared, not copied."""
+def sparsify(model: Transformer, form: Form | None = None) -> Transformer:
+    """Replaces the linear layers of the blocks by SparseLinear, at sparsity 0.
+
+    Their weights are shared, not copied; with a form they and the output layer are quantized ones, yet to be filled.
+    """
     for name, linear in list(model.named_modules()):
         if SPARSE_WEIGHT.fullmatch(f"{name}.weight") and isinstance(linear, nn.Linear):
+            K, N = reversed(linear.weight.shape)
+            weight = form.within(name).empty(K, N) if form else DenseWeight(linear.weight.t())
             parent, child = name.rsplit(".", 1)
-            setattr(model.get_submodule(parent), child, SparseLinear(DenseWeight(linear.weight.t()), linear.bias))
+            setattr(model.get_submodule(parent), child, SparseLinear(weight, linear.bias))
+    if form:
+        model.output = Int8Output.empty(*model.output.weight.shape)
     return model
+
+
+def format_of(model: Transformer) -> str:
+    """The form of the weights: bf16, fp16, fp32, int8 or int4."""
+    form, dtype = model.layers[0].feed_forward.w13.weight.form, model.norm.weight.dtype
+    return next(name for name, value in DTYPES.items() if value == dtype) if form == "dense" else form
 
 
 @contextmanager
@@ -221,33 +216,43 @@ def load_calibration(folder: Path, path: Path | None = None, device: torch.devic
     return calibration
 
 
+def stored_as(name: str) -> str:
+    """The name in model.safetensors of a parameter of the sparse model."""
+    return name.replace(".weight.rows", ".weight").replace(".weight.scale", ".scale")
+
+
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
 
-    On the CPU the weights stay memory-mapped unless `dtype` changes them.
+    Quantized weights stay so; `dtype` is of what is computed, and of all else. On the CPU tensors stay memory-mapped
+    unless it changes them.
     """
     args = ModelArgs.from_config(read_config(folder))
-    with torch.device("meta"):
-        model = Transformer(args)
     tensors = {}
     with open_safetensors(folder / WEIGHTS) as file:
-        if (file.metadata() or {}).get("format") != "teal-fast":
+        metadata, stored = file.metadata() or {}, set(file.keys())
+        if metadata.get("format") != "teal-fast":
             raise ValueError(f"{folder} is not converted yet: run `python -m scripts.convert_hf_checkpoint {folder}`")
-        stored = set(file.keys())
+        with torch.device("meta"):
+            model = sparsify(Transformer(args), Form.read(metadata))
         for name, parameter in model.named_parameters():
-            if name not in stored:
-                raise ValueError(f"{folder / WEIGHTS} lacks {name}, which its config.json calls for: convert it again")
-            tensor = file.get_tensor(name).to(device=device, dtype=dtype)
-            tensors[name] = tensor.t() if SPARSE_WEIGHT.fullmatch(name) else tensor
-            if tensors[name].shape != parameter.shape:
-                found, expected = list(tensors[name].shape), list(parameter.shape)
-                raise ValueError(f"{folder / WEIGHTS}: {name} is {found}, config.json calls for {expected}")
-        if extra := sorted(stored - tensors.keys()):
-            raise ValueError(f"{folder / WEIGHTS} holds {extra[0]}, unknown to its config.json: convert it again")
+            stored_name = stored_as(name)
+            if stored_name not in stored:
+                raise ValueError(f"{folder / WEIGHTS} lacks {stored_name}, which its config.json calls for: remake it")
+            tensor = file.get_tensor(stored_name).to(device=device)
+            quantized = not tensor.is_floating_point() or name.endswith(".scale")
+            tensors[name] = tensor if quantized else tensor.to(dtype=dtype)
+            if tensor.shape != parameter.shape:
+                found, expected = list(tensor.shape), list(parameter.shape)
+                raise ValueError(f"{folder / WEIGHTS}: {stored_name} is {found}, config.json calls for {expected}")
+        if extra := sorted(stored - set(map(stored_as, tensors))):
+            raise ValueError(f"{folder / WEIGHTS} holds {extra[0]}, unknown to its config.json: make it again")
     model.load_state_dict(tensors, strict=False, assign=True)
-    if args.tie_embeddings:
+    if isinstance(model.output, nn.Linear) and args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    return sparsify(model).requires_grad_(False).eval().to(device)
+    for layer in sparse_layers(model).values():
+        layer.threshold = torch.full(layer.threshold.shape, KEEP_ALL, device=device)
+    return model.to(device).requires_grad_(False).eval()
 
 
 @dataclass
@@ -264,8 +269,8 @@ class Tally:
         held: dict[str, float] = {}
         for name, seen in self.seen.items():
             for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
-                held[kind] = held.get(kind, 0) + seen * layers[name].weight.row_bytes
-                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.row_bytes
+                held[kind] = held.get(kind, 0) + seen * layers[name].weight.rows[0].nbytes
+                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.rows[0].nbytes
         return {kind: 1 - read[kind] / held[kind] for kind in held if held[kind]}
 
 

@@ -1,8 +1,8 @@
 """Times single-stream decoding at several sparsities, in one process and interleaved, so that ratios can be trusted.
 
-    python -m benchmarks.decode --checkpoint demo --sparsity 0 0.25 0.4 0.5
+    python -m benchmarks.decode --checkpoint demo checkpoints/demo-int8 --sparsity 0 0.25 0.4 0.5
     python -m benchmarks.decode --checkpoint demo --device cpu --peers llama.cpp bf16 q8_0 q4_0, transformers
-    python -m benchmarks.decode --shapes llama-3-8b --compile --prompt_tokens 5 4096 --dense --peers transformers
+    python -m benchmarks.decode --shapes llama-3-8b --formats dense int8 int4 --compile --dense --peers transformers
 
 Each round decodes once in every configuration; the median over rounds is reported, with the extremes. The first round
 warms up. The read bandwidth that the shares refer to is measured in between. `--shapes` takes random weights, and
@@ -39,7 +39,16 @@ from model import Transformer
 from record import describe, write_records
 from sampling import Sampling
 from scripts.prepare_demo import find_gguf
-from sparse_model import Calibration, bytes_per_token, load_calibration, load_model, pick_device, set_sparsity
+from sparse_model import (
+    Calibration,
+    bytes_per_token,
+    format_of,
+    load_calibration,
+    load_model,
+    pick_device,
+    set_sparsity,
+)
+from weights import QUANTIZED, Form
 
 GREEDY = Sampling(0.0)
 
@@ -93,6 +102,7 @@ class Decoder:
         """Decodes once; tokens a second. The first time it also counts what is skipped."""
         set_sparsity(self.model, self.calibration, self.sparsity)
         native = getattr(self.step, "native", None)
+        native = native if isinstance(native, TimedCalls) else None
         before = native.seconds if native else 0.0
         sample, draws = Sample(len(self.prompt)), torch.Generator(self.model.norm.weight.device)
         for _ in decode(
@@ -106,7 +116,8 @@ class Decoder:
         return sample.tokens_per_s
 
     def row(self) -> Row:
-        about = {"mode": self.mode, "sparsity": self.sparsity, "prompt_tokens": len(self.prompt)}
+        about = {"format": format_of(self.model), "mode": self.mode, "sparsity": self.sparsity}
+        about["prompt_tokens"] = len(self.prompt)
         return Row(about, self.decode, self.details)
 
     def details(self) -> dict:
@@ -122,7 +133,7 @@ def make_decoders(
     """Our configurations, the dense baseline first."""
     cuda = model.norm.weight.is_cuda
     steps: list[tuple[str, Step, list[float]]] = []
-    if options.dense:
+    if options.dense and format_of(model) in DTYPES:
         steps.append(("captured cublas", CapturedStep(model, cublas_step), [0.0]))
     step = fast_step(model) if options.compile or not cuda else decode_step
     mode = "plain" if step is decode_step else "captured" if cuda else "compiled"
@@ -141,22 +152,26 @@ def make_decoders(
 def print_record(record: dict) -> None:
     shares = [f"{record['bandwidth_share']:>4.0%} of read bandwidth"] if "bandwidth_share" in record else []
     shares += [f"host {record['host_share']:.1%}"] if "host_share" in record else []
+    mode = record["peer"] or f"{record['format']} {record['mode']}"
     print(
-        f"{record['model']:<14} {record['peer'] or record['mode']:<17} {record['sparsity']:>4.0%} after "
+        f"{record['model']:<14} {mode:<21} {record['sparsity']:>4.0%} after "
         f"{record['prompt_tokens']:>5}  {record['tokens_per_s']:>7.1f} tokens/s  {', '.join(shares)}",
         flush=True,
     )
 
 
 def benchmark(name: str, options: argparse.Namespace, device: torch.device, common: dict) -> list[dict]:
-    """The records of one model and, where asked for, of the peers on its weights."""
-    name, model, calibration = load(name, options, device)
-    model.setup_caches(1, cache_length(model, max(options.prompt_tokens) + options.new_tokens))
-    about = describe(name, device, model.norm.weight.dtype) | common
+    """The records of one model in all its forms and, where asked for, of the peers on its weights."""
+    loaded = load(name, options, device)
+    model = loaded[0][0]
     prompts = [random_prompt(model.args.vocab_size, tokens) for tokens in options.prompt_tokens]
+    rows = []
+    for model, calibration in loaded:
+        model.setup_caches(1, cache_length(model, max(options.prompt_tokens) + options.new_tokens))
+        rows += [decoder.row() for decoder in make_decoders(model, calibration, prompts, options)]
+    about = describe(name, device, format_of(model)) | common
     weights = options.gguf or COMMON | SHAPES.get(name, {})
-    task = Task(weights, model.args.vocab_size, prompts, options.new_tokens, device, about["format"])
-    rows = [decoder.row() for decoder in make_decoders(model, calibration, prompts, options)]
+    task = Task(weights, model.args.vocab_size, prompts, options.new_tokens, device, format_of(loaded[0][0]))
     meter = bandwidth_meter(device)
     others, cuda, memory = [], device.type == "cuda", {}
     if cuda:
@@ -170,28 +185,38 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device, comm
         with profiler(options.profile):
             rows[-1].decode()
     records = [about | row.record() | memory for row in rows]
-    del model, rows  # peers on CUDA need the memory
+    del model, loaded, rows  # peers on CUDA need the memory
     for row in peer_rows(options.peers, task) if cuda else ():
         measure([row], options.rounds, meter)  # alone: its one cache would grow with the other prompts
         others.append(row)
     return records + [about | row.record() for row in others]
 
 
-def load(name: str, options: argparse.Namespace, device: torch.device) -> tuple[str, Transformer, Calibration]:
-    """The model's name, the model, and its calibration."""
+def load(name: str, options: argparse.Namespace, device: torch.device) -> list[tuple[Transformer, Calibration]]:
+    """The model called `name` in every form asked for, each with its calibration."""
     if options.checkpoint:
-        folder = find_checkpoint(name)
-        calibration = load_calibration(folder, device=device)
-        return folder.resolve().name, load_model(folder, device, DTYPES.get(options.dtype)), calibration
-    model = random_model(COMMON | SHAPES[name], device, DTYPES[options.dtype or "bf16"])
-    return name, model, calibrate_on_random_tokens(model)
+        folders = list(map(find_checkpoint, options.checkpoint))
+        calibrations = [load_calibration(folder, device=device) for folder in folders]
+        models = [load_model(folder, device, DTYPES.get(options.dtype)) for folder in folders]
+    else:
+        config, dtype = COMMON | SHAPES[name], DTYPES[options.dtype or "bf16"]
+        groups = {"int4": 128 if config["hidden_size"] % 128 == 0 else 64}  # outputs a scale
+        forms = [Form(form, groups.get(form, 0)) if form in QUANTIZED else None for form in options.formats]
+        models = [random_model(config, device, dtype, form=form) for form in forms]
+        calibrations = list(map(calibrate_on_random_tokens, models))
+    return list(zip(models, calibrations, strict=True))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", help="a converted checkpoint's folder, or demo")
+    what.add_argument(
+        "--checkpoint", nargs="+", help="a model's converted checkpoints, such as demo and quantized ones"
+    )
     what.add_argument("--shapes", nargs="+", choices=SHAPES, help="random weights in these models' shapes")
+    parser.add_argument(
+        "--formats", nargs="+", choices=("dense", *QUANTIZED), default=["dense"], help="of the random weights"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="computation type (default: the stored one; bf16)")
     parser.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.0, 0.25, 0.4, 0.5], help="nominal")
@@ -217,7 +242,7 @@ def check_peers(options: argparse.Namespace) -> None:
     check_installed(options.peers)
     if not options.peers or options.shapes:
         options.gguf = None
-    elif options.gguf is None and options.checkpoint == "demo":
+    elif options.gguf is None and options.checkpoint[0] == "demo":
         options.gguf = find_gguf()
     elif options.gguf is None:
         raise ValueError("--peers decode the GGUF file that the checkpoint was converted from: name it with --gguf")
@@ -233,7 +258,7 @@ def main() -> None:
     check_peers(options)
     common = {"benchmark": "decode", "run": uuid.uuid4().hex[:12], "new_tokens": options.new_tokens}
     records: list[dict] = []
-    for name in options.shapes or [options.checkpoint]:
+    for name in options.shapes or [find_checkpoint(options.checkpoint[0]).resolve().name]:
         found = benchmark(name, options, device, common)
         for record in found:
             print_record(record)

@@ -34,6 +34,7 @@ from benchmarks.shapes import COMMON, SHAPES
 from checkpoint import DTYPES
 from cli import run, sparsity
 from kernels import compact_gemv, gate_up, sparse_gemv
+from kernels.rows import bits
 from model import ModelArgs
 from record import describe, write_records
 from sparse_model import pick_device
@@ -71,7 +72,8 @@ class Op:
 
     def kept(self, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
         """Index, value and count of x as the op's producer would hand them on."""
-        slots = -(-self.K // gate_up.config(self.K)[1]) if self.name == "down" else self.slots  # as tuned by now
+        width = gate_up.config(self.K, bits(self.weights[0]))[1]  # as tuned by now
+        slots = -(-self.K // width) if self.name == "down" else self.slots
         width = -(-self.K // slots)
         mask = F.pad(self.x.abs() > self.threshold(sparsity), (0, slots * width - self.K)).view(slots, width)
         order = mask.int().argsort(dim=1, descending=True, stable=True)
@@ -207,9 +209,10 @@ def run_dense(x: Tensor, weights: list[Tensor]) -> None:
 def tune(ops: list[Op]) -> None:
     """Prints the best block sizes at 50 %, in the form of the tables in kernels/."""
     for op in ops:
-        table, key, configs = compact_gemv.TUNED, (op.K, op.N), GEMV_CONFIGS
+        form = bits(op.weights[0])
+        table, key, configs = compact_gemv.TUNED, (op.K, op.N, form), GEMV_CONFIGS
         if op.name == "gate+up":
-            table, key, configs = gate_up.TUNED, op.N // 2, GATE_UP_CONFIGS
+            table, key, configs = gate_up.TUNED, (op.N // 2, form), GATE_UP_CONFIGS
         timed = []
         for config in configs:
             table[key] = config
@@ -268,7 +271,7 @@ def main() -> None:
             continue
         cases = make_cases(ops, options.sparsity)
         time_cases(cases, device)
-        about = describe(name, device, dtype) | {"benchmark": "kernels", "run": run_id}
+        about = describe(name, device, options.dtype) | {"benchmark": "kernels", "run": run_id}
         found = [about | to_record(case) for case in cases]
         for record in found:
             print_record(record)

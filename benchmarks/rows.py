@@ -87,28 +87,36 @@ def ratios(records: list[dict]) -> list[str]:
     Medians first; then the median of the rounds' ratios, which a machine's slow moments touch least; then best rounds.
     """
     lines = []
-    ours = [r for r in records if _name(r) in ("0 %", "50 %")]
+    ours = [r for r in records if _is_ours(r) and r["sparsity"] in (0, 0.5)]
     for mine in sorted(ours, key=lambda r: (r["prompt_tokens"], -r["sparsity"])):
         others = [r for r in records if r["prompt_tokens"] == mine["prompt_tokens"] and _is_baseline(r, mine)]
         if others:
             compared = ", ".join(f"{_ratio(mine, other)} of {_name(other)}" for other in others)
             lines.append(f"{_name(mine)} after {mine['prompt_tokens']}: {compared}")
-    for name in ("50 %", "0 %"):
-        *shorter, longest = sorted((r for r in ours if _name(r) == name), key=lambda r: r["prompt_tokens"]) or [None]
+    for name in dict.fromkeys(map(_name, ours)):
+        *shorter, longest = sorted((r for r in ours if _name(r) == name), key=lambda r: r["prompt_tokens"])
         if shorter:
             compared = ", ".join(f"{_ratio(longest, other)} of after {other['prompt_tokens']}" for other in shorter)
             lines.append(f"{name} after {longest['prompt_tokens']}: {compared}")
     return lines
 
 
+def _is_ours(record: dict) -> bool:
+    return not record["peer"] and "cublas" not in record["mode"]
+
+
 def _name(record: dict) -> str:
-    if record["peer"] or "cublas" in record["mode"]:
+    if not _is_ours(record):
         return record["peer"] or record["mode"]
-    return f"{record['sparsity'] * 100:g} %"
+    return f"{record['format']} {record['sparsity'] * 100:g} %"
 
 
 def _is_baseline(record: dict, mine: dict) -> bool:
-    return record is not mine and (_name(record) == "0 %" or not _name(record).endswith("%"))
+    """Other programs, our own dense row, and the same sparsity in another form."""
+    same = record["format"] == mine["format"], record["sparsity"] == mine["sparsity"]
+    return not _is_ours(record) or (
+        record is not mine and (same == (False, True) or (same[0] and not record["sparsity"]))
+    )
 
 
 def _ratio(record: dict, other: dict) -> str:

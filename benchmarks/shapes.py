@@ -1,10 +1,13 @@
 """Models with the shapes of published ones and random weights: speed does not depend on what the weights say."""
 
 import torch
+from torch import Tensor
 
 from calibrate import cut_sequences, measure
-from model import ModelArgs, Transformer
-from sparse_model import Calibration, sparsify
+from kernels.int4 import pack_int4
+from model import ModelArgs, Transformer, rotary_frequencies
+from sparse_model import KEEP_ALL, Calibration, sparse_layers, sparsify
+from weights import Form
 
 # config.json of the published models, as far as shapes go.
 SHAPES = {
@@ -13,6 +16,15 @@ SHAPES = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+    "llama-3-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
         "rope_theta": 500000.0,
@@ -49,22 +61,45 @@ COMMON = {"model_type": "llama", "num_attention_heads": 32, "max_position_embedd
 
 
 def random_model(
-    config: dict, device: torch.device | str, dtype: torch.dtype, seed: int = 0, std: float = 0.02
+    config: dict,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    std: float = 0.02,
+    form: Form | None = None,
 ) -> Transformer:
-    """A model of this config.json with normally distributed weights, sparse at sparsity 0."""
+    """A model of this config.json with normally distributed weights, sparse at sparsity 0, quantized with a form."""
     with torch.device("meta"):
-        model = Transformer(ModelArgs.from_config(config))
+        model = sparsify(Transformer(ModelArgs.from_config(config)), form)
+    model.to_empty(device=device)
+    model.frequencies = rotary_frequencies(model.args.rope, model.args.head_dim).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in list(model.named_parameters()):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        weight = torch.empty(parameter.shape[::-1], dtype=dtype, device=device)  # [K, N], seen as [N, K]
-        weight = weight.fill_(1) if "norm" in name else weight.normal_(0, std, generator=generator)
-        setattr(parent, leaf, torch.nn.Parameter(weight.t() if weight.ndim == 2 else weight, requires_grad=False))
-        if leaf == "weight" and parent in (model.output, model.tok_embeddings):  # these two lie as PyTorch has them
-            parent.weight = torch.nn.Parameter(parent.weight.contiguous(), requires_grad=False)
-    if model.args.tie_embeddings:
+        value = parameter.data
+        if value.dtype == torch.int8:
+            value = _normal(value.shape, 127 / 4, generator).clamp_(-127, 127).to(torch.int8)
+        elif value.dtype == torch.uint8:
+            N, group = parent.out_features, parent.group
+            values = (_normal((value.shape[0], N), 8 / 3, generator).round_() + 8).clamp_(0, 15).to(torch.uint8)
+            value = pack_int4(values, torch.ones(value.shape[0], N // group, device=device, dtype=torch.bfloat16))
+        elif leaf == "scale":
+            value = torch.full_like(value, std * (3 / 8 if hasattr(parent, "group") else 4 / 127))
+        elif "norm" in name:
+            value = torch.ones_like(value, dtype=dtype)
+        else:
+            value = _normal(value.shape, std, generator).to(dtype)
+        setattr(parent, leaf, torch.nn.Parameter(value, requires_grad=False))
+    for layer in sparse_layers(model).values():
+        layer.threshold.fill_(KEEP_ALL)
+    if model.args.tie_embeddings and form is None:
         model.output.weight = model.tok_embeddings.weight
-    return sparsify(model.to(device)).eval()
+    return model.eval()
+
+
+def _normal(shape: torch.Size | tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
+    """Half precision, since fp32 of a large layer would take gigabytes."""
+    return torch.empty(shape, device=generator.device, dtype=torch.bfloat16).normal_(0, std, generator=generator)
 
 
 def calibrate_on_random_tokens(model: Transformer, tokens: int = 2048, seed: int = 0) -> Calibration:

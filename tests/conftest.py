@@ -32,14 +32,12 @@ def demo() -> Path:
     return find_checkpoint("demo")
 
 
-@pytest.fixture(scope="session")
-def tiny_hf(demo, tmp_path_factory) -> Path:
+def write_llama(folder: Path, demo: Path, hidden_size: int, intermediate_size: int) -> Path:
     """A tiny random Llama in fp32, written by transformers, with the demo's tokenizer: a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("tiny_hf")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=172,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -55,10 +53,24 @@ def tiny_hf(demo, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_hf(demo, tmp_path_factory) -> Path:
+    """A tiny model of sizes that divide badly, as Hugging Face has it."""
+    return write_llama(tmp_path_factory.mktemp("tiny_hf"), demo, 64, 172)
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_hf, tmp_path_factory) -> Path:
     """The same model as a checkpoint folder of ours. Shared by tests: copy it before changing it."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     convert(tiny_hf, folder, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def even(demo, tmp_path_factory) -> Path:
+    """A tiny checkpoint whose layers have outputs in groups of 64, as int4 wants them. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("even") / "even"
+    convert(write_llama(folder.with_name("hf"), demo, 128, 256), folder, None)
     return folder
 
 

@@ -123,7 +123,7 @@ def test_weights_that_do_not_fit_the_config_are_named(tiny, tmp_path):
     folder = copy(tiny, tmp_path)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"intermediate_size": 170}))
-    with pytest.raises(ValueError, match=r"0\.feed_forward\.w13\.weight is \[344, 64\], .* \[340, 64\]"):
+    with pytest.raises(ValueError, match=r"0\.feed_forward\.w13\.weight is \[64, 344\], .* \[64, 340\]"):
         load_model(folder)
     (folder / CONFIG).write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"lacks layers\.2\."):

@@ -16,9 +16,10 @@ from cpu_step import CpuStep
 from decode import Sample, decode, decode_step
 from model import Transformer
 from sampling import Sampling
-from sparse_model import Calibration, set_sparsity, watch_inputs
+from sparse_model import Calibration, set_sparsity, sparse_layers, watch_inputs
 from tests.cpp import RUNNABLE, compiled
 from tests.models import TINY
+from weights import DenseWeight, Form, Int8Output, output_weight
 
 LENGTH = 260
 POSITIONS = (0, 1, 62, 63, 64, 65, 127, 128, 200, LENGTH - 1)  # a chunk is 64 positions
@@ -46,9 +47,22 @@ CASES = {
     "mistral_small_window": {"model_type": "mistral", "sliding_window": 6},
     "mistral_window_of_a_chunk": {"model_type": "mistral", "sliding_window": 64},
 }
+EVEN = {"intermediate_size": 256}  # int4 wants groups of 64 outputs
+QUANTIZED = {
+    "llama": EVEN,
+    "groups_of_7": EVEN | heads(14, 2, 64),
+    "biases": EVEN | {"attention_bias": True, "mlp_bias": True},
+    "qwen2_tied": EVEN | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": EVEN | {"model_type": "qwen3"},
+}
+FORMS = {"int8": Form("int8"), "int4": Form("int4", 64), "int4_128": Form("int4", 128)}
 TOLERANCE = 2e-5  # fp32, logits of size 1: another order of summation, another exp, sin and cos
 # Off the plain step of the same weights in fp32, as a share of the logits' norm: the inputs of each product, keys and
 # values are rounded. The plain step in half precision rounds more: it is off by up to 0.0023 and 0.021 itself.
+TOLERANCE_INT8 = 2e-4  # the output layer's input is rounded to 16 bits: to 1/65534 of its largest entry, and norms grow
+# The factors of int4's rows are rounded to 8 bits: by up to 1/254 of the largest of eight, about 0.5 % of a product's
+# norm, in eight products whose errors add up to 2 %.
+TOLERANCE_INT4 = 0.04
 TOLERANCE_HALF = {torch.float16: 0.002, torch.bfloat16: 0.015}
 
 
@@ -71,18 +85,24 @@ def make_step(request, monkeypatch):
 
 
 @functools.cache
-def made(case: str, dtype: torch.dtype) -> tuple[Transformer, Calibration]:
-    model = random_model(TINY | CASES[case], "cpu", dtype, std=0.1)
+def made(case: str, dtype: torch.dtype, form: str | None = None) -> tuple[Transformer, Calibration]:
+    model = random_model(TINY | (QUANTIZED if form else CASES)[case], "cpu", dtype, std=0.1)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5, generator=generator)
+    if form:
+        model.output = Int8Output.pack(model.output.weight)
+        for layer in sparse_layers(model).values():
+            layer.weight = FORMS[form].pack(layer.weight.dequantize())
     return model, calibrate_on_random_tokens(model, tokens=64)
 
 
-def make(case: str, sparsity: float, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> Transformer:
+def make(
+    case: str, sparsity: float, dtype: torch.dtype = torch.float32, length: int = LENGTH, form: str | None = None
+) -> Transformer:
     """A random model with random keys and values in its cache."""
-    model, calibration = made(case, dtype)
+    model, calibration = made(case, dtype, form)
     set_sparsity(model, calibration, sparsity)
     model.setup_caches(1, length)
     generator = torch.Generator().manual_seed(2)
@@ -198,6 +218,72 @@ def test_same_bits_for_any_number_of_threads(make_step, case, dtype, set_threads
         restore(model, before)
         logits = [run(model, step, 7, position) for position in (0, 63, 64, LENGTH - 1)]
         found.append([*logits, *(tensor.float() for tensor in caches(model))])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def widened(model: Transformer) -> Transformer:
+    """The model with the weights that its quantized ones stand for, in fp32."""
+    wide = copy.deepcopy(model)
+    for layer in sparse_layers(wide).values():
+        layer.weight = DenseWeight(layer.weight.dequantize())
+    wide.output = torch.nn.Linear(model.args.dim, model.args.vocab_size, bias=False)
+    wide.output.weight = torch.nn.Parameter(output_weight(model.output), requires_grad=False)
+    return wide
+
+
+def errors(model: Transformer, step, other: Transformer) -> Tensor:
+    """How far the step is off the other model's plain one, as a share of the logits' norm, at each position."""
+    found = []
+    for position in POSITIONS:
+        token, before = clear_of_thresholds(model, position), [tensor.clone() for tensor in caches(model)]
+        logits = run(model, step, token, position)
+        for changed, old in zip(caches(model), before, strict=True):  # nothing else in the cache was written to
+            changed[:, :, position] = old[:, :, position]
+            assert torch.equal(changed, old)
+        restore(other, before)
+        expected = run(other, decode_step, token, position)
+        restore(other, before)
+        found.append((logits - expected).norm() / expected.norm())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_int8_equals_the_plain_step_and_the_weights_it_stands_for(make_step, case, sparsity):
+    model = make(case, sparsity, form="int8")
+    step = make_step(model)
+    poison(model, step)
+    for other in (model, widened(model)):
+        assert errors(model, step, other).max() < TOLERANCE_INT8
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("form", ["int4", "int4_128"])
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_int4_equals_the_plain_step(make_step, case, form, sparsity):
+    model = make(case, sparsity, form=form)
+    step = make_step(model)
+    poison(model, step)
+    off = errors(model, step, model)
+    assert off.median() < TOLERANCE_INT8  # of whole numbers one may be rounded the other way, which may drop a channel
+    if sparsity == 0:
+        assert off.max() < TOLERANCE_INT4
+        assert errors(model, step, widened(model)).max() < TOLERANCE_INT4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["llama", "groups_of_7"])
+def test_quantized_same_bits_for_any_number_of_threads(make_step, case, form, dtype, set_threads):
+    model, found = make(case, 0.5, dtype, form=form), []
+    before, step = [tensor.clone() for tensor in caches(model)], make_step(model)
+    for threads in (1, 2, 4):
+        set_threads(threads)
+        restore(model, before)
+        logits = [run(model, step, 7, position) for position in (0, 63, 64, LENGTH - 1)]
+        found.append([*logits, *(tensor.float() for tensor in caches(model))])
+    restore(model, before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

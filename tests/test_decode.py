@@ -20,8 +20,9 @@ from kernels import compact_gemv, decode_attention, gate_up, merge_attention, no
 from kernels.backend import triton
 from kernels.native import library
 from sampling import Sampling
-from sparse_model import leading_dense, set_sparsity
+from sparse_model import leading_dense, set_sparsity, sparse_layers
 from tests.models import TINY
+from weights import DenseWeight, Form, Int8Output, output_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QWEN = TINY | {"model_type": "qwen2", "tie_word_embeddings": True}
@@ -64,6 +65,26 @@ def test_fused_step_equals_the_plain_one(config, sparsity):
     plain, fused = follow(model, decode_step, 3), follow(model, fused_step, 3)
     assert plain.std() > 0.1
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(triton is None, reason="no Triton here")
+@pytest.mark.parametrize("form", [Form("int8"), Form("int4", 64)], ids=["int8", "int4"])
+def test_fused_step_with_quantized_weights(form):
+    model, _ = make(TINY | {"intermediate_size": 256}, torch.float32, 0.5)
+    for layer in sparse_layers(model).values():
+        layer.weight = form.pack(layer.weight.dequantize())
+    model.output = Int8Output.pack(model.output.weight)
+    fused = follow(model, fused_step, 1)
+    for layer in sparse_layers(
+        model
+    ).values():  # the plain step in int4 rounds factors on the CPU, which this one does not
+        layer.weight = DenseWeight(layer.weight.dequantize())
+    output = torch.nn.Linear(model.args.dim, model.args.vocab_size, bias=False)
+    output.weight = torch.nn.Parameter(output_weight(model.output), requires_grad=False)
+    model.output = output
+    plain = follow(model, decode_step, 1)
+    assert plain.std() > 0.1
+    torch.testing.assert_close(fused, plain, rtol=0, atol=3e-4)  # the output layer takes 16 bits of its input
 
 
 @pytest.mark.skipif(triton is None, reason="no Triton here")

@@ -7,16 +7,27 @@ import pytest
 
 from checkpoint import ROOT
 
-OPS = ("compact_gemv", "decode_attention", "gate_up", "merge_attention", "norm_compact", "sparse_gemv")
+OPS = (
+    "compact_gemv",
+    "decode_attention",
+    "gate_up",
+    "merge_attention",
+    "norm_compact",
+    "output_gemv",
+    "sparse_gemv",
+    "widen",
+)
 RANKS = [
-    {"kernels.backend", "kernels.native"},
-    {f"kernels.{op}" for op in OPS} | {"model", "chat", "cli", "corpus", "sampling"},
-    {"tokenizer"},
+    {"kernels.backend", "kernels.native", "kernels.int4"},
+    {"kernels.rows"},
+    {f"kernels.{op}" for op in OPS} | {"rounding", "model", "chat", "cli", "corpus", "sampling"},
+    {"tokenizer", "weights"},
     {"checkpoint"},
     {"sparse_model", "record"},
     {"cpu_step"},
     {"decode"},
     {"generate", "calibrate", "eval"},
+    {"quantize"},
     {"scripts"},
     {"benchmarks"},
     {"tests"},

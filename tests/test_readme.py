@@ -23,12 +23,12 @@ MODEL = re.search(r"scripts\.download (\S+)", README)[1]
 
 
 @pytest.fixture(scope="module")
-def copy(tiny, tmp_path_factory) -> Path:
+def copy(even, tmp_path_factory) -> Path:
     """The repository's files in a folder of their own; a tiny model in the demo's place, which answers quickly."""
     folder = tmp_path_factory.mktemp("readme") / "teal-fast"
     ignored = shutil.ignore_patterns("checkpoints", ".venv", ".git", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    shutil.copytree(tiny, folder / "checkpoints" / "demo")
+    shutil.copytree(even, folder / "checkpoints" / "demo")
     config = folder / "checkpoints" / "demo" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048}))
     shutil.copyfile(find_gguf(), folder / "model.gguf")

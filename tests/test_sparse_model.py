@@ -22,7 +22,6 @@ from sparse_model import (
     KEEP_ALL,
     KINDS,
     Calibration,
-    DenseWeight,
     SparseLinear,
     Tally,
     bytes_per_token,
@@ -35,6 +34,7 @@ from sparse_model import (
     tally_kept,
     watch_inputs,
 )
+from weights import DenseWeight
 
 TOKENS = torch.arange(3, 300, 17)[None]  # [1, 18]
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # fp32, sums of up to 172 products in another order, through two layers
@@ -254,8 +254,8 @@ def test_tally_counts_what_is_kept(tiny, calibration):
         flat = [value for x in inputs[name] for value in x.abs().flatten().tolist()]
         assert tally.seen[name] == len(flat) == (TOKENS.shape[1] - 2 + 1) * layer.weight.in_features
         assert tally.kept[name].item() == sum(value > layer.threshold[0].item() for value in flat)
-        seen += tally.seen[name] * layer.weight.row_bytes
-        kept += tally.kept[name].item() * layer.weight.row_bytes
+        seen += tally.seen[name] * layer.weight.rows[0].nbytes
+        kept += tally.kept[name].item() * layer.weight.rows[0].nbytes
     achieved = tally.by_kind(model)
     assert list(achieved) == ["qkv", "all", "o", "gate+up", "down"]
     assert achieved["all"] == pytest.approx(1 - kept / seen)
@@ -438,7 +438,7 @@ def test_checkpoints_that_do_not_fit_their_config(tiny, tmp_path):
     name = "layers.1.feed_forward.w13.weight"
     for change, message in (
         ({name: None}, f"lacks {name}"),
-        ({name: tensors[name].t().contiguous()}, rf"{name} is \[64, 344\], config.json calls for \[344, 64\]"),
+        ({name: tensors[name].t().contiguous()}, rf"{name} is \[344, 64\], config.json calls for \[64, 344\]"),
         ({"norm.weight": torch.ones(65)}, r"norm.weight is \[65\], config.json calls for \[64\]"),
         ({"layers.2.attention_norm.weight": torch.ones(64)}, "holds layers.2.attention_norm.weight"),
     ):

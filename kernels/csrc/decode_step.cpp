@@ -6,12 +6,14 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "quantized.h"
 
 extern "C" {
 
 struct Layer {  // CpuLayer in cpu_step.py; absent tensors are null
     const void *attention_norm, *wqkv, *wqkv_bias, *q_norm, *k_norm, *wo, *wo_bias;
     const void *ffn_norm, *w13, *w13_bias, *w2, *w2_bias;
+    const float *wqkv_scale, *wo_scale, *w13_scale, *w2_scale;  // of quantized ones
     const float *wqkv_threshold, *wo_threshold, *w13_threshold, *w2_threshold;
     void *k_cache, *v_cache;  // [key/value heads, max_seq_length, head_dim]
     int64_t window;           // 0: the whole context
@@ -19,8 +21,11 @@ struct Layer {  // CpuLayer in cpu_step.py; absent tensors are null
 
 struct Model {  // CpuModel in cpu_step.py
     int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
+    // Bits of a value of the layers' weights: 8, 4 in groups of `group` outputs, or those of the model's type.
+    int64_t attention_bits, ffn_bits, group;
     double eps;
     const void *embeddings, *norm, *output;
+    const float* output_scale;
     const float* frequencies;
     const Layer* layer;
 };
@@ -47,6 +52,7 @@ struct Shared {
 struct Private {
     Floats residual, x, value, up, cos, sin, q, peak, scratch;
     std::vector<int32_t> index;
+    Fixed fixed;
 
     void fit(const Model& m) {
         int64_t widest = std::max({m.dim, m.ffn_dim, m.heads * m.head_dim});
@@ -79,10 +85,7 @@ template <class T> class Step {
         }
         for (int64_t i = 0; i < m.layers; i++) block(m.layer[i]);
         norm((const T*)m.norm);
-        arrange<T>(x, m.dim, own.value);
-        int64_t first = share(m.vocab_size, 0), last = share(m.vocab_size, 1);
-        const T* rows = (const T*)m.output + first * m.dim;
-        dot_rows<T, 1>(rows, own.value, m.dim, last - first, logits + first, 0, nullptr);
+        put_out(logits);
     }
 
   private:
@@ -91,22 +94,38 @@ template <class T> class Step {
     }
     int64_t share(int64_t n, int end, int64_t grain = 1) { return part(n, worker.id + end, worker.count, grain); }
 
-    void block(const Layer& layer) {
-        norm((const T*)layer.attention_norm);
-        product(x, layer.wqkv_threshold, layer.wqkv, m.dim, width, all.qkv);
-        attention(layer);
-        product(x, layer.wo_threshold, layer.wo, m.heads * m.head_dim, m.dim, all.update);
-        add((const T*)layer.wo_bias);
-        norm((const T*)layer.ffn_norm);
-        product(x, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
-        activate((const T*)layer.w13_bias);
-        product(all.h, layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
-        add((const T*)layer.w2_bias);
+    void put_out(float* logits) {
+        int64_t first = share(m.vocab_size, 0), last = share(m.vocab_size, 1);
+        if (!m.output_scale) {
+            arrange<T>(x, m.dim, own.value);
+            const T* rows = (const T*)m.output + first * m.dim;
+            return dot_rows<T, 1>(rows, own.value, m.dim, last - first, logits + first, 0, nullptr);
+        }
+        own.fixed.set(x, m.dim);
+        for (int64_t i = first; i < last; i++)
+            logits[i] = dot((const int8_t*)m.output + i * m.dim, own.fixed.value.data(), m.dim) *
+                        (own.fixed.unit * m.output_scale[i]);
     }
 
-    void product(const float* input, const float* threshold, const void* weight, int64_t K, int64_t N, float* partial) {
+    void block(const Layer& layer) {
+        norm((const T*)layer.attention_norm);
+        product(x, layer.wqkv_threshold, layer.wqkv, m.attention_bits, m.dim, width, all.qkv);
+        attention(layer);
+        product(x, layer.wo_threshold, layer.wo, m.attention_bits, m.heads * m.head_dim, m.dim, all.update);
+        add(layer.wo_scale, layer.wo_bias);
+        norm((const T*)layer.ffn_norm);
+        product(x, layer.w13_threshold, layer.w13, m.ffn_bits, m.dim, 2 * m.ffn_dim, all.gate_up);
+        activate(layer.w13_scale, layer.w13_bias);
+        product(all.h, layer.w2_threshold, layer.w2, m.ffn_bits, m.ffn_dim, m.dim, all.update);
+        add(layer.w2_scale, layer.w2_bias);
+    }
+
+    void product(const float* input, const float* threshold, const void* weight, int64_t bits, int64_t K, int64_t N,
+                 float* partial) {
         Kept kept = keep(input, threshold, K, own.index.data(), own.value);
-        multiply(kept, (const T*)weight, N, partial, worker);
+        if (bits == 4) multiply(kept, Int4Rows((const uint8_t*)weight, N, m.group), partial, worker);
+        else if (bits == 8) multiply(kept, Rows<int8_t>{(const int8_t*)weight, N}, partial, worker);
+        else multiply(kept, Rows<T>{(const T*)weight, N}, partial, worker);
         barrier();
     }
 
@@ -116,14 +135,14 @@ template <class T> class Step {
         for (int64_t k = 0; k < m.dim; k++) x[k] = rounded<T>(residual[k] * scale * widen(weight[k]));
     }
 
-    void add(const T* bias) {
-        collect(all.update, m.dim, bias, 0, m.dim, x);
+    void add(const float* scale, const void* bias) {
+        collect(all.update, m.dim, scale, (const T*)bias, 0, m.dim, x);
         for (int64_t k = 0; k < m.dim; k++) own.residual[k] += x[k];
     }
 
     // Head `head` of the q/k/v product into y [head_dim], turned unless it is a value's.
     void project(const Layer& layer, int64_t head, const void* norm, float* y) {
-        collect(all.qkv, width, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
+        collect(all.qkv, width, layer.wqkv_scale, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
         if (head >= m.heads + m.kv_heads) return;
         turn(y, (const T*)norm, float(m.eps), own.cos, own.sin, m.head_dim);
     }
@@ -170,11 +189,11 @@ template <class T> class Step {
         for (int64_t k = 0; k < m.heads * size; k++) x[k] = rounded<T>(x[k]);
     }
 
-    void activate(const T* bias) {  // this thread's share of h = SiLU(gate) * up
+    void activate(const float* scale, const void* bias) {  // this thread's share of h = SiLU(gate) * up
         int64_t F = m.ffn_dim, begin = share(F, 0, GRAIN), count = share(F, 1, GRAIN) - begin;
         float *gate = x, *up = own.up;
-        collect(all.gate_up, 2 * F, bias, begin, count, gate);
-        collect(all.gate_up, 2 * F, bias, F + begin, count, up);
+        collect(all.gate_up, 2 * F, scale, (const T*)bias, begin, count, gate);
+        collect(all.gate_up, 2 * F, scale, (const T*)bias, F + begin, count, up);
         for (int64_t n = 0; n < count; n += LANES) {
             vf g = load(gate + n);
             store(gate + n, g / (1.0f + exp(-g)) * load(up + n));

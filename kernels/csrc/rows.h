@@ -83,43 +83,67 @@ inline void add_rows(const T* const* row, const float* x, const T* const* next, 
         for (int r = 0; r < R; r++) sums[n] += widen(rows[r][n]) * scale[r];
 }
 
-// sums [columns] = entries `first` to `last` of the list times the first `columns` columns of their rows of
-// weight [K, N]; entries up to `end` follow and are fetched ahead.
-template <class T>
-inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, const T* weight, int64_t N,
+// A weight [K, N] whose rows are N values of type W. Another form of weights is another such class (quantized.h).
+template <class W> struct Rows {
+    typedef W Element;
+    static constexpr int64_t grain = GRAIN;
+    const W* data;
+    int64_t N;
+    const W* row(int64_t k) const { return data + k * N; }
+    int64_t bytes(int64_t columns) const { return columns * int64_t(sizeof(W)); }
+
+    // sums [columns] += x [count] times as many rows, at most ROWS, from column `begin` on. `next`: as `add_rows` has it.
+    void add(const W* const* row, const float* x, int count, const W* const* next, int64_t begin, int64_t columns,
+             float* sums) const {
+        const W *mine[ROWS], *theirs[ROWS];
+        for (int r = 0; r < ROWS; r++) mine[r] = row[r] + begin, theirs[r] = next[r] + begin;
+        const W* const* fetched = bytes(columns) <= SHORT ? theirs : nullptr;
+        if (count == ROWS) return add_rows<W, ROWS>(mine, x, fetched, columns, sums);
+        for (int r = 0; r < count; r++) add_rows<W, 1>(mine + r, x + r, fetched ? theirs + r : nullptr, columns, sums);
+    }
+    static void finish(float* sums, int64_t columns) { rearrange<W>(sums, columns); }
+};
+
+// sums [columns] = entries `first` to `last` of the list times their rows, `columns` of them from `begin` on; entries up
+// to `end` follow and are fetched ahead.
+template <class Weight>
+inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, const Weight& weight, int64_t begin,
                      int64_t columns, float* sums) {
     std::memset(sums, 0, columns * sizeof(float));
-    bool fetch = columns * int64_t(sizeof(T)) <= SHORT;
-    auto add = [&](auto rows, int64_t i) {
-        constexpr int R = decltype(rows)::value;
-        const T *row[R], *next[R];
-        for (int r = 0; r < R; r++) {
-            row[r] = weight + x.index[i + r] * N;
-            next[r] = weight + x.index[std::min(i + R + r, end - 1)] * N;
+    for (int64_t i = first; i < last; i += ROWS) {
+        int count = std::min<int64_t>(ROWS, last - i);
+        const typename Weight::Element *row[ROWS], *next[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            row[r] = weight.row(x.index[std::min(i + r, last - 1)]);
+            next[r] = weight.row(x.index[std::min(i + count + r, end - 1)]);
         }
-        add_rows<T, R>(row, x.value + i, fetch ? next : nullptr, columns, sums);
-    };
-    int64_t i = first;
-    for (; i + ROWS <= last; i += ROWS) add(std::integral_constant<int, ROWS>(), i);
-    for (; i < last; i++) add(std::integral_constant<int, 1>(), i);
-    rearrange<T>(sums, columns);
+        weight.add(row, x.value + i, count, next, begin, columns, sums);
+    }
+    weight.finish(sums, columns);
 }
 
-// This worker's share of partial [SPLITS, N], whose sum over splits is the product of x and weight [K, N].
-template <class T> inline void multiply(const Kept& x, const T* weight, int64_t N, float* partial, Worker worker) {
+// This worker's share of partial [SPLITS, N], whose sum over splits is the product of x and the weight [K, N].
+template <class Weight>
+__attribute__((noinline)) void multiply(const Kept& x, const Weight& weight, float* partial, Worker worker) {
     int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, parts = worker.count / shared;
-    int64_t begin = part(N, worker.id / shared, parts, GRAIN), end = part(N, worker.id / shared + 1, parts, GRAIN);
+    int64_t N = weight.N;
+    int64_t begin = part(N, worker.id / shared, parts, weight.grain);
+    int64_t end = part(N, worker.id / shared + 1, parts, weight.grain);
     int first = worker.id % shared * splits, last = first + splits;
     for (int split = first; split < last; split++)
-        sum_rows(x, part(x.count, split, SPLITS), part(x.count, split + 1, SPLITS), part(x.count, last, SPLITS),
-                 weight + begin, N, end - begin, partial + split * N + begin);
+        sum_rows(x, part(x.count, split, SPLITS), part(x.count, split + 1, SPLITS), part(x.count, last, SPLITS), weight,
+                 begin, end - begin, partial + split * N + begin);
 }
 
-// y [count]: elements from `begin` on of the product whose parts are partial [SPLITS, N], plus bias [N] unless null.
+// y [count]: elements from `begin` on of the product whose parts are partial [SPLITS, N], times scale [N] and plus bias
+// [N] unless null.
 template <class T>
-inline void collect(const float* partial, int64_t N, const T* bias, int64_t begin, int64_t count, float* __restrict y) {
+inline void collect(const float* partial, int64_t N, const float* scale, const T* bias, int64_t begin, int64_t count,
+                    float* __restrict y) {
     const float* p = partial + begin;
     for (int64_t i = 0; i < count; i++) y[i] = p[i] + p[N + i] + p[2 * N + i] + p[3 * N + i];
+    if (scale)
+        for (int64_t i = 0; i < count; i++) y[i] *= scale[begin + i];
     if (bias)
         for (int64_t i = 0; i < count; i++) y[i] += widen(bias[begin + i]);
 }

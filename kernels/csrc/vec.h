@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -58,6 +58,7 @@ template <class F> inline void with_type(int type, F f) {
 }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
 inline float widen(fp16 x) {
 #if defined(__F16C__)
@@ -95,6 +96,18 @@ template <> inline fp16 narrow(float x) {
 }
 template <class T> inline float rounded(float x) { return widen(narrow<T>(x)); }
 
+inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    vf v;
+    for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
+    return v;
+#endif
+}
+
 // PAIR elements as two vectors: of bf16 first the even ones, then the odd, which costs one operation a vector.
 inline void load_pair(const float* p, vf& a, vf& b) { a = load(p), b = load(p + LANES); }
 inline void load_pair(const bf16* p, vf& a, vf& b) {
@@ -116,6 +129,17 @@ inline void load_pair(const fp16* p, vf& a, vf& b) {
     float wide[PAIR];
     for (int i = 0; i < PAIR; i++) wide[i] = widen(p[i]);
     a = load(wide), b = load(wide + LANES);
+#endif
+}
+inline void load_pair(const int8_t* p, vf& a, vf& b) {
+#if defined(__AVX512F__)
+    a = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    b = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p + 1)));
+#elif defined(__AVX2__)
+    a = (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    b = (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + LANES))));
+#else
+    for (int i = 0; i < LANES; i++) a[i] = p[i], b[i] = p[LANES + i];
 #endif
 }
 // Where load_pair puts element i of a pair.

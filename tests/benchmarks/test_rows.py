@@ -7,9 +7,15 @@ import pytest
 from benchmarks.rows import Row, measure, random_prompt, ratios
 
 
-def make(rates: list[float], peer: str | None = None, sparsity: float = 0.0, prompt_tokens: int = 5) -> Row:
+def make(
+    rates: list[float],
+    peer: str | None = None,
+    sparsity: float = 0.0,
+    prompt_tokens: int = 5,
+    format: str = "bf16",
+) -> Row:
     """A row that decodes at these rates, the warm-up's first."""
-    about = {"peer": peer, "mode": "compiled", "sparsity": sparsity, "prompt_tokens": prompt_tokens}
+    about = {"peer": peer, "mode": "compiled", "sparsity": sparsity, "prompt_tokens": prompt_tokens, "format": format}
     details = dict if peer else lambda: {"bytes_per_token": 10}
     return Row(about, iter(rates).__next__, details)
 
@@ -43,11 +49,24 @@ def test_ratios_compare_with_our_dense_row_with_peers_and_with_shorter_prompts()
     ]
     measure(rows, 3, lambda: 1.0)
     assert ratios([row.record() for row in rows]) == [
-        "50 % after 5: 1.50x (rounds 1.50x, best 1.33x) of 0 %, 3.00x (rounds 3.00x, best 2.00x) of llama.cpp bf16",
-        "0 % after 5: 2.00x (rounds 2.00x, best 1.50x) of llama.cpp bf16",
-        "50 % after 100: 0.50x (rounds 0.50x, best 0.50x) of after 5",
+        "bf16 50 % after 5: 1.50x (rounds 1.50x, best 1.33x) of bf16 0 %, "
+        "3.00x (rounds 3.00x, best 2.00x) of llama.cpp bf16",
+        "bf16 0 % after 5: 2.00x (rounds 2.00x, best 1.50x) of llama.cpp bf16",
+        "bf16 50 % after 100: 0.50x (rounds 0.50x, best 0.50x) of after 5",
     ]
     assert ratios([rows[0].record()]) == []
+
+
+def test_ratios_compare_forms_at_one_sparsity():
+    rows = [
+        make([9, 10, 20, 30]),
+        make([9, 20, 30, 40], sparsity=0.5),
+        make([9, 40, 60, 80], sparsity=0.5, format="int8"),
+    ]
+    measure(rows, 3, lambda: 1.0)
+    assert (
+        ratios([row.record() for row in rows])[1] == "int8 50 % after 5: 2.00x (rounds 2.00x, best 2.00x) of bf16 50 %"
+    )
 
 
 def test_a_longer_prompt_begins_with_a_shorter_one():

@@ -1,0 +1,118 @@
+"""One table of what sparsity and bits cost and bring: perplexity, achieved sparsity, bits, tokens/s and GB/s.
+
+    python -m benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8
+
+Perplexity as eval.py computes it with `--prefill full`: all tokens of a window but the first are sparsified. Speed as
+benchmarks/decode.py measures it: all rows take turns, and the median counts. Thresholds are the checkpoints' own.
+Prints the table as Markdown and one JSON line of records; --out writes the records.
+"""
+
+import argparse
+import functools
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.bandwidth import bandwidth_meter
+from benchmarks.decode import Decoder, KeptPrefill
+from benchmarks.rows import measure
+from checkpoint import find_checkpoint
+from cli import positive_int, run, sparsity
+from corpus import read_corpus
+from decode import fast_step, prefill
+from eval import DEFAULT_TEXT, cut_windows, evaluate
+from generate import cache_length
+from model import Transformer
+from record import describe, write_records
+from sparse_model import (
+    format_of,
+    load_calibration,
+    load_model,
+    pick_device,
+    set_sparsity,
+    sparse_layers,
+)
+from tokenizer import Tokenizer
+
+COLUMNS = ("format", "bits", "sparsity", "achieved", "perplexity", "tokens/s", "MB a token", "GB/s")
+
+
+def bits_a_weight(model: Transformer) -> float:
+    """Bits that a weight of the sparse layers takes, its share of the scales among them."""
+    weights = [layer.weight for layer in sparse_layers(model).values()]
+    read = sum(parameter.nbytes for weight in weights for parameter in weight.parameters())
+    return 8 * read / sum(weight.in_features * weight.out_features for weight in weights)
+
+
+def markdown(records: list[dict]) -> str:
+    lines = [" | ".join(("", *COLUMNS, "")).strip(), "|---" * len(COLUMNS) + "|"]
+    for r in records:
+        cells = (
+            r["format"],
+            f"{r['bits']:.2f}",
+            f"{r['sparsity']:.0%}",
+            f"{r['achieved_sparsity']:.1%}",
+            f"{r['perplexity']:.2f}",
+            f"{r['tokens_per_s']:.1f}",
+            f"{r['bytes_per_token'] / 1e6:.0f}",
+            f"{r['tokens_per_s'] * r['bytes_per_token'] / 1e9:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", nargs="+", required=True, help="a model's checkpoints, the first one unquantized"
+    )
+    parser.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.0, 0.25, 0.4, 0.5, 0.65], help="nominal")
+    parser.add_argument("--text", type=Path, nargs="+", default=[DEFAULT_TEXT], help="text, .jsonl files or folders")
+    parser.add_argument("--context", type=positive_int, default=1024, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--windows", type=positive_int, help="windows to score, spread over the text (default: all)")
+    parser.add_argument("--new_tokens", type=positive_int, default=64, help="to decode a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    parser.add_argument("--out", type=Path, help="write the JSON records to this file")
+    options = parser.parse_args()
+
+    device, folders = pick_device(options.device), list(map(find_checkpoint, options.checkpoint))
+    tokenizer = Tokenizer.load(folders[0])
+    ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
+    windows = cut_windows(ids, options.context, options.context, options.windows)
+    if not windows:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window: use a smaller --context")
+    prompt = windows[0][0][:17]  # real text, whose sparsity the thresholds are for
+    rows, scores = [], []
+    with tqdm(total=len(windows) * options.context * len(options.sparsity) * len(folders), unit="token") as progress:
+        for folder in folders:
+            model, calibration = load_model(folder, device), load_calibration(folder, device=device)
+            for nominal in options.sparsity:
+                set_sparsity(model, calibration, nominal)
+                scores.append((evaluate(model, windows, 1, nominal, progress), bits_a_weight(model)))
+            model.setup_caches(1, cache_length(model, len(prompt) + options.new_tokens))
+            make = functools.partial(Decoder, model, calibration, "fast", fast_step(model))
+            first = prefill if device.type == "cuda" else KeptPrefill()
+            rows += [make(nominal, prompt, options.new_tokens, first).row() for nominal in options.sparsity]
+    measure(rows, options.rounds, bandwidth_meter(device))
+    about = describe(folders[0].resolve().name, device, format_of(model)) | {
+        "benchmark": "table",
+        "text": [path.name for path in options.text],
+        "protocol": f"context {options.context}, {len(windows)} windows, prefill full",
+        "new_tokens": options.new_tokens,
+    }
+    records = []
+    for row, (score, bits) in zip(rows, scores, strict=True):  # sparsity achieved on the text, not while decoding
+        quality = asdict(score)
+        quality["eval_tokens_per_s"] = quality.pop("tokens_per_s")
+        records.append(about | row.record() | quality | {"bits": bits})
+    print(markdown(records))
+    print(json.dumps(records))
+    if options.out:
+        write_records(options.out, records)
+
+
+if __name__ == "__main__":
+    run(main)

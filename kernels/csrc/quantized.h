@@ -1,0 +1,156 @@
+// Products with weights of four and eight bits by whole numbers, whose factors are rounded to 8 and 16 bits: a CPU then
+// keeps up with memory. Their sums are exact, so that they do not depend on the order either.
+#pragma once
+#include <cmath>
+
+#include "rows.h"
+
+constexpr int64_t UNIT = 64;  // values that are added at once: 32 bytes of four-bit ones
+constexpr int64_t TILE = 16;  // groups whose factors are computed at once: their scales are 32 bytes
+
+// What ROWS rows of TILE groups of outputs are multiplied by: whole factors from -127 to 127, times a unit.
+struct Factors {
+    int32_t pair[ROWS / 2][TILE];  // of two rows, each in a byte
+    int32_t offset[TILE];          // -8 times the sum of the rows' factors, for values that are stored plus 8
+    float unit[TILE];
+};
+
+// A weight of four-bit values and their scales: see Int4Weight in weights.py. `group` is a multiple of UNIT.
+struct Int4Rows {
+    typedef uint8_t Element;
+    const uint8_t* data;
+    int64_t N, group, stride, grain;  // stride: bytes of a row
+    Int4Rows(const uint8_t* data, int64_t N, int64_t group)
+        : data(data), N(N), group(group), stride((N / 2 + 2 * (N / group) + 31) / 32 * 32), grain(group) {}
+    const uint8_t* row(int64_t k) const { return data + k * stride; }
+
+    void add(const uint8_t* const* row, const float* x, int count, const uint8_t* const* next, int64_t begin,
+             int64_t columns, float* sums) const {
+        Factors factors;
+        int64_t last = (begin + columns) / group;
+        for (int64_t tile = begin / group / TILE * TILE; tile < last; tile += TILE) {
+            weigh(row, x, count, tile, factors);
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(next[r] + N / 2 + 2 * tile);
+            for (int64_t g = std::max(begin / group, tile); g < std::min(tile + TILE, last); g++)
+                for (int64_t n = g * group; n < (g + 1) * group; n += UNIT)
+                    add_unit(row, next, n, factors, g - tile, sums + n - begin);
+        }
+    }
+    static void finish(float*, int64_t) {}
+
+  private:
+    // x times the scales of a tile; missing rows count nothing. Rows are filled up, so that a tile can be read whole.
+    void weigh(const uint8_t* const* row, const float* x, int count, int64_t tile, Factors& f) const {
+        for (int64_t g = 0; g < TILE; g += LANES) {
+            vf product[ROWS], most = {}, check = {};
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                vf p = product[r] = load((const bf16*)(row[r] + N / 2) + tile + g) * (r < count ? x[r] : 0);
+                vf size = (vf)((vu)p & 0x7fffffffu);
+                most = size > most ? size : most;
+                check += p * 0.0f;  // NaN and infinity reach y through the unit
+            }
+            store(f.unit + g, most / 127.0f + check);
+            vf inverse = 127.0f / (most + 1e-30f);
+            vu total = {};
+            UNROLL for (int r = 0; r < ROWS; r += 2) {
+                vu a = whole(product[r] * inverse), b = whole(product[r + 1] * inverse);
+                vu pair = (a & 255) | b << 8;
+                std::memcpy(f.pair[r / 2] + g, &pair, sizeof pair);
+                total += a + b;
+            }
+            total *= -8u;
+            std::memcpy(f.offset + g, &total, sizeof total);
+        }
+    }
+    // The nearest whole numbers: a float that this is added to ends in one.
+    static vu whole(vf x) { return (vu)(x + 0x1.8p23f) - (vu)splat(0x1.8p23f); }
+
+    // sums [UNIT] += the rows' values from n on, times the factors of group g of a tile.
+    static void add_unit(const uint8_t* const* row, const uint8_t* const* next, int64_t n, const Factors& f, int64_t g,
+                         float* sums) {
+        if (n % (2 * LINE) == 0)
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(next[r] + n / 2);
+#if defined(__AVX2__)
+        const __m256i nibble = _mm256_set1_epi8(15);
+        __m256i acc[4];  // of values 0, 8, 16 and 24 on, and beside them 32 more: 16-bit sums hold 8 rows
+        UNROLL for (int i = 0; i < 4; i++) acc[i] = _mm256_set1_epi16(short(f.offset[g]));
+        UNROLL for (int r = 0; r < ROWS; r += 2) {
+            __m256i a = _mm256_loadu_si256((const __m256i*)(row[r] + n / 2));
+            __m256i b = _mm256_loadu_si256((const __m256i*)(row[r + 1] + n / 2));
+            __m256i pair = _mm256_set1_epi16(short(f.pair[r / 2][g]));
+            __m256i bytes[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
+            UNROLL for (int i = 0; i < 2; i++) {
+                __m256i low = _mm256_and_si256(bytes[i], nibble);
+                __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), nibble);
+                acc[i] = _mm256_add_epi16(acc[i], _mm256_maddubs_epi16(low, pair));
+                acc[i + 2] = _mm256_add_epi16(acc[i + 2], _mm256_maddubs_epi16(high, pair));
+            }
+        }
+        UNROLL for (int i = 0; i < 4; i++)
+            UNROLL for (int half = 0; half < 2; half++) {
+                __m128i sum = half ? _mm256_extracti128_si256(acc[i], 1) : _mm256_castsi256_si128(acc[i]);
+                __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(sum));
+                float* p = sums + half * 32 + i * 8;
+                _mm256_storeu_ps(p, _mm256_fmadd_ps(y, _mm256_set1_ps(f.unit[g]), _mm256_loadu_ps(p)));
+            }
+#else
+        int16_t acc[UNIT];
+        for (int i = 0; i < UNIT; i++) acc[i] = int16_t(f.offset[g]);
+        for (int r = 0; r < ROWS; r++) {
+            int16_t factor = int8_t(f.pair[r / 2][g] >> r % 2 * 8);
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < 16; i++) {
+                    uint8_t byte = row[r][n / 2 + 16 * half + i];
+                    acc[32 * half + i] += (byte & 15) * factor;
+                    acc[32 * half + 16 + i] += (byte >> 4) * factor;
+                }
+        }
+        for (int i = 0; i < UNIT; i++) sums[i] += acc[i] * f.unit[g];
+#endif
+    }
+};
+
+// A vector in 16-bit fixed point, in whole vectors: x = value unit.
+struct Fixed {
+    std::vector<int16_t> value;
+    float unit = 0;
+
+    void set(const float* x, int64_t K) {
+        float most = 0, check = 0;
+        for (int64_t k = 0; k < K; k++) most = std::max(most, __builtin_fabsf(x[k])), check += x[k] * 0;
+        value.resize(K);
+        for (int64_t k = 0; k < K; k++) value[k] = int16_t(__builtin_rintf(most > 0 ? x[k] * (32767 / most) : 0));
+        unit = most / 32767 + check;
+    }
+};
+
+// Sum of products, exact: in 32 bits for BLOCK of them.
+inline float dot(const int8_t* w, const int16_t* x, int64_t K) {
+    constexpr int64_t BLOCK = 2048;  // 127 * 32767 * 2048 / 16 lanes is well below 2^31
+    float y = 0;
+    int64_t k = 0;
+#if defined(__AVX2__)
+    for (int64_t end; k + 32 <= K; k = end) {
+        end = std::min(k + BLOCK, K / 32 * 32);
+        __m256i a = _mm256_setzero_si256(), b = a;
+        for (int64_t i = k; i < end; i += 32) {
+            if (i % LINE == 0) __builtin_prefetch(w + i + AHEAD);
+            __m256i u = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + i)));
+            __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + i + 16)));
+            a = _mm256_add_epi32(a, _mm256_madd_epi16(u, _mm256_loadu_si256((const __m256i*)(x + i))));
+            b = _mm256_add_epi32(b, _mm256_madd_epi16(v, _mm256_loadu_si256((const __m256i*)(x + i + 16))));
+        }
+        __m256 sums = _mm256_add_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b));
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        y += s[0] + s[1];
+    }
+#endif
+    for (int64_t end; k < K; k = end) {
+        end = std::min(k + 256, K);
+        int32_t part = 0;
+        for (int64_t i = k; i < end; i++) part += int32_t(w[i]) * x[i];
+        y += part;
+    }
+    return y;
+}

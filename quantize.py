@@ -1,0 +1,207 @@
+"""Writes a quantized copy of a checkpoint: smaller weights, so that fewer bytes are read a token, sparse or not.
+
+    python quantize.py --checkpoint demo --mode int8
+    python generate.py --checkpoint checkpoints/demo-int8 --sparsity 0.5
+
+int8 has a scale for every output channel, int4 one for every `--group` outputs of an input channel besides. In int4 the
+attention's weights are int8, and the output layer is in both; embeddings and norms stay as they are.
+
+Without `--calibrated` weights are rounded to nearest; with it, so that what layers give on a corpus changes least
+(GPTQ: arXiv:2210.17323), for inputs as they are and with half of their channels dropped. One block at a time is held in
+memory. The calibration of thresholds is carried over.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibrate import DEFAULT_CORPUS, cut_sequences
+from checkpoint import (
+    METADATA,
+    ROOT,
+    WEIGHTS,
+    find_checkpoint,
+    fingerprint,
+    new_folder,
+    open_safetensors,
+    read_config,
+    write_safetensors,
+)
+from cli import positive_int, run
+from corpus import read_corpus
+from model import ModelArgs, Transformer
+from sparse_model import (
+    CALIBRATION,
+    Calibration,
+    SparseLinear,
+    format_of,
+    load_calibration,
+    load_model,
+    pick_device,
+    sparse_layers,
+    sparsify,
+    stored_as,
+    watch_inputs,
+)
+from tokenizer import Tokenizer
+from weights import QUANTIZED, Form, Int8Output, Weight
+
+EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
+DROPPED = 0.5  # the sparsity of the inputs that count besides the dense ones
+CONTEXT = 1024  # tokens a sequence
+
+
+class Calibrated:
+    """Quantizes linear layers, asked for in order, by what reaches them through the blocks quantized before."""
+
+    def __init__(self, folder: Path, form: Form, sequences: list[list[int]], device: torch.device):
+        self.form, self.device = form, device
+        self.calibration = load_calibration(folder, device=device)
+        self.model = load_model(folder)  # memory-mapped: a block is read when its turn comes
+        self.hidden = [self.model.tok_embeddings(torch.tensor([sequence])).float() for sequence in sequences]
+        self.block = 0
+        self.packed: dict[str, Weight] = {}
+
+    def __call__(self, name: str, weight: Tensor) -> Weight:
+        """What becomes of the layer `name`, whose weight [K, N] the model has."""
+        while name not in self.packed:
+            self.packed = self.quantize_block()
+        return self.packed[name]
+
+    @torch.no_grad()
+    def quantize_block(self) -> dict[str, Weight]:
+        """The next block's weights by layer name."""
+        prefix, layer = f"layers.{self.block}.", self.model.layers[self.block].to(self.device, torch.float32)
+        for name, parameter in layer.named_parameters():
+            check_finite(stored_as(prefix + name), parameter)
+        hessians: dict[str, Tensor] = {}
+
+        def add(name: str, linear: SparseLinear, x: Tensor) -> None:
+            x = x[0]
+            kept = x.masked_fill(x.abs() <= self.calibration.threshold(prefix + name, DROPPED), 0)
+            kept[0] = 0  # the first token, an attention sink, is always dense
+            hessians[name] = hessians.get(name, 0) + x.t() @ x + kept.t() @ kept
+
+        with watch_inputs(layer, add):
+            self.run(layer)
+        packed = {}
+        for name, linear in sparse_layers(layer).items():
+            form = self.form.within(prefix + name)
+            linear.weight = form.pack(linear.weight.dequantize(), hessians[name])
+            packed[prefix + name] = linear.weight
+        self.hidden = self.run(layer)
+        self.model.layers[self.block] = torch.nn.Identity()  # its memory goes
+        self.block += 1
+        return packed
+
+    def run(self, layer: torch.nn.Module) -> list[Tensor]:
+        """What the block makes of the hidden states."""
+        found, window = [], self.model.args.sliding_windows[self.block]
+        for x in self.hidden:
+            positions = torch.arange(x.shape[1])
+            mask = self.model.mask(positions, None, window)
+            inputs = (x, *self.model.rotary(positions, x.dtype), None, mask)
+            found.append(layer(*(part if part is None else part.to(self.device) for part in inputs)).cpu())
+        return found
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or inf, which no scale can hold: is the checkpoint sound?")
+
+
+def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], Weight]) -> None:
+    """Fills the folder `out` with a checkpoint; `pack` quantizes the layer called so, of weight [K, N].
+
+    Raises ValueError on NaN and inf.
+    """
+    with torch.device("meta"):
+        model = sparsify(Transformer(ModelArgs.from_config(read_config(folder))), form)
+    with open_safetensors(folder / WEIGHTS) as file:
+        names = set(file.keys())
+        parts: dict[str, Tensor] = {}  # of the weight being written
+
+        def load(name: str) -> Tensor:
+            tensor = file.get_tensor(EMBEDDINGS if name == OUTPUT and name not in names else name)
+            check_finite(name, tensor)
+            return tensor
+
+        def read(name: str) -> Tensor:
+            if name in quantized and name not in parts:
+                module = name.rsplit(".", 1)[0]
+                weight = load(f"{module}.weight")
+                made_of = Int8Output.pack(weight) if f"{module}.weight" == OUTPUT else pack(module, weight)
+                parts.clear()
+                for part, tensor in made_of.named_parameters():
+                    parts[f"{module}.{'weight' if part == 'rows' else part}"] = tensor.data.cpu()
+            return parts[name] if name in quantized else load(name)
+
+        layout, quantized = {}, set()
+        for name, parameter in model.named_parameters():
+            stored = stored_as(name)
+            if name.endswith((".rows", ".scale")) or name == OUTPUT:
+                quantized.add(stored)
+            layout[stored] = (parameter.dtype if stored in quantized else file.get_tensor(name).dtype, parameter.shape)
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):
+                shutil.copyfile(path, out / path.name)
+        write_safetensors(out / WEIGHTS, layout, read, METADATA | form.metadata())
+        if (folder / CALIBRATION).exists():
+            calibration = Calibration.load(folder / CALIBRATION)
+            calibration.check(folder)
+            Calibration(calibration.quantiles, fingerprint(out), calibration.origin).save(out / CALIBRATION)
+
+
+def check_dense(folder: Path, form: Form) -> None:
+    """Raises ValueError when the checkpoint is unsound or quantized already, or does not fit the form."""
+    model = load_model(folder)  # memory-mapped
+    if format_of(model) in QUANTIZED:
+        raise ValueError(f"{folder} is in {format_of(model)} already: quantize the checkpoint that it was made from")
+    for name, layer in sparse_layers(model).items():
+        form.within(name).empty(layer.weight.in_features, layer.weight.out_features)
+
+
+def read_sequences(folder: Path, corpus: list[Path], tokens: int, seed: int) -> list[list[int]]:
+    """Token sequences of the corpus for `Calibrated`."""
+    tokenizer, args = Tokenizer.load(folder), ModelArgs.from_config(read_config(folder))
+    documents = [tokenizer.encode(text) for text in read_corpus(corpus)]
+    if sequences := cut_sequences(documents, min(CONTEXT, args.max_position), tokens, seed):
+        return sequences
+    raise ValueError("the corpus has fewer than 2 tokens: give more text, or a larger --tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER|demo", help="a converted checkpoint, or demo")
+    parser.add_argument("--mode", choices=QUANTIZED, default="int8", help="form of the weights (default: %(default)s)")
+    parser.add_argument("--group", type=positive_int, default=64, help="outputs a scale in int4 (default: %(default)s)")
+    parser.add_argument("--calibrated", action="store_true", help="round for the least change of what layers give")
+    parser.add_argument("--corpus", type=Path, nargs="+", default=[DEFAULT_CORPUS], help="text for --calibrated")
+    parser.add_argument("--tokens", type=positive_int, default=16384, help="of it to read (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="draws the text (default: %(default)s)")
+    parser.add_argument(
+        "--device", help="where --calibrated computes: cpu, cuda or cuda:N (default: cuda if there is one)"
+    )
+    parser.add_argument("--out", type=Path, help="folder to make (default: checkpoints/<name>-<mode>)")
+    options = parser.parse_args()
+
+    folder = find_checkpoint(options.checkpoint)
+    form = Form(options.mode, options.group if options.mode == "int4" else 0)
+    check_dense(folder, form)
+    out = options.out or ROOT / "checkpoints" / f"{folder.resolve().name}-{options.mode}"
+    with new_folder(out) as made:
+        if options.calibrated:
+            sequences = read_sequences(folder, options.corpus, options.tokens, options.seed)
+            quantize(folder, made, form, Calibrated(folder, form, sequences, pick_device(options.device)))
+        else:
+            quantize(folder, made, form, lambda name, weight: form.within(name).pack(weight))
+    before, after = ((place / WEIGHTS).stat().st_size / 1e6 for place in (folder, out))
+    print(f"wrote {out}: {after:.0f} MB instead of {before:.0f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,59 @@
+"""Random weights in int8 and in four-bit groups, and how far sums of them may be off: for tests of their kernels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.int4 import pack_int4
+from tests.kernels.compacted import DEVICE
+
+
+class Quantized(NamedTuple):
+    rows: Tensor
+    scale: Tensor  # [N]
+    group: int  # 0: int8
+    value: Tensor  # [K, N] fp32, whole numbers
+    unit: Tensor  # [K, N] fp32: what value counts before scale
+
+    def dense(self) -> Tensor:
+        return self.value * self.unit * self.scale
+
+
+def quantized(K: int, N: int, group: int, seed: int = 0) -> Quantized:
+    """Weights [K, N] about as large as 1, on both sides of 0 to the very ends; group 0 is int8."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 0.5 + torch.rand(N, generator=generator)
+    if group == 0:
+        rows = torch.randint(-128, 128, (K, N), generator=generator).to(torch.int8)
+        parts = rows, scale / 74, group, rows.float(), torch.ones(K, N)
+    else:
+        values = torch.randint(16, (K, N), generator=generator).to(torch.uint8)
+        unit = (0.5 + torch.rand(K, N // group, generator=generator)).bfloat16()
+        rows, wide = pack_int4(values, unit), unit.float().repeat_interleave(group, dim=1)
+        parts = rows, scale / 4.6, group, values.float() - 8, wide
+    return Quantized(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in parts))
+
+
+def poison(rows: Tensor, dropped: Tensor) -> Tensor:
+    """The rows with those dropped at the far end of their range, and with scales of NaN in rows of four bits."""
+    return torch.where(dropped[:, None], torch.iinfo(rows.dtype).max, rows)
+
+
+def order(x: Tensor, weight: Quantized) -> Tensor:
+    """[N]: what fp32 may be off in x [K] times the weight. Triton adds stored values, of up to 255 or 15 units.
+
+    A sum is rounded by 2^-24 of what it has reached; four of the largest such errors are more than all of them make.
+    """
+    return 2**-22 * (15 if weight.group else 255) * (x.abs() @ weight.unit) * weight.scale
+
+
+def factors(x: Tensor, weight: Quantized) -> Tensor:
+    """[N]: what is off in x [K] times rows of four bits when C++ rounds x times a row's scale to a whole factor.
+
+    It is off by at most 1/254 of the largest of 8 rows (127 is that one's factor). Such errors are independent, with a
+    standard deviation of 1/sqrt(3) of the most: twice the root of the sum of squares is 3.5 of them, and more than the
+    plain sum for up to 4 rows.
+    """
+    largest = (x.abs()[:, None] * weight.unit).amax(0)
+    return 2 / 254 * largest * (weight.value * (x != 0)[:, None]).norm(dim=0) * weight.scale
