@@ -38,7 +38,6 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
 }
 
-
 METADATA = {"format": "teal-fast", "version": "1", "linear": "[K, N]"}  # of our model.safetensors
 
 
@@ -164,9 +163,8 @@ def write_safetensors(
         for name, (dtype, shape) in tqdm(layout.items(), desc=f"writing {WEIGHTS}", unit="tensor"):
             tensor = read(name).to(dtype).contiguous()
             assert tensor.shape == shape, (name, tensor.shape, shape)
-            if dtype.is_floating_point and not all(
-                v.isfinite() for v in tensor.aminmax()
-            ):  # NaN is passed on, nothing is allocated
+            extremes = tensor.aminmax() if dtype.is_floating_point else ()  # NaN is passed on, nothing is allocated
+            if not all(extreme.isfinite() for extreme in extremes):
                 raise ValueError(f"{name} holds NaN or values out of range for {SAFETENSORS_DTYPES[dtype]}")
             file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
         file.flush()

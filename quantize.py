@@ -91,7 +91,10 @@ class Calibrated:
         packed = {}
         for name, linear in sparse_layers(layer).items():
             form = self.form.within(prefix + name)
-            linear.weight = form.pack(linear.weight.dequantize(), hessians[name])
+            try:
+                linear.weight = form.pack(linear.weight.dequantize(), hessians[name])
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(f"{prefix + name}: too few or too large inputs to round by: more --tokens?") from error
             packed[prefix + name] = linear.weight
         self.hidden = self.run(layer)
         self.model.layers[self.block] = torch.nn.Identity()  # its memory goes
@@ -152,7 +155,6 @@ def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], 
         write_safetensors(out / WEIGHTS, layout, read, METADATA | form.metadata())
         if (folder / CALIBRATION).exists():
             calibration = Calibration.load(folder / CALIBRATION)
-            calibration.check(folder)
             Calibration(calibration.quantiles, fingerprint(out), calibration.origin).save(out / CALIBRATION)
 
 
@@ -162,7 +164,10 @@ def check_dense(folder: Path, form: Form) -> None:
     if format_of(model) in QUANTIZED:
         raise ValueError(f"{folder} is in {format_of(model)} already: quantize the checkpoint that it was made from")
     for name, layer in sparse_layers(model).items():
-        form.within(name).empty(layer.weight.in_features, layer.weight.out_features)
+        parts = 2 if name.endswith("w13") else 1  # gate and up share no group
+        form.within(name).empty(layer.weight.in_features, layer.weight.out_features // parts)
+    if (folder / CALIBRATION).exists():
+        Calibration.load(folder / CALIBRATION).check(folder)
 
 
 def read_sequences(folder: Path, corpus: list[Path], tokens: int, seed: int) -> list[list[int]]:
@@ -178,9 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER|demo", help="a converted checkpoint, or demo")
     parser.add_argument("--mode", choices=QUANTIZED, default="int8", help="form of the weights (default: %(default)s)")
-    parser.add_argument("--group", type=positive_int, default=64, help="outputs a scale in int4 (default: %(default)s)")
+    parser.add_argument("--group", type=positive_int, help="outputs a scale in int4 (default: 64)")
     parser.add_argument("--calibrated", action="store_true", help="round for the least change of what layers give")
-    parser.add_argument("--corpus", type=Path, nargs="+", default=[DEFAULT_CORPUS], help="text for --calibrated")
+    parser.add_argument("--corpus", type=Path, nargs="+", help="text for --calibrated (default: data/calibration)")
     parser.add_argument("--tokens", type=positive_int, default=16384, help="of it to read (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the text (default: %(default)s)")
     parser.add_argument(
@@ -188,14 +193,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder to make (default: checkpoints/<name>-<mode>)")
     options = parser.parse_args()
+    if not options.calibrated and options.corpus:
+        parser.error("--corpus is text for --calibrated")
+    if options.group and options.mode != "int4":
+        parser.error("--group is for --mode int4")
 
     folder = find_checkpoint(options.checkpoint)
-    form = Form(options.mode, options.group if options.mode == "int4" else 0)
+    form = Form(options.mode, (options.group or 64) if options.mode == "int4" else 0)
     check_dense(folder, form)
     out = options.out or ROOT / "checkpoints" / f"{folder.resolve().name}-{options.mode}"
     with new_folder(out) as made:
         if options.calibrated:
-            sequences = read_sequences(folder, options.corpus, options.tokens, options.seed)
+            sequences = read_sequences(folder, options.corpus or [DEFAULT_CORPUS], options.tokens, options.seed)
             quantize(folder, made, form, Calibrated(folder, form, sequences, pick_device(options.device)))
         else:
             quantize(folder, made, form, lambda name, weight: form.within(name).pack(weight))

@@ -184,8 +184,7 @@ class Int8Output(nn.Module):
         """x [..., dim] -> logits [..., vocab] in x's type."""
         if x.numel() == x.shape[-1]:
             return output_gemv(x.flatten(), self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
-        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        return (F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.to(dtype)).to(x.dtype)
+        return F.linear(x.float(), output_weight(self)).to(x.dtype)
 
 
 @dataclass(frozen=True)

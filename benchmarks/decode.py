@@ -171,13 +171,14 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device, comm
         rows += [decoder.row() for decoder in make_decoders(model, calibration, prompts, options)]
     about = describe(name, device, format_of(model)) | common
     weights = options.gguf or COMMON | SHAPES.get(name, {})
-    task = Task(weights, model.args.vocab_size, prompts, options.new_tokens, device, format_of(loaded[0][0]))
+    task = Task(weights, model.args.vocab_size, prompts, options.new_tokens, device, dtype_name(loaded[0][0]))
     meter = bandwidth_meter(device)
     others, cuda, memory = [], device.type == "cuda", {}
     if cuda:
         torch.cuda.reset_peak_memory_stats()  # calibration and models before this one do not count
         measure(rows, options.rounds, meter)
-        memory["max_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if len(loaded) == 1:
+            memory["max_memory_bytes"] = torch.cuda.max_memory_allocated()
     else:
         others += peer_rows(options.peers, task)
         measure(rows + others, options.rounds, meter)
@@ -192,12 +193,19 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device, comm
     return records + [about | row.record() for row in others]
 
 
+def dtype_name(model: Transformer) -> str:
+    """bf16, fp16 or fp32: what the model computes in."""
+    return next(name for name, dtype in DTYPES.items() if dtype == model.norm.weight.dtype)
+
+
 def load(name: str, options: argparse.Namespace, device: torch.device) -> list[tuple[Transformer, Calibration]]:
     """The model called `name` in every form asked for, each with its calibration."""
     if options.checkpoint:
         folders = list(map(find_checkpoint, options.checkpoint))
         calibrations = [load_calibration(folder, device=device) for folder in folders]
         models = [load_model(folder, device, DTYPES.get(options.dtype)) for folder in folders]
+        if any(model.args != models[0].args for model in models):
+            raise ValueError("--checkpoint takes forms of one model, got several models: run them one by one")
     else:
         config, dtype = COMMON | SHAPES[name], DTYPES[options.dtype or "bf16"]
         groups = {"int4": 128 if config["hidden_size"] % 128 == 0 else 64}  # outputs a scale

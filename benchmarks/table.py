@@ -18,13 +18,13 @@ from tqdm import tqdm
 from benchmarks.bandwidth import bandwidth_meter
 from benchmarks.decode import Decoder, KeptPrefill
 from benchmarks.rows import measure
-from checkpoint import find_checkpoint
+from checkpoint import find_checkpoint, read_config
 from cli import positive_int, run, sparsity
 from corpus import read_corpus
 from decode import fast_step, prefill
 from eval import DEFAULT_TEXT, cut_windows, evaluate
 from generate import cache_length
-from model import Transformer
+from model import ModelArgs, Transformer
 from record import describe, write_records
 from sparse_model import (
     format_of,
@@ -81,6 +81,8 @@ def main() -> None:
     device, folders = pick_device(options.device), list(map(find_checkpoint, options.checkpoint))
     tokenizer = Tokenizer.load(folders[0])
     ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
+    if not 2 <= options.context <= ModelArgs.from_config(read_config(folders[0])).max_position:
+        raise ValueError(f"--context {options.context} exceeds what this model was made for, or is below 2")
     windows = cut_windows(ids, options.context, options.context, options.windows)
     if not windows:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window: use a smaller --context")

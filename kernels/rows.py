@@ -4,9 +4,9 @@ BITS 16 or 32: rows of floats. 8: rows of int8, as int32 words; their scales are
 kernels/int4.py, as int32 words.
 
 Converting whole numbers is slow on a GPU (16 a cycle and multiprocessor on Hopper, of other operations 64), so their
-bits are not converted but read as a float: below 2 ** 24 any pattern of bits, a subnormal number, is worth itself times
-2 ** -149. The product with x brings most of that back, and sums do the rest: of the factor, and of the offset by which
-values are stored. An x beyond 2 ** 38 overflows on the way.
+bits are not converted but read as a float: below 2 ** 24 any pattern of bits, mostly subnormal numbers, is worth itself
+times 2 ** -149. The product with x brings most of that back, and sums do the rest: of the factor, and of the offset by
+which values are stored. An x beyond 2 ** 38 overflows on the way.
 """
 
 import torch

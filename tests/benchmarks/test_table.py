@@ -37,5 +37,5 @@ def test_a_row_for_every_form_and_sparsity(folders, command, tmp_path):
 
 def test_too_short_a_text_is_one_error(folders, command, tmp_path):
     (tmp_path / "short.txt").write_text("Hardly any words.")
-    done = command("benchmarks.table", "--checkpoint", folders[0], "--text", tmp_path / "short.txt")
+    done = command("benchmarks.table", "--checkpoint", folders[0], "--text", tmp_path / "short.txt", "--context", 256)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: the text has")
