@@ -90,10 +90,15 @@ def sparsify(model: Transformer, form: Form | None = None) -> Transformer:
     return model
 
 
+def dtype_name(model: Transformer) -> str:
+    """What the model computes in: bf16, fp16 or fp32."""
+    return next(name for name, dtype in DTYPES.items() if dtype == model.norm.weight.dtype)
+
+
 def format_of(model: Transformer) -> str:
     """The form of the weights: bf16, fp16, fp32, int8 or int4."""
-    form, dtype = model.layers[0].feed_forward.w13.weight.form, model.norm.weight.dtype
-    return next(name for name, value in DTYPES.items() if value == dtype) if form == "dense" else form
+    form = model.layers[0].feed_forward.w13.weight.form
+    return dtype_name(model) if form == "dense" else form
 
 
 @contextmanager

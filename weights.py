@@ -15,7 +15,7 @@ from kernels.compact_gemv import compact_gemv
 from kernels.gate_up import gate_up
 from kernels.int4 import pack_int4, row_bytes
 from kernels.output_gemv import output_gemv
-from kernels.rows import check_outputs
+from kernels.rows import ALIGNMENT
 from kernels.sparse_gemv import sparse_gemv
 from kernels.widen import widen
 from rounding import Int4Grid, Int8Grid, feed_back
@@ -63,16 +63,39 @@ class DenseWeight(nn.Module):
         return gate_up(*kept, self.rows, threshold)
 
 
-class Int8Weight(nn.Module):
-    """Rows [K, N] of int8, symmetric, with one fp32 scale [N] an output channel: w[k, n] = rows[k, n] scale[n]."""
+class QuantizedWeight(nn.Module):
+    """What int8 and int4 share: a scale [N] fp32, and products by kernels that know a form by the type of its rows."""
 
-    form = "int8"
+    form: str
 
-    def __init__(self, rows: Tensor, scale: Tensor):
+    def __init__(self, rows: Tensor, scale: Tensor, group: int = 0):
         super().__init__()
         self.rows = nn.Parameter(rows.contiguous(), requires_grad=False)
         self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
-        self.in_features, self.out_features = rows.shape
+        self.in_features, self.out_features, self.group = len(rows), len(scale), group
+
+    def dequantize(self) -> Tensor:
+        return widen(self.rows, self.scale, self.group)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The weight is widened for it: a copy of one layer's at a time."""
+        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+        return _linear(x, widen(self.rows, self.scale, self.group, dtype), bias)
+
+    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
+        return sparse_gemv(x, self.rows, threshold, bias, self.scale, self.group)
+
+    def compact_matvec(self, kept: Kept) -> Tensor:
+        return compact_gemv(*kept, self.rows, self.scale, self.group)
+
+    def compact_gate_up(self, kept: Kept, threshold: Tensor) -> Kept:
+        return gate_up(*kept, self.rows, threshold, self.scale, self.group)
+
+
+class Int8Weight(QuantizedWeight):
+    """Rows [K, N] of int8, symmetric, with one fp32 scale [N] an output channel: w[k, n] = rows[k, n] scale[n]."""
+
+    form = "int8"
 
     @staticmethod
     def grid(weight: Tensor, group: int, importance: Tensor | None = None) -> Int8Grid:
@@ -89,23 +112,8 @@ class Int8Weight(nn.Module):
         check_outputs(N)
         return cls(torch.empty(K, N, dtype=torch.int8), torch.empty(N))
 
-    def dequantize(self) -> Tensor:
-        return widen(self.rows, self.scale, 0)
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _widened_linear(x, self.rows, self.scale, 0, bias)
-
-    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.rows, threshold, bias, self.scale)
-
-    def compact_matvec(self, kept: Kept) -> Tensor:
-        return compact_gemv(*kept, self.rows, self.scale)
-
-    def compact_gate_up(self, kept: Kept, threshold: Tensor) -> Kept:
-        return gate_up(*kept, self.rows, threshold, self.scale)
-
-
-class Int4Weight(nn.Module):
+class Int4Weight(QuantizedWeight):
     """Rows of four-bit values with a bf16 scale for every `group` outputs (kernels/int4.py), and a scale [N] fp32.
 
     w[k, n] = (value[k, n] - 8) row_scale[k, n // group] scale[n]. Row scales lie in their row, so that a skipped
@@ -113,12 +121,6 @@ class Int4Weight(nn.Module):
     """
 
     form = "int4"
-
-    def __init__(self, rows: Tensor, scale: Tensor, group: int):
-        super().__init__()
-        self.rows = nn.Parameter(rows.contiguous(), requires_grad=False)
-        self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
-        self.in_features, self.out_features, self.group = len(rows), len(scale), group
 
     @staticmethod
     def grid(weight: Tensor, group: int, importance: Tensor | None = None) -> Int4Grid:
@@ -134,20 +136,11 @@ class Int4Weight(nn.Module):
     def empty(cls, K: int, N: int, group: int) -> "Int4Weight":
         return cls(torch.empty(K, row_bytes(N, group), dtype=torch.uint8), torch.empty(N), group)
 
-    def dequantize(self) -> Tensor:
-        return widen(self.rows, self.scale, self.group)
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _widened_linear(x, self.rows, self.scale, self.group, bias)
-
-    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.rows, threshold, bias, self.scale, self.group)
-
-    def compact_matvec(self, kept: Kept) -> Tensor:
-        return compact_gemv(*kept, self.rows, self.scale, self.group)
-
-    def compact_gate_up(self, kept: Kept, threshold: Tensor) -> Kept:
-        return gate_up(*kept, self.rows, threshold, self.scale, self.group)
+def check_outputs(N: int) -> None:
+    """Raises ValueError unless rows of N int8 values are whole 16 bytes, which GPUs load at once."""
+    if N % ALIGNMENT:
+        raise ValueError(f"{N} outputs are no multiple of {ALIGNMENT}, as int8 needs: leave this model unquantized")
 
 
 def _linear(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,11 +149,6 @@ def _linear(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         # A CPU without bf16 matrix instructions multiplies bf16 9x slower than fp32 (512x576x1536 on Zen 3).
         return F.linear(x.float(), rows.float().t(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, rows.t(), bias)
-
-
-def _widened_linear(x: Tensor, rows: Tensor, scale: Tensor, group: int, bias: Tensor | None) -> Tensor:
-    """`_linear` of quantized rows, which are widened for it: a copy of one layer's weight at a time."""
-    return _linear(x, widen(rows, scale, group, torch.float32 if x.device.type == "cpu" else x.dtype), bias)
 
 
 class Int8Output(nn.Module):

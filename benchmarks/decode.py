@@ -42,6 +42,7 @@ from scripts.prepare_demo import find_gguf
 from sparse_model import (
     Calibration,
     bytes_per_token,
+    dtype_name,
     format_of,
     load_calibration,
     load_model,
@@ -116,8 +117,12 @@ class Decoder:
         return sample.tokens_per_s
 
     def row(self) -> Row:
-        about = {"format": format_of(self.model), "mode": self.mode, "sparsity": self.sparsity}
-        about["prompt_tokens"] = len(self.prompt)
+        about = {
+            "format": format_of(self.model),
+            "mode": self.mode,
+            "sparsity": self.sparsity,
+            "prompt_tokens": len(self.prompt),
+        }
         return Row(about, self.decode, self.details)
 
     def details(self) -> dict:
@@ -191,11 +196,6 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device, comm
         measure([row], options.rounds, meter)  # alone: its one cache would grow with the other prompts
         others.append(row)
     return records + [about | row.record() for row in others]
-
-
-def dtype_name(model: Transformer) -> str:
-    """bf16, fp16 or fp32: what the model computes in."""
-    return next(name for name, dtype in DTYPES.items() if dtype == model.norm.weight.dtype)
 
 
 def load(name: str, options: argparse.Namespace, device: torch.device) -> list[tuple[Transformer, Calibration]]:

@@ -84,7 +84,7 @@ def random_model(
             values = (_normal((value.shape[0], N), 8 / 3, generator).round_() + 8).clamp_(0, 15).to(torch.uint8)
             value = pack_int4(values, torch.ones(value.shape[0], N // group, device=device, dtype=torch.bfloat16))
         elif leaf == "scale":
-            value = torch.full_like(value, std * (3 / 8 if hasattr(parent, "group") else 4 / 127))
+            value = torch.full_like(value, std * (3 / 8 if getattr(parent, "group", 0) else 4 / 127))
         elif "norm" in name:
             value = torch.ones_like(value, dtype=dtype)
         else:

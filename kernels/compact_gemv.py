@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
-from kernels.rows import add_rows, as_loaded, bits, check_rows, fetch_rows, settle, to_float, weigh_rows
+from kernels.rows import add_rows, as_loaded, bits, check_rows, fetch_rows, outputs, settle, to_float, weigh_rows
 
 # (K, N, bits a weight): splits, rows and columns a step, warps. From a sweep on an H200, 2026-11-24 (of bf16 that of
 # benchmarks/kernels.py --tune); of the best, those with few splits: whoever adds up the partial sums reads them all,
@@ -38,7 +38,7 @@ def compact_gemv_reference(
     index: Tensor, value: Tensor, count: Tensor, weight: Tensor, scale: Tensor | None, group: int
 ) -> Tensor:
     """y [N] fp32, the sum over splits."""
-    N = weight.shape[1] if scale is None else len(scale)
+    N = outputs(weight, scale)
     y = torch.zeros(N, device=weight.device)
     for k, x, kept in zip(index, value, count.tolist(), strict=True):
         y += x[:kept].float() @ to_float(weight[k[:kept].long()], N, group)
@@ -134,7 +134,7 @@ def _compact_gemv_cuda(
 def _compact_gemv_fake(
     index: Tensor, value: Tensor, count: Tensor, weight: Tensor, scale: Tensor | None, group: int
 ) -> Tensor:
-    N, slots = weight.shape[1] if scale is None else scale.shape[0], index.shape[0]
+    N, slots = outputs(weight, scale), index.shape[0]
     splits = config(weight.shape[0], N, bits(weight))[0]
     return weight.new_empty(splits if slots == 1 else min(splits, slots), N, dtype=torch.float32)
 

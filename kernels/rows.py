@@ -33,16 +33,15 @@ def to_float(weight: Tensor, N: int, group: int) -> Tensor:
     return unpack_int4(weight, N, group) if bits(weight) == 4 else weight.float()
 
 
-def check_outputs(N: int) -> None:
-    """Raises ValueError unless rows of N int8 values are whole 16 bytes, which GPUs load at once."""
-    if N % ALIGNMENT:
-        raise ValueError(f"{N} outputs are no multiple of {ALIGNMENT}, as int8 needs: leave this model unquantized")
+def outputs(weight: Tensor, scale: Tensor | None) -> int:
+    """The N of rows [K, N]: quantized ones have a scale for each, floats are as wide as they look."""
+    return weight.shape[1] if scale is None else scale.shape[0]
 
 
 def check_rows(op: str, value: Tensor, weight: Tensor, scale: Tensor | None, group: int) -> int:
     """The N of rows [K, N] for inputs like value. Raises ValueError naming `op` when form or scales do not fit."""
     form, flat = bits(weight), weight.ndim == 2 and (scale is None or scale.ndim == 1)
-    N = (weight.shape[1] if scale is None else len(scale)) if flat else 0
+    N = outputs(weight, scale) if flat else 0
     if form > 8:
         fits = flat and scale is None and weight.dtype == value.dtype
     else:

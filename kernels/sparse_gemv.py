@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.backend import jit, tl, triton
 from kernels.native import TYPES, library, pointer
-from kernels.rows import as_loaded, bits, check_rows, fetch_rows, settle, to_float, weigh_rows
+from kernels.rows import as_loaded, bits, check_rows, fetch_rows, outputs, settle, to_float, weigh_rows
 
 BLOCK_K, BLOCK_N = 32, 128  # untuned
 CPU_BAGS = 4  # partial sums without C++, in x's dtype; not the number of threads, on which no result may depend
@@ -30,7 +30,7 @@ def sparse_gemv_reference(
     group: int = 0,
 ) -> Tensor:
     kept = (x.float().abs() <= threshold).logical_not()
-    y = x[kept].float() @ to_float(weight[kept], weight.shape[1] if scale is None else len(scale), group)
+    y = x[kept].float() @ to_float(weight[kept], outputs(weight, scale), group)
     y = y if scale is None else y * scale
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -56,7 +56,7 @@ def _sparse_gemv_kernel(
 def _sparse_gemv_cuda(
     x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, scale: Tensor | None, group: int
 ) -> Tensor:
-    (K,), N = x.shape, weight.shape[1] if scale is None else len(scale)
+    (K,), N = x.shape, outputs(weight, scale)
     splits = triton.cdiv(K, BLOCK_K)
     partial = torch.empty(splits, N, dtype=torch.float32, device=x.device)
     grid = (splits, triton.cdiv(N, BLOCK_N))
@@ -70,7 +70,7 @@ def _sparse_gemv_cpu(
     native = library()
     if native is None or x.dtype not in TYPES:
         return _sparse_gemv_torch(x, weight, threshold, bias, scale, group)
-    y = x.new_empty(weight.shape[1] if scale is None else len(scale))
+    y = x.new_empty(outputs(weight, scale))
     native.teal_sparse_gemv(
         TYPES[x.dtype], bits(weight), *map(pointer, (x, weight, threshold, scale, bias, y)),
         *map(c_int64, (len(x), len(y), group)), torch.get_num_threads(),
@@ -103,7 +103,7 @@ def _finish(y: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
 def _sparse_gemv_fake(
     x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, scale: Tensor | None, group: int
 ) -> Tensor:
-    return x.new_empty(weight.shape[1] if scale is None else scale.shape[0])
+    return x.new_empty(outputs(weight, scale))
 
 
 torch.library.define(
