@@ -18,7 +18,7 @@ from kernels.output_gemv import output_gemv
 from kernels.rows import ALIGNMENT
 from kernels.sparse_gemv import sparse_gemv
 from kernels.widen import widen
-from rounding import Int4Grid, Int8Grid, feed_back
+from rounding import TINY, Int4Grid, Int8Grid, feed_back
 
 Kept = tuple[Tensor, Tensor, Tensor]  # index, value, count of a vector's kept channels: kernels/compact_gemv.py
 
@@ -33,8 +33,11 @@ class Weight(Protocol):
     def dequantize(self) -> Tensor: ...  # [K, N]
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [..., K] -> [..., N], every channel
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [K] -> [N]
-    def compact_matvec(self, kept: Kept) -> Tensor: ...  # partial sums [splits, N] on CUDA
-    def compact_gate_up(self, kept: Kept, threshold: Tensor) -> Kept: ...  # of rows whose columns are gate and up
+    def compact_matvec(
+        self, kept: Kept, arrived: Tensor
+    ) -> Tensor: ...  # fp32 [N], on CUDA; counts: kernels/arrivals.py
+    # SiLU(gate) ⊙ up, compacted, on CUDA, of rows whose columns are gate and up
+    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept: ...
 
 
 class DenseWeight(nn.Module):
@@ -56,11 +59,11 @@ class DenseWeight(nn.Module):
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         return sparse_gemv(x, self.rows, threshold, bias)
 
-    def compact_matvec(self, kept: Kept) -> Tensor:
-        return compact_gemv(*kept, self.rows)
+    def compact_matvec(self, kept: Kept, arrived: Tensor) -> Tensor:
+        return compact_gemv(*kept, self.rows, None, 0, arrived)
 
-    def compact_gate_up(self, kept: Kept, threshold: Tensor) -> Kept:
-        return gate_up(*kept, self.rows, threshold)
+    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept:
+        return gate_up(*kept, self.rows, threshold, None, 0, arrived)
 
 
 class QuantizedWeight(nn.Module):
@@ -85,11 +88,11 @@ class QuantizedWeight(nn.Module):
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         return sparse_gemv(x, self.rows, threshold, bias, self.scale, self.group)
 
-    def compact_matvec(self, kept: Kept) -> Tensor:
-        return compact_gemv(*kept, self.rows, self.scale, self.group)
+    def compact_matvec(self, kept: Kept, arrived: Tensor) -> Tensor:
+        return compact_gemv(*kept, self.rows, self.scale, self.group, arrived)
 
-    def compact_gate_up(self, kept: Kept, threshold: Tensor) -> Kept:
-        return gate_up(*kept, self.rows, threshold, self.scale, self.group)
+    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept:
+        return gate_up(*kept, self.rows, threshold, self.scale, self.group, arrived)
 
 
 class Int8Weight(QuantizedWeight):
@@ -116,8 +119,8 @@ class Int8Weight(QuantizedWeight):
 class Int4Weight(QuantizedWeight):
     """Rows of four-bit values with a bf16 scale for every `group` outputs (kernels/int4.py), and a scale [N] fp32.
 
-    w[k, n] = (value[k, n] - 8) row_scale[k, n // group] scale[n]. Row scales lie in their row, so that a skipped
-    channel skips them too; those of the outputs even out what would else be a group of large and small weights.
+    w[k, n] = (value[k, n] - 8) row_scale[k, n // group] scale[n]. Row scales, at most 1, lie in their row, so that a
+    skipped channel skips them too; those of the outputs even out what would else be a group of large and small weights.
     """
 
     form = "int4"
@@ -130,7 +133,10 @@ class Int4Weight(QuantizedWeight):
 
     @classmethod
     def from_codes(cls, grid: Int4Grid, values: Tensor, scales: Tensor) -> "Int4Weight":
-        return cls(pack_int4(values, scales), grid.scale, grid.group)
+        # At most 1, so that a GPU's fixed point holds x times any of them. A power of two moves without rounding.
+        power = scales.float().abs().amax(0).clamp(min=TINY).log2().ceil().exp2()
+        rows = pack_int4(values, (scales / power).bfloat16())
+        return cls(rows, grid.scale * power.repeat_interleave(grid.group), grid.group)
 
     @classmethod
     def empty(cls, K: int, N: int, group: int) -> "Int4Weight":
@@ -190,12 +196,14 @@ class Form:
     def read(cls, metadata: dict[str, str]) -> "Form | None":
         """The form of quantized weights, None of others. Raises ValueError on an unknown one."""
         name = metadata.get("weights")
+        if name == "int4" and metadata.get("row_scales") != "at most 1":
+            raise ValueError("the checkpoint's int4 weights are of an earlier version: quantize it again")
         if name not in (None, *QUANTIZED):
             raise ValueError(f"the checkpoint's weights are {name}, unknown here: is it from a later version?")
         return None if name is None else cls(name, int(metadata.get("group", 0)))
 
     def metadata(self) -> dict[str, str]:
-        return {"weights": self.name} | ({"group": str(self.group)} if self.group else {})
+        return {"weights": self.name} | ({"group": str(self.group), "row_scales": "at most 1"} if self.group else {})
 
     def within(self, name: str) -> "Form":
         """The form of the layer called so."""

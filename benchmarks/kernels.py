@@ -34,6 +34,7 @@ from benchmarks.shapes import COMMON, SHAPES
 from checkpoint import DTYPES
 from cli import run, sparsity
 from kernels import compact_gemv, gate_up, sparse_gemv
+from kernels.arrivals import arrivals
 from kernels.rows import bits
 from model import ModelArgs
 from record import describe, write_records
@@ -41,11 +42,11 @@ from sparse_model import pick_device
 
 COLD_BYTES = {"cuda": 1 << 29, "cpu": 1 << 28}  # rotated through by each op: many times any cache
 ROUNDS = 20
-GEMV_CONFIGS = [  # splits, rows and columns a step, warps
-    (8, 128, 64, 4), (8, 64, 64, 2), (8, 128, 64, 2), (16, 64, 64, 2), (16, 32, 64, 1), (4, 128, 64, 4),
-    (32, 32, 64, 1),
+GEMV_CONFIGS = [  # splits, columns a program, warps, depth
+    (8, 64, 1, 2), (8, 64, 2, 2), (16, 64, 1, 1), (16, 64, 1, 2), (16, 64, 1, 3), (16, 64, 2, 1), (16, 64, 2, 2),
+    (32, 64, 1, 1),
 ]  # fmt: skip
-GATE_UP_CONFIGS = [(128, 64, 4), (128, 64, 8), (64, 64, 4), (128, 32, 4), (128, 128, 8), (256, 64, 8)]
+GATE_UP_CONFIGS = [(4, 64, 1, 2), (8, 64, 1, 1), (8, 64, 1, 2), (8, 128, 1, 2), (12, 128, 1, 1), (8, 128, 2, 1)]
 
 
 class Op:
@@ -86,10 +87,10 @@ class Op:
         if not self.x.is_cuda:
             threshold = self.threshold(sparsity)
             return lambda weight: sparse_gemv.sparse_gemv(self.x, weight, threshold)
-        kept = self.kept(sparsity)
+        kept, arrived = self.kept(sparsity), arrivals(self.N, self.x.device)
         if self.name == "gate+up":
-            return lambda weight: gate_up.gate_up(*kept, weight, self.keep_h)
-        return lambda weight: compact_gemv.compact_gemv(*kept, weight)
+            return lambda weight: gate_up.gate_up(*kept, weight, self.keep_h, None, 0, arrived)
+        return lambda weight: compact_gemv.compact_gemv(*kept, weight, None, 0, arrived)
 
     def check(self, sparsity: float) -> None:
         """Raises when the kernel and plain PyTorch disagree."""
@@ -101,8 +102,6 @@ class Op:
             expected, (index, value, count) = F.silu(gate) * up, found
             valid = torch.arange(index.shape[1], device=index.device) < count[:, None]
             found = torch.zeros_like(expected).index_put((index[valid].long(),), value[valid].float())
-        elif self.x.is_cuda:
-            found = found.sum(0)
         error = ((found.float() - expected).norm() / expected.norm()).item()
         assert error < 0.01, f"{self.name} at sparsity {sparsity}: relative error {error}"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.backend import jit, tl, triton
 from kernels.native import TYPES, library, pointer
-from kernels.rows import as_loaded, bits, check_rows, fetch_rows, outputs, settle, to_float, weigh_rows
+from kernels.rows import bits, check_rows, load_rows, outputs, to_float
 
 BLOCK_K, BLOCK_N = 32, 128  # untuned
 CPU_BAGS = 4  # partial sums without C++, in x's dtype; not the number of threads, on which no result may depend
@@ -42,14 +42,12 @@ def _sparse_gemv_kernel(
 ):  # fmt: skip
     split = tl.program_id(0).to(tl.int64)
     k = split * BLOCK_K + tl.arange(0, BLOCK_K)
-    column = tl.program_id(1) * BLOCK_N
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)  # [BLOCK_K]
     dropped = tl.abs(x) <= tl.load(threshold_ptr + k, mask=k < K, other=0.0)
     kept = (k < K) & (dropped == 0)
-    w, scale = fetch_rows(weight_ptr, k, kept, column, N, N, BLOCK_N, BITS, GROUP, tl.int64)
-    product, offset = weigh_rows(w, scale, tl.where(kept, x, 0.0), BITS)
-    y = settle(tl.sum(product, axis=0), tl.sum(offset, axis=0), BITS)  # [BLOCK_N]
-    n = column + tl.arange(0, BLOCK_N)
+    w = load_rows(weight_ptr, k, kept, n, N, BITS, GROUP)
+    y = tl.sum(w * tl.where(kept, x, 0.0)[:, None], axis=0)  # [BLOCK_N]
     tl.store(partial_ptr + split * N + n, y, mask=n < N)
 
 
@@ -60,7 +58,7 @@ def _sparse_gemv_cuda(
     splits = triton.cdiv(K, BLOCK_K)
     partial = torch.empty(splits, N, dtype=torch.float32, device=x.device)
     grid = (splits, triton.cdiv(N, BLOCK_N))
-    _sparse_gemv_kernel[grid](x, as_loaded(weight), threshold, partial, K, N, BLOCK_K, BLOCK_N, bits(weight), group)
+    _sparse_gemv_kernel[grid](x, weight, threshold, partial, K, N, BLOCK_K, BLOCK_N, bits(weight), group)
     return _finish(partial.sum(0), bias, scale).to(x.dtype)  # one fixed order: the same bits every time
 
 

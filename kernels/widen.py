@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.backend import jit, tl, triton
 from kernels.native import library, pointer
-from kernels.rows import as_loaded, bits, check_rows, fetch_rows, settle, to_float, weigh_rows
+from kernels.rows import bits, check_rows, load_rows, to_float
 
 BLOCK_K, BLOCK_N = 32, 128  # untuned
 
@@ -26,12 +26,8 @@ def _widen_kernel(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    column = tl.program_id(1) * BLOCK_N
-    w, row_scale = fetch_rows(rows_ptr, k, k < K, column, N, N, BLOCK_N, BITS, GROUP, tl.int64)
-    product, offset = weigh_rows(w, row_scale, tl.full((BLOCK_K,), 1.0, tl.float32), BITS)
-    offset = tl.reshape(offset, (offset.shape[0] * offset.shape[1],))
-    y = tl.reshape(settle(tl.reshape(product, (BLOCK_K * BLOCK_N,)), offset, BITS), (BLOCK_K, BLOCK_N))
-    n = column + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = load_rows(rows_ptr, k, k < K, n, N, BITS, GROUP)
     y *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
     place = k.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(k < K)[:, None] & (n < N)[None, :])
@@ -39,9 +35,9 @@ def _widen_kernel(
 
 def _widen_cuda(rows: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     y = _widen_fake(rows, scale, group, dtype)
-    (K, N), words = y.shape, as_loaded(rows)
+    K, N = y.shape
     grid = (triton.cdiv(K, BLOCK_K), triton.cdiv(N, BLOCK_N))
-    _widen_kernel[grid](words, scale, y, K, N, BLOCK_K, BLOCK_N, bits(rows), group)
+    _widen_kernel[grid](rows, scale, y, K, N, BLOCK_K, BLOCK_N, bits(rows), group)
     return y
 
 

@@ -19,7 +19,8 @@ OPS = (
 )
 RANKS = [
     {"kernels.backend", "kernels.native", "kernels.int4"},
-    {"kernels.rows"},
+    {"kernels.rows", "kernels.fixed_point", "kernels.arrivals"},
+    {"kernels.walk"},
     {f"kernels.{op}" for op in OPS} | {"rounding", "model", "chat", "cli", "corpus", "sampling"},
     {"tokenizer", "weights"},
     {"checkpoint"},

@@ -29,9 +29,9 @@ def quantized(K: int, N: int, group: int, seed: int = 0) -> Quantized:
         parts = rows, scale / 74, group, rows.float(), torch.ones(K, N)
     else:
         values = torch.randint(16, (K, N), generator=generator).to(torch.uint8)
-        unit = (0.5 + torch.rand(K, N // group, generator=generator)).bfloat16()
+        unit = (0.25 + 0.75 * torch.rand(K, N // group, generator=generator)).bfloat16()
         rows, wide = pack_int4(values, unit), unit.float().repeat_interleave(group, dim=1)
-        parts = rows, scale / 4.6, group, values.float() - 8, wide
+        parts = rows, scale / 2.8, group, values.float() - 8, wide
     return Quantized(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in parts))
 
 
@@ -41,11 +41,16 @@ def poison(rows: Tensor, dropped: Tensor) -> Tensor:
 
 
 def order(x: Tensor, weight: Quantized) -> Tensor:
-    """[N]: what fp32 may be off in x [K] times the weight. Triton adds stored values, of up to 255 or 15 units.
+    """[N]: what fp32 may be off in x [K] times the weight, by the order of its sums.
 
     A sum is rounded by 2^-24 of what it has reached; four of the largest such errors are more than all of them make.
     """
-    return 2**-22 * (15 if weight.group else 255) * (x.abs() @ weight.unit) * weight.scale
+    return 2**-22 * (8 if weight.group else 128) * (x.abs() @ weight.unit) * weight.scale
+
+
+def fixed(x: Tensor, weight: Quantized) -> Tensor:
+    """[N]: what may be off besides when entries become one of 2^15 - 1 levels: half a level of the largest, each."""
+    return 2**-16 * 1.01 * x.abs().max() * ((x != 0).float() @ weight.value.abs()) * weight.scale
 
 
 def factors(x: Tensor, weight: Quantized) -> Tensor:
