@@ -52,18 +52,31 @@ def check_rows(op: str, value: Tensor, weight: Tensor, scale: Tensor | None, gro
 
 
 @jit
-def load_rows(
-    weight_ptr, k, inside, n, N, BITS: tl.constexpr, GROUP: tl.constexpr
-):  # fmt: skip
-    """fp32 [BLOCK_K, BLOCK_N]: columns n of the rows k that are inside, zero elsewhere; as kernels/walk.py is not,
-    made for reading rows fast."""
-    k, mask = k.to(tl.int64)[:, None], inside[:, None] & (n < N)[None, :]
+def load_rows(weight_ptr, k, inside, column, N, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """fp32 [BLOCK_K, BLOCK_N]: columns from `column` on of the rows k that are inside, zero elsewhere.
+
+    Of rows in their order; kernels/walk.py is made for those of a list. Whole numbers become floats by their bits: of
+    conversions a GPU does fewer at a time.
+    """
+    k, n = k.to(tl.int64)[:, None], column + tl.arange(0, BLOCK_N)
     if BITS == 4:
         row = weight_ptr + k * (tl.cdiv(N // 2 + 2 * (N // GROUP), 32) * 32)  # row_bytes of kernels/int4.py
-        both = tl.load(row + (n // 32 * 16 + n % 16)[None, :], mask=mask, other=0)
-        value = ((both >> ((n % 32 // 16) * 4).to(tl.uint8)[None, :]) & 15).to(tl.float32) - 8.0
-        scales = (row + N // 2).to(tl.pointer_type(tl.bfloat16)) + (n // GROUP)[None, :]
-        w = value * tl.load(scales, mask=mask, other=0.0).to(tl.float32)
+        byte = column // 2 + tl.arange(0, BLOCK_N // 2)
+        both = tl.load(row + byte[None, :], mask=inside[:, None] & (byte < N // 2)[None, :], other=0)
+        both = tl.reshape(both.to(tl.int32), (k.shape[0], BLOCK_N // 32, 16))
+        value = tl.permute(tl.join(both & 15, both >> 4), (0, 1, 3, 2))  # 16 bytes hold 32 values
+        block = column // 32 + tl.arange(0, BLOCK_N // 32)[None, :]
+        scales = (row + N // 2).to(tl.pointer_type(tl.bfloat16)) + block * 32 // GROUP
+        scale = tl.load(scales, mask=inside[:, None] & (block * 32 < N), other=0.0).to(tl.float32)
+        w = (_to_float(value) - 8.0) * scale[:, :, None, None]
+        w = tl.reshape(w, (k.shape[0], BLOCK_N))
     else:
-        w = tl.load(weight_ptr + (k * N + n[None, :]), mask=mask, other=0).to(tl.float32)
+        w = tl.load(weight_ptr + (k * N + n[None, :]), mask=inside[:, None] & (n < N)[None, :], other=0)
+        w = _to_float(w.to(tl.int32)) if BITS == 8 else w.to(tl.float32)
     return w
+
+
+@jit
+def _to_float(x):
+    """Whole numbers of less than 2 ** 22 in size."""
+    return (x + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0  # the bits of that number, in whose ones x is

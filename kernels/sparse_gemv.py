@@ -42,12 +42,13 @@ def _sparse_gemv_kernel(
 ):  # fmt: skip
     split = tl.program_id(0).to(tl.int64)
     k = split * BLOCK_K + tl.arange(0, BLOCK_K)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_N
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)  # [BLOCK_K]
     dropped = tl.abs(x) <= tl.load(threshold_ptr + k, mask=k < K, other=0.0)
     kept = (k < K) & (dropped == 0)
-    w = load_rows(weight_ptr, k, kept, n, N, BITS, GROUP)
+    w = load_rows(weight_ptr, k, kept, column, N, BLOCK_N, BITS, GROUP)
     y = tl.sum(w * tl.where(kept, x, 0.0)[:, None], axis=0)  # [BLOCK_N]
+    n = column + tl.arange(0, BLOCK_N)
     tl.store(partial_ptr + split * N + n, y, mask=n < N)
 
 

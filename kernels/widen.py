@@ -13,7 +13,7 @@ from kernels.backend import jit, tl, triton
 from kernels.native import library, pointer
 from kernels.rows import bits, check_rows, load_rows, to_float
 
-BLOCK_K, BLOCK_N = 32, 128  # untuned
+BLOCK_K, BLOCK_N = 16, 256
 
 
 def widen_reference(rows: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -26,8 +26,9 @@ def _widen_kernel(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = load_rows(rows_ptr, k, k < K, n, N, BITS, GROUP)
+    column = tl.program_id(1) * BLOCK_N
+    n = column + tl.arange(0, BLOCK_N)
+    y = load_rows(rows_ptr, k, k < K, column, N, BLOCK_N, BITS, GROUP)
     y *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
     place = k.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(k < K)[:, None] & (n < N)[None, :])
