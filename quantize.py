@@ -7,17 +7,19 @@ int8 has a scale for every output channel, int4 one for every `--group` outputs 
 attention's weights are int8, and the output layer is in both; embeddings and norms stay as they are.
 
 Without `--calibrated` weights are rounded to nearest; with it, so that what layers give on a corpus changes least
-(GPTQ: arXiv:2210.17323), for inputs as they are and with half of their channels dropped. One block at a time is held in
-memory. The calibration of thresholds is carried over.
+(GPTQ: arXiv:2210.17323), for inputs as they are and with half of their channels dropped, and each layer makes up for
+the layers before it (GPTAQ: arXiv:2504.02692). One block at a time is held in memory. The calibration of thresholds is
+carried over.
 """
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from calibrate import DEFAULT_CORPUS, cut_sequences
 from checkpoint import (
@@ -34,6 +36,7 @@ from checkpoint import (
 from cli import positive_int, run
 from corpus import read_corpus
 from model import ModelArgs, Transformer
+from rounding import make_up
 from sparse_model import (
     CALIBRATION,
     Calibration,
@@ -45,7 +48,6 @@ from sparse_model import (
     sparse_layers,
     sparsify,
     stored_as,
-    watch_inputs,
 )
 from tokenizer import Tokenizer
 from weights import QUANTIZED, Form, Int8Output, Weight
@@ -53,16 +55,23 @@ from weights import QUANTIZED, Form, Int8Output, Weight
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 DROPPED = 0.5  # the sparsity of the inputs that count besides the dense ones
 CONTEXT = 1024  # tokens a sequence
+Function = Callable[[Tensor], Tensor]
 
 
 class Calibrated:
-    """Quantizes linear layers, asked for in order, by what reaches them through the blocks quantized before."""
+    """Quantizes linear layers, asked for in order, by what reaches them through the blocks quantized before.
+
+    Each half of a block, attention and MLP, has a layer that reads hidden states and one whose outputs are added to
+    them. Before a layer is rounded its weight makes up for what its inputs lack by then (GPTAQ, arXiv:2504.02692): a
+    reading layer shall give what it gave the original model, an adding one bring back the original's hidden states.
+    """
 
     def __init__(self, folder: Path, form: Form, sequences: list[list[int]], device: torch.device):
         self.form, self.device = form, device
         self.calibration = load_calibration(folder, device=device)
         self.model = load_model(folder)  # memory-mapped: a block is read when its turn comes
-        self.hidden = [self.model.tok_embeddings(torch.tensor([sequence])).float() for sequence in sequences]
+        self.hidden = [self.model.tok_embeddings(torch.tensor([ids])).to(device, torch.float32) for ids in sequences]
+        self.wanted = self.hidden  # the original model's
         self.block = 0
         self.packed: dict[str, Weight] = {}
 
@@ -78,38 +87,50 @@ class Calibrated:
         prefix, layer = f"layers.{self.block}.", self.model.layers[self.block].to(self.device, torch.float32)
         for name, parameter in layer.named_parameters():
             check_finite(stored_as(prefix + name), parameter)
-        hessians: dict[str, Tensor] = {}
+        window = self.model.args.sliding_windows[self.block]
 
-        def add(name: str, linear: SparseLinear, x: Tensor) -> None:
-            x = x[0]
-            kept = x.masked_fill(x.abs() <= self.calibration.threshold(prefix + name, DROPPED), 0)
-            kept[0] = 0  # the first token, an attention sink, is always dense
-            hessians[name] = hessians.get(name, 0) + x.t() @ x + kept.t() @ kept
+        def attend(x: Tensor) -> Tensor:
+            positions = torch.arange(x.shape[1])
+            inputs = (*self.model.rotary(positions, x.dtype), None, self.model.mask(positions, None, window))
+            return layer.attention(x, *(part if part is None else part.to(self.device) for part in inputs))
 
-        with watch_inputs(layer, add):
-            self.run(layer)
-        packed = {}
-        for name, linear in sparse_layers(layer).items():
-            form = self.form.within(prefix + name)
-            try:
-                linear.weight = form.pack(linear.weight.dequantize(), hessians[name])
-            except torch.linalg.LinAlgError as error:
-                raise ValueError(f"{prefix + name}: too few or too large inputs to round by: more --tokens?") from error
-            packed[prefix + name] = linear.weight
-        self.hidden = self.run(layer)
+        self.quantize_half(prefix + "attention.", layer.attention, layer.attention_norm, attend, ("wqkv", "wo"))
+        mlp = layer.feed_forward
+        self.quantize_half(prefix + "feed_forward.", mlp, layer.ffn_norm, mlp, ("w13", "w2"))
         self.model.layers[self.block] = torch.nn.Identity()  # its memory goes
         self.block += 1
-        return packed
+        return {prefix + name: linear.weight for name, linear in sparse_layers(layer).items()}
 
-    def run(self, layer: torch.nn.Module) -> list[Tensor]:
-        """What the block makes of the hidden states."""
-        found, window = [], self.model.args.sliding_windows[self.block]
-        for x in self.hidden:
-            positions = torch.arange(x.shape[1])
-            mask = self.model.mask(positions, None, window)
-            inputs = (x, *self.model.rotary(positions, x.dtype), None, mask)
-            found.append(layer(*(part if part is None else part.to(self.device) for part in inputs)).cpu())
-        return found
+    def quantize_half(self, prefix: str, half: Module, norm: Module, run: Function, names: tuple[str, str]) -> None:
+        """Quantizes half a block, whose layers are called so; `run` gives what it adds to x, given norm(x)."""
+        reading, adding = (getattr(half, name) for name in names)
+        wanted = [x + run(norm(x)) for x in self.wanted]
+        inputs = [norm(x) for x in self.hidden]
+        lacks = (reading.weight.matmul(norm(aim) - x) for aim, x in zip(self.wanted, inputs, strict=True))
+        self.quantize_layer(prefix + names[0], reading, zip(inputs, lacks, strict=True))
+
+        setattr(half, names[1], torch.nn.Identity())  # what would reach the layer comes out
+        inputs = [run(x) for x in inputs]
+        setattr(half, names[1], adding)
+        lacks = (aim - x - adding(y) for aim, x, y in zip(wanted, self.hidden, inputs, strict=True))
+        self.quantize_layer(prefix + names[1], adding, zip(inputs, lacks, strict=True))
+        self.hidden = [x + adding(y) for x, y in zip(self.hidden, inputs, strict=True)]
+        self.wanted = wanted
+
+    def quantize_layer(self, name: str, linear: SparseLinear, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Quantizes a layer, given inputs [1, T, K] with what its outputs lack for them [1, T, N]."""
+        hessian = missing = 0
+        threshold = self.calibration.threshold(name, DROPPED)
+        for (x,), (lack,) in pairs:
+            kept = x.masked_fill(x.abs() <= threshold, 0)
+            kept[0] = 0  # the first token, an attention sink, is always dense
+            hessian = hessian + x.t() @ x + kept.t() @ kept
+            missing = missing + x.t() @ lack
+        try:
+            weight = make_up(linear.weight.dequantize(), hessian, missing)
+            linear.weight = self.form.within(name).pack(weight, hessian)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"{name}: too few or too large inputs to round by: more --tokens?") from error
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

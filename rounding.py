@@ -14,6 +14,7 @@ SHARES = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 AT_ONCE = 2**20  # weights searched at a time: 4 MB a scale
 SLAB = 64  # rows between two updates of all the rows behind them
 DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
+RIDGE = 0.01  # the same, where weights are moved
 TINY = 1e-30  # instead of a scale of zero
 
 
@@ -94,6 +95,16 @@ class Int4Grid:
     def restore(self, values: Tensor, scales: Tensor) -> Tensor:
         groups = (values.float() - 8).view(len(values), -1, self.group) * scales.float()[..., None]
         return groups.view(values.shape) * self.scale
+
+
+def make_up(weight: Tensor, hessian: Tensor, missing: Tensor) -> Tensor:
+    """weight [K, N] moved to give what its outputs lack: fp32, least squares held back by a ridge.
+
+    hessian [K, K] holds the second moments of inputs x, missing [K, N] the sums of x_k times what output n lacks.
+    """
+    hessian = hessian.clone()
+    hessian.diagonal().add_(RIDGE * hessian.diagonal().mean() + TINY)
+    return weight.float() + torch.cholesky_solve(missing, torch.linalg.cholesky(hessian))
 
 
 def feed_back(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rounding import Int4Grid, Int8Grid, feed_back
+from rounding import Int4Grid, Int8Grid, feed_back, make_up
 
 EXACT = 1 + 1e-5  # fp32: a quotient and a product may be off by a last bit each
 GROUP = 64
@@ -184,3 +184,38 @@ def test_feed_back_leaves_weights_on_the_grid_alone():
     scales = (torch.rand(96, 2, generator=generator) + 0.1).bfloat16()
     found = feed_back(int4.restore(values, scales), moments(), int4)
     assert torch.equal(found[0], values) and torch.equal(found[1], scales)
+
+
+def outputs_wanted(weight, tokens, K=96):
+    """Inputs, outputs that are near weight's for them, second moments, and what the outputs lack by input channel."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(tokens, K, generator=generator) @ torch.randn(K, K, generator=generator)
+    moved = weight * (1 + 0.1 * torch.randn(weight.shape, generator=generator))
+    y = x @ moved
+    return x, y, x.t() @ x, x.t() @ (y - x @ weight)
+
+
+def test_make_up_gives_what_outputs_lack():
+    weight = draw()
+    x, y, hessian, missing = outputs_wanted(weight, 400)
+    before = hessian.clone()
+    found = make_up(weight, hessian, missing)
+    assert (x @ found - y).norm() < 0.1 * (x @ weight - y).norm()
+    assert torch.equal(hessian, before)
+
+
+def test_make_up_is_careful_where_tokens_tell_little():
+    weight = draw()
+    x, y, hessian, missing = outputs_wanted(weight, 5)
+    hessian[:, 10], hessian[10], missing[10] = 0, 0, 0
+    found = make_up(weight, hessian, missing)
+    assert torch.equal(found[10], weight[10])  # a channel that is never there
+    assert (found - weight).norm() < 0.1 * weight.norm()
+    assert (x @ found - y).norm() < 0.6 * (x @ weight - y).norm()
+
+
+def test_make_up_leaves_weights_alone_that_lack_nothing():
+    weight = draw().bfloat16()
+    found = make_up(weight, moments(), torch.zeros(96, 256))
+    assert torch.equal(found, weight.float())
+    assert torch.equal(make_up(weight, torch.zeros(96, 96), torch.zeros(96, 256)), weight.float())
