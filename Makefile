@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo test lint bench table
+.PHONY: demo test lint bench table report
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -33,6 +33,9 @@ table: $(READY)
 	done
 	$(PYTHON) -m benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8 \
 		--out benchmarks/results/demo-table.json
+
+report: $(READY)
+	$(PYTHON) -m scripts.report --checkpoint demo
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
