@@ -20,6 +20,7 @@ from checkpoint import DTYPES, ROOT, check_writable, find_checkpoint, fingerprin
 from cli import add_model_arguments, positive_int, run
 from corpus import read_corpus
 from model import Transformer
+from sharing import fetch, push, repo_id
 from sparse_model import CALIBRATION, Calibration, SparseLinear, load_model, pick_device, sparse_layers, watch_inputs
 from tokenizer import Tokenizer
 
@@ -92,11 +93,18 @@ def main() -> None:
     parser.add_argument("--context", type=positive_int, default=1024, help="longest sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the sequences (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"file to write (default: {CALIBRATION} in the checkpoint's folder)")
+    parser.add_argument("--push_to_hub", type=repo_id, metavar="REPO", help="share the file that an earlier run wrote")
+    parser.add_argument("--results", type=Path, help="eval.py's records (its --out) to show on the shared file's card")
+    parser.add_argument("--from_hub", type=repo_id, metavar="REPO", help="fetch a shared file instead of measuring")
     options = parser.parse_args()
 
     folder = find_checkpoint(options.checkpoint)
     out = options.out or folder / CALIBRATION
     check_writable(out)
+    if options.from_hub:
+        return fetch(options.from_hub, folder, out)
+    if options.push_to_hub:
+        return push(options.push_to_hub, folder, out, options.results, pick_device(options.device))
     tokenizer = Tokenizer.load(folder)
     documents = [tokenizer.encode(text) for text in read_corpus(options.corpus)]
     model = load_model(folder, pick_device(options.device), DTYPES.get(options.dtype))

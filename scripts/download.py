@@ -14,19 +14,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, model_info
-from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # of httpx or, since 2.0, httpx2: the base of what cannot connect
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HTTPError
 
 from cli import run
+from sharing import explain, repo_id
 
 CONFIG_AND_TOKENIZER = {
     *("config.json", "generation_config.json"),
@@ -68,38 +59,17 @@ def download(repo_id: str, revision: str | None, out: Path, gguf: str | None) ->
         hf_hub_download(repo_id, name, revision=info.sha, local_dir=out)
 
 
-def explain(error: Exception, repo_id: str, revision: str | None, out: Path) -> str:
+def explain_error(error: Exception, repo_id: str, revision: str | None, out: Path) -> str:
     """What happened and what to do, for an error that `download` met on the hub, the network or the disk."""
     again = "run the same command again, finished files are kept"
-    if isinstance(error, LocalEntryNotFoundError):  # the wrapper of whatever kept a file's metadata from us
-        error = error.__cause__ or error
+    if explanation := explain(error, repo_id, revision, again):
+        return explanation
     match error:
-        case GatedRepoError():
-            return f"{repo_id} is gated: accept its terms at {ENDPOINT}/{repo_id}, then set HF_TOKEN to your token"
-        case RepositoryNotFoundError():
-            return f"no model {repo_id} at {ENDPOINT}: check the name, or set HF_TOKEN if it is private"
-        case RevisionNotFoundError():
-            return f"{repo_id} has no revision {revision}: give a branch, tag or commit of {ENDPOINT}/{repo_id}"
-        case HfHubHTTPError(response=response) if response.status_code in (401, 403):
-            return f"{ENDPOINT} refused the token for {repo_id} ({response.status_code}): check HF_TOKEN"
-        case HfHubHTTPError(response=response):
-            return f"{ENDPOINT} answered {response.status_code} {response.reason_phrase}: {again}"
-        case HTTPError() | ConnectionError() | LocalEntryNotFoundError():
-            return f"no connection to {ENDPOINT} ({error or type(error).__name__}): check the network and {again}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"disk full at {out} ({error.strerror}): free some space or choose another folder with --out"
         case OSError(strerror=str(reason)):
             return f"cannot write {error.filename or out} ({reason}): choose another folder with --out"
     return f"the download of {repo_id} broke off ({error}): {again}"
-
-
-def repo_id(text: str) -> str:
-    """argparse type: the name of a repo on the hub."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,7 +87,7 @@ def main() -> None:
     try:
         download(args.repo_id, args.revision, out, args.gguf)
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the Xet client's
-        raise ValueError(explain(error, args.repo_id, args.revision, out)) from error
+        raise ValueError(explain_error(error, args.repo_id, args.revision, out)) from error
     script, target = ("convert_gguf", out / args.gguf) if args.gguf else ("convert_hf_checkpoint", out)
     print("next:", shlex.join(["python", "-m", f"scripts.{script}", str(target)]))
 

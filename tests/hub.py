@@ -1,10 +1,12 @@
 """A Hugging Face Hub on this machine, for tests of code that uses the real huggingface_hub client (HF_ENDPOINT=url).
 
 Speaks what `model_info`, `dataset_info`, `list_repo_tree`, `hf_hub_download` and `snapshot_download` ask for over plain
-HTTP: repo info, file tree, HEAD and GET of files with ranges, and the errors' codes. A repo is a folder with one
-revision, main. Leaves out Xet, redirects to a CDN, pages of long trees, and all that writes.
+HTTP: repo info, file tree, HEAD and GET of files with ranges, and the errors' codes; with a folder for `uploads`, also
+`create_repo` and `create_commit` of small files. A repo is a folder with one revision, main. Leaves out Xet, LFS,
+redirects to a CDN and pages of long trees.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -45,7 +47,8 @@ class Hub(ThreadingHTTPServer):
     """Serves {"owner/name": folder, "datasets/owner/name": folder} while its `with` lasts.
 
     Files of `gated` repos and all of `private` ones need TOKEN. `cut` maps names of files to a number of bytes after
-    which the connection closes, once; `stall` to one after which it sends nothing more.
+    which the connection closes, once; `stall` to one after which it sends nothing more. Repos that clients with TOKEN
+    create lie in `uploads`.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Hub(ThreadingHTTPServer):
         private: Collection[str] = (),
         cut: Mapping[str, int] | None = None,
         stall: Mapping[str, int] | None = None,
+        uploads: Path | None = None,
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos = {name: list_files(Path(folder)) for name, folder in repos.items()}
         self.gated, self.private = gated, private
         self.cut, self.stall = dict(cut or {}), dict(stall or {})
+        self.uploads = uploads
         self.requests: list[Request] = []
         self.closing = threading.Event()
 
@@ -127,6 +132,43 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, json.dumps(info | {"tags": [], "downloads": 0, "likes": 0}).encode())
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.read_body()
+        if self.server.uploads is None or self.token != TOKEN:
+            return self.fail(403 if self.token else 401, "")
+        if self.path == "/api/validate-yaml":
+            return self.send(200, b'{"errors": [], "warnings": []}')
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            created = self.server.repos.setdefault(repo, {}) == {}
+            return self.send(200 if created else 409, json.dumps({"url": f"{self.server.url}/{repo}"}).encode())
+        match = re.fullmatch(r"/api/models/(?P<repo>.+)/(?P<verb>preupload|commit)/main", unquote(self.path))
+        if match is None or match["repo"] not in self.server.repos:
+            return self.fail(404, "RepoNotFound")
+        if match["verb"] == "preupload":
+            files = [f | {"uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            return self.send(200, json.dumps({"files": files}).encode())
+        for operation in map(json.loads, body.splitlines()):
+            if operation["key"] == "file":
+                path = self.server.uploads / match["repo"] / operation["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(operation["value"]["content"]))
+        self.server.repos[match["repo"]] = list_files(self.server.uploads / match["repo"])
+        oid = commit_of(self.server.repos[match["repo"]])
+        url = f"{self.server.url}/{match['repo']}/commit/{oid}"
+        self.send(200, json.dumps({"success": True, "commitUrl": url, "commitOid": oid}).encode())
+
+    def read_body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     @property
     def token(self) -> str | None:

@@ -25,7 +25,7 @@ RANKS = [
     {"tokenizer", "weights"},
     {"checkpoint"},
     {"sparse_model", "record"},
-    {"cpu_step"},
+    {"cpu_step", "tasks", "pruning", "sharing"},
     {"decode"},
     {"generate", "calibrate", "eval"},
     {"quantize"},

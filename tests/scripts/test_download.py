@@ -153,4 +153,4 @@ def test_needs_room_before_it_starts(tmp_path, monkeypatch):
         download.download("r", None, tmp_path, gguf="x.gguf")
     with pytest.raises(OSError, match=r"needs 1000000000.0 GB") as full:
         download.download("r", None, tmp_path, gguf="m.gguf")
-    assert download.explain(full.value, "r", None, tmp_path).startswith(f"disk full at {tmp_path} (needs ")
+    assert download.explain_error(full.value, "r", None, tmp_path).startswith(f"disk full at {tmp_path} (needs ")
