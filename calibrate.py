@@ -1,56 +1,85 @@
-"""Measures how large a model's hidden states are, so that sparse_model.py can set thresholds for any sparsity.
+"""Sets thresholds for any sparsity of a model by running it over some text; sparse_model.py reads them.
 
-    python calibrate.py --checkpoint checkpoints/<model> [--corpus FILE|DIR …] [--tokens N]
+    python calibrate.py --checkpoint checkpoints/<model> [--method METHOD] [--corpus FILE|DIR …] [--tokens N]
 
-The dense model reads a corpus; at the input of every sparse layer the values of |x| are counted in a histogram whose
-bins are the leading bits of the float itself. That is exact for bf16, resolves 0.8 % in fp16 and fp32, needs no range
-in advance and no activations kept: 256 KB a layer. Only uniform allocation: every layer gets the sparsity asked for.
+The model runs densely, then sparse at a few levels, with the thresholds found so far: what counts is how the sparse
+model's own hidden states are spread, errors of earlier layers included, so that targets are hit. Methods differ in how
+a sparsity is shared out among layers (allocation.py), by costs or by given shares:
+
+measured   costs start as those of `global` and are corrected by what dropping really costs at 50 %: the gradient of the
+           divergence from the dense model's predictions, times what is at the border of being dropped (probe.py).
+fisher     the empirical Fisher information of each channel's input, mean (dL/dx)²: channels differ in their thresholds.
+global     its mean over a layer's channels.
+blockwise  greedy within each block, by the error of what the block gives (blockwise.py): TEAL's method.
+uniform    every layer drops the same share of its entries: TEAL's baseline.
 """
 
 import argparse
+import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
-from checkpoint import DTYPES, ROOT, check_writable, find_checkpoint, fingerprint
+from allocation import Sizes, Spread, correct, curves, spend, thresholds
+from blockwise import blockwise_shares
+from checkpoint import DTYPES, ROOT, check_writable, find_checkpoint, fingerprint, new_file, open_safetensors
 from cli import add_model_arguments, positive_int, run
 from corpus import read_corpus
 from model import Transformer
+from probe import POINTS, observe
 from sharing import fetch, push, repo_id
-from sparse_model import CALIBRATION, Calibration, SparseLinear, load_model, pick_device, sparse_layers, watch_inputs
+from sparse_model import (
+    CALIBRATION,
+    CALIBRATION_VERSION,
+    KEEP_ALL,
+    Calibration,
+    load_model,
+    pick_device,
+    sparse_layers,
+)
 from tokenizer import Tokenizer
 
 DEFAULT_CORPUS = ROOT / "data" / "calibration"
-SHIFT = 23 - 7  # bins keep fp32's sign, exponent and 7 of its 23 mantissa bits, as bf16 does
-BINS = 1 << (31 - SHIFT)
-POINTS = 201  # quantile levels stored: every half per cent
+METHODS = ("measured", "fisher", "global", "blockwise", "uniform")
+CORRECTED, CORRECTIONS = 0.5, 2  # the sparsity at which "measured" measures costs, and how often
+LEVELS = (0.25, 0.5, 0.75, 0.9)  # at which the sparse model's hidden states are observed
+SMALLEST = 1e-4  # of a channel's Fisher information, in its layer's mean: a channel that never mattered yet may
+
+Seen = dict[str, dict[str, Tensor]]
 
 
-class AbsHistogram:
-    """A histogram of |x| with logarithmic bins, 128 to the octave, over the whole range of fp32."""
+class Journal:
+    """Passes over the text that are finished, kept in a file beside the output until that is written.
 
-    def __init__(self, device: torch.device):
-        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+    A run that was cut off goes on from there, if it is the same in all that `about` says.
+    """
 
-    def add(self, x: Tensor) -> None:
-        """Counts every entry of x, any shape and floating type."""
-        # Positive floats sort like the integers that their bits spell; rounding up makes a bin's edge its upper end.
-        bits = x.float().abs().flatten().view(torch.int32)
-        self.counts += torch.bincount((bits + ((1 << SHIFT) - 1)) >> SHIFT, minlength=BINS)[:BINS]
+    def __init__(self, path: Path, about: dict):
+        self.path, self.about = path, json.dumps(about)
+        self.tensors: dict[str, Tensor] = {}
+        if path.exists():
+            with open_safetensors(path) as file:
+                if (file.metadata() or {}).get("about") == self.about:
+                    self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
-    def quantiles(self, points: int) -> Tensor:
-        """|x| at `points` levels evenly spaced from 0 to 1, fp32 [points] on the CPU; linear inside a bin."""
-        counts = self.counts.cpu().double()
-        reached = counts.cumsum(0)
-        target = torch.linspace(0, 1, points, dtype=torch.float64) * reached[-1]
-        index = torch.searchsorted(reached, target).clamp(max=BINS - 1)
-        edge = (torch.arange(BINS, dtype=torch.int32) << SHIFT).view(torch.float32)
-        share = 1 - (reached[index] - target) / counts[index].clamp(min=1)
-        return torch.lerp(edge[(index - 1).clamp(min=0)], edge[index], share.clamp(0, 1).float())
+    def keep(self, title: str, make: Callable[[], Seen]) -> Seen:
+        """What `make` gives, or gave in an earlier run."""
+        found: Seen = {}
+        for name, tensor in self.tensors.items():
+            of, layer, what = name.split("/")
+            if of == title:
+                found.setdefault(layer, {})[what] = tensor
+        if not found:
+            found = make()
+            self.tensors |= {f"{title}/{layer}/{what}": t for layer, seen in found.items() for what, t in seen.items()}
+            with new_file(self.path) as temporary:
+                temporary.write_bytes(save(self.tensors, {"about": self.about}))
+        return found
 
 
 def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: int) -> list[list[int]]:
@@ -67,29 +96,80 @@ def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: in
     return chosen
 
 
-@torch.no_grad()
-def measure(model: Transformer, sequences: list[list[int]]) -> dict[str, Tensor]:
-    """Quantiles of |x| by layer name over the sequences, without their first tokens (attention sinks, always dense)."""
-    device = model.norm.weight.device
-    histograms = {name: AbsHistogram(device) for name in sparse_layers(model)}
+class Passes:
+    """Passes of a model over the text, each over another part of about `tokens` tokens."""
 
-    def observe(name: str, layer: SparseLinear, x: Tensor) -> None:
-        histograms[name].add(x[:, 1:])
+    def __init__(self, model: Transformer, sequences: list[list[int]], tokens: int, journal: Journal):
+        self.model, self.sequences, self.journal = model, sequences, journal
+        average = sum(map(len, sequences)) / len(sequences)
+        self.count = min(max(round(tokens / average), 1), len(sequences))
+        self.tokens = round(self.count * average)
+        self.turn = 0
 
-    total = sum(map(len, sequences))
-    with watch_inputs(model, observe), tqdm(total=total, desc="calibrating", unit="token") as progress:
-        for sequence in sequences:
-            if not model.hidden(torch.tensor([sequence], device=device)).isfinite().all():
-                raise ValueError("the model's hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
-            progress.update(len(sequence))
-    return {name: histogram.quantiles(POINTS) for name, histogram in histograms.items()}
+    def next(self, title: str, found: Tensor | None, factors: list[Tensor], loss: str | None = None) -> Seen:
+        """What is observed at thresholds [layers] times the layers' factors [K], densely when there are none."""
+        for index, layer in enumerate(sparse_layers(self.model).values()):
+            layer.threshold.copy_(torch.tensor(KEEP_ALL) if found is None else found[index] * factors[index])
+        start, self.turn = self.turn * self.count, self.turn + 1
+        part = [self.sequences[(start + i) % len(self.sequences)] for i in range(self.count)]
+        seen = self.journal.keep(f"{self.turn} {title}", lambda: observe(self.model, part, title, loss, factors))
+        return {name: seen[name] for name in sparse_layers(self.model)}  # the journal has an order of its own
+
+
+def column(seen: Seen, what: str) -> list[Tensor]:
+    return [found[what] for found in seen.values()]
+
+
+def find_costs(passes: Passes, sizes: Sizes, method: str) -> tuple[Tensor, list[Tensor]]:
+    """What dropping costs in each layer [layers], and the factors [K] by which its channels' thresholds differ."""
+    flat = [torch.ones(layer.weight.in_features).double() for layer in sparse_layers(passes.model).values()]
+    seen = passes.next("gradients", None, flat, "text")
+    fisher = [values.clamp(min=SMALLEST * values.mean().item() + 1e-300) for values in column(seen, "fisher")]
+    cost = torch.stack([values.mean() for values in fisher])
+    if method == "fisher":
+        return cost, [(values / values.mean()).rsqrt() for values in fisher]
+    for turn in range(CORRECTIONS if method == "measured" else 0):
+        quantiles = torch.stack(column(seen, "quantiles"))
+        at = spend(Spread(CORRECTED, quantiles, cost), sizes, CORRECTED)
+        seen = passes.next(f"costs, {turn + 1} of {CORRECTIONS}", at, flat, "divergence")
+        cost = correct(cost, torch.stack(column(seen, "cost")))
+    return cost, flat
+
+
+def calibrate(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Curves and factors of a `Calibration`, by the method called so; leaves the model's thresholds at sparsity 0."""
+    layers = sparse_layers(passes.model)
+    sizes = Sizes.of([layer.weight.rows for layer in layers.values()])
+    factors = [torch.ones(layer.weight.in_features).double() for layer in layers.values()]
+    cost, shares = torch.ones_like(sizes.row), None
+    if method in ("measured", "fisher", "global"):
+        cost, factors = find_costs(passes, sizes, method)
+    seen = passes.next("dense", None, factors)
+    if method == "uniform":
+        shares = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(layers), 2)
+    elif method == "blockwise":
+        quantiles = dict(zip(layers, column(seen, "quantiles"), strict=True))
+        shares = blockwise_shares(passes.model, passes.sequences[0], quantiles)
+    spreads = [Spread(0.0, torch.stack(column(seen, "quantiles")), cost)]
+    for level in LEVELS:
+        seen = passes.next(f"sparse {level:.0%}", thresholds(spreads[-1], sizes, shares, level), factors)
+        spreads.append(Spread(level, torch.stack(column(seen, "quantiles")), cost))
+    for layer in layers.values():
+        layer.threshold.fill_(KEEP_ALL)
+    found = curves(spreads, sizes, shares, POINTS).float()
+    scaled = {name: factor.float() for name, factor in zip(layers, factors, strict=True) if (factor != 1).any()}
+    return dict(zip(layers, found, strict=True)), scaled
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="see above (default: %(default)s)")
     parser.add_argument("--corpus", type=Path, nargs="+", default=[DEFAULT_CORPUS], help="text files or folders")
     parser.add_argument("--tokens", type=positive_int, default=16384, help="tokens to read (default: %(default)s)")
+    parser.add_argument(
+        "--pass_tokens", type=positive_int, default=4096, help="of them for each sparse pass (default: %(default)s)"
+    )
     parser.add_argument("--context", type=positive_int, default=1024, help="longest sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the sequences (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"file to write (default: {CALIBRATION} in the checkpoint's folder)")
@@ -118,12 +198,18 @@ def main() -> None:
     origin = {
         "corpus": ", ".join(path.name for path in options.corpus),
         "tokens": str(tokens),
+        "pass_tokens": str(options.pass_tokens),
         "context": str(context),
         "seed": str(options.seed),
-        "allocation": "uniform",
+        "method": options.method,
     }
-    Calibration(measure(model, sequences), fingerprint(folder), origin).save(out)
-    print(f"wrote {out}: quantiles of |x| at the input of {len(sparse_layers(model))} layers over {tokens} tokens")
+    about = {"version": CALIBRATION_VERSION, "model": fingerprint(folder), "dtype": options.dtype} | origin
+    journal = Journal(out.with_name(f"{out.name}.partial"), about)
+    passes = Passes(model, sequences, options.pass_tokens, journal)
+    found, factors = calibrate(passes, options.method)
+    Calibration(found, fingerprint(folder), origin, factors).save(out)
+    journal.path.unlink(missing_ok=True)
+    print(f"wrote {out}: thresholds of {len(found)} layers by the method {options.method} over {tokens} tokens")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ carried over.
 import argparse
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,7 +121,7 @@ class Calibrated:
     def quantize_layer(self, name: str, linear: SparseLinear, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Quantizes a layer, given inputs [1, T, K] with what its outputs lack for them [1, T, N]."""
         hessian = missing = 0
-        threshold = self.calibration.threshold(name, DROPPED)
+        threshold = self.calibration.threshold(name, DROPPED).to(self.device)
         for (x,), (lack,) in pairs:
             kept = x.masked_fill(x.abs() <= threshold, 0)
             kept[0] = 0  # the first token, an attention sink, is always dense
@@ -176,7 +177,7 @@ def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], 
         write_safetensors(out / WEIGHTS, layout, read, METADATA | form.metadata())
         if (folder / CALIBRATION).exists():
             calibration = Calibration.load(folder / CALIBRATION)
-            Calibration(calibration.quantiles, fingerprint(out), calibration.origin).save(out / CALIBRATION)
+            replace(calibration, model=fingerprint(out)).save(out / CALIBRATION)
 
 
 def check_dense(folder: Path, form: Form) -> None:

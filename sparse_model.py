@@ -28,7 +28,8 @@ from model import ModelArgs, Transformer
 from weights import DenseWeight, Form, Int8Output, Weight
 
 CALIBRATION = "calibration.safetensors"
-CALIBRATION_VERSION = "1"
+CALIBRATION_VERSION = "2"
+FACTOR = ".factor"  # what a layer's factors are called in the file, after its name
 KINDS = {"wqkv": "qkv", "wo": "o", "w13": "gate+up", "w2": "down"}
 KEEP_ALL = -1.0  # a threshold below every |x|
 
@@ -102,8 +103,11 @@ def format_of(model: Transformer) -> str:
 
 
 @contextmanager
-def watch_inputs(model: nn.Module, observe: Callable[[str, SparseLinear, Tensor], None]) -> Iterator[None]:
-    """In the block, `observe(name, layer, x)` is called before a sparse layer computes from x [B, T, K]."""
+def watch_inputs(model: nn.Module, observe: Callable[[str, SparseLinear, Tensor], Tensor | None]) -> Iterator[None]:
+    """In the block, `observe(name, layer, x)` is called before a sparse layer computes from x [B, T, K].
+
+    When it returns a tensor, the layer computes from that instead.
+    """
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs, name=name: observe(name, layer, inputs[0]))
         for name, layer in sparse_layers(model).items()
@@ -131,33 +135,38 @@ def leading_dense(model: nn.Module, tokens: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Quantiles of |x| at the input of every sparse layer, from which any sparsity's threshold is read off.
+    """Thresholds of every sparse layer for any sparsity of the model, by bytes of its sparse layers' rows.
 
-    quantiles: by module name, fp32 [points], at levels evenly spaced from 0 to 1. model: `checkpoint.fingerprint` of
-    the model it belongs to. origin: what it was measured on (corpus, tokens, seed).
+    curves: by module name, fp32 [points], ascending, the layer's threshold at model sparsities evenly spaced from 0 to
+    1. model: `checkpoint.fingerprint` of the model it belongs to. origin: what it was measured on (corpus, tokens,
+    seed) and how (method). factors: by module name, fp32 [K], what a layer's threshold is times for each channel;
+    layers without one have the same for all.
     """
 
-    quantiles: dict[str, Tensor]
+    curves: dict[str, Tensor]
     model: dict[str, str]
     origin: dict[str, str]
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
-    def threshold(self, name: str, sparsity: float) -> float:
-        """The |x| that a share `sparsity` of layer `name`'s inputs does not exceed, interpolated linearly."""
+    def threshold(self, name: str, sparsity: float) -> Tensor:
+        """Of layer `name` at a model sparsity: fp32 [K], or a scalar where channels share it; linear between points."""
         if not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity {sparsity}: expected a fraction from 0 to 1")
         if sparsity == 0:
-            return KEEP_ALL
-        points = self.quantiles[name]
+            return torch.tensor(KEEP_ALL)
+        points = self.curves[name]
         position = sparsity * (len(points) - 1)
         below = min(int(position), len(points) - 2)
-        return torch.lerp(points[below], points[below + 1], position - below).item()
+        threshold = torch.lerp(points[below], points[below + 1], position - below)
+        return threshold * self.factors[name] if name in self.factors else threshold
 
     def save(self, path: Path) -> None:
         """Writes the file whole or leaves what was there."""
         about = {"version": CALIBRATION_VERSION, "model": self.model, "origin": self.origin}
+        tensors = self.curves | {name + FACTOR: factor for name, factor in self.factors.items()}
         with new_file(path) as temporary:
             # One entry of metadata: of several, safetensors shuffles the order, and equal files should be equal bytes.
-            temporary.write_bytes(save(self.quantiles, {"calibration": json.dumps(about)}))
+            temporary.write_bytes(save(tensors, {"calibration": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
@@ -166,12 +175,14 @@ class Calibration:
             about = json.loads((file.metadata() or {}).get("calibration", "{}"))
             if about.get("version") != CALIBRATION_VERSION:
                 raise ValueError(f"{path} is no calibration of version {CALIBRATION_VERSION}: run calibrate.py again")
-            quantiles = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name, points in quantiles.items():
-            row = points.dtype == torch.float32 and points.ndim == 1 and len(points) > 1
-            if not (row and points.isfinite().all() and (points.diff() >= 0).all()):
-                raise ValueError(f"{path}: quantiles of {name} are not ascending fp32: run calibrate.py again")
-        return cls(quantiles, about["model"], about["origin"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for name, values in tensors.items():
+            row = values.dtype == torch.float32 and values.ndim == 1 and len(values) > 1 and values.isfinite().all()
+            if not (row and ((values >= 0) if name.endswith(FACTOR) else values.diff() >= 0).all()):
+                expected = "fp32 of at least 0" if name.endswith(FACTOR) else "ascending fp32"
+                raise ValueError(f"{path}: values of {name} are not {expected}: run calibrate.py again")
+        factors = {name.removesuffix(FACTOR): tensors.pop(name) for name in list(tensors) if name.endswith(FACTOR)}
+        return cls(tensors, about["model"], about["origin"], factors)
 
     def check(self, folder: Path) -> None:
         """Raises ValueError naming what differs when this is not the calibration of the checkpoint in `folder`."""
@@ -181,15 +192,15 @@ class Calibration:
             raise ValueError(f"the calibration is another model's: it has {found}; run calibrate.py on {folder}")
         with open_safetensors(folder / WEIGHTS) as file:
             layers = {name.removesuffix(".weight") for name in file.keys() if SPARSE_WEIGHT.fullmatch(name)}  # noqa: SIM118
-        if differing := sorted(layers ^ self.quantiles.keys()):
+        if differing := sorted(layers ^ self.curves.keys()):
             side = "lacks" if differing[0] in layers else "has, unlike the model,"
             raise ValueError(f"the calibration {side} layer {differing[0]}: run calibrate.py on {folder}")
 
 
 def set_sparsity(model: Transformer, calibration: Calibration, sparsity: float) -> None:
-    """Sets every layer's threshold in place so that a share `sparsity` of its input channels is dropped a token."""
+    """Sets every layer's thresholds in place so that a share `sparsity` of the sparse layers' bytes is not read."""
     for name, layer in sparse_layers(model).items():
-        layer.threshold.fill_(calibration.threshold(name, sparsity))
+        layer.threshold.copy_(calibration.threshold(name, sparsity))
 
 
 def pick_device(name: str | None) -> torch.device:

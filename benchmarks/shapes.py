@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from calibrate import cut_sequences, measure
+from calibrate import cut_sequences
 from kernels.int4 import pack_int4
 from model import ModelArgs, Transformer, rotary_frequencies
+from probe import measure
 from sparse_model import KEEP_ALL, Calibration, sparse_layers, sparsify
 from weights import Form
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibrate import POINTS
 from checkpoint import check_writable, find_checkpoint, fingerprint, read_config
 from cli import MAX_SPARSITY, run
 from model import ModelArgs
+from probe import POINTS
 from sparse_model import CALIBRATION, Calibration
 
 INPUTS = {  # a layer of a block: file and key of the histogram of its input
@@ -212,7 +212,7 @@ def check_realised(calibration: Calibration, histograms: dict[str, Histogram], l
         most = float(histogram.share(histogram.reach))
         for target in np.arange(0.05, MAX_SPARSITY + 0.01, 0.0475):  # mostly between two stored points
             wanted = min(most, float(np.interp(target, np.linspace(0, 1, POINTS), levels[name])))
-            threshold = min(calibration.threshold(name, float(target)), histogram.reach)
+            threshold = min(float(calibration.threshold(name, float(target))), histogram.reach)
             low, high = histogram.bounds(threshold)
             if not low - TOLERANCE <= wanted <= high + TOLERANCE:
                 raise ValueError(f"{name}: the threshold for {wanted:.1%} drops {low:.1%} to {high:.1%} of its inputs")

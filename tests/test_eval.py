@@ -12,9 +12,9 @@ import transformers
 from tqdm import tqdm
 
 import cli
-from calibrate import measure
 from checkpoint import WEIGHTS, fingerprint
 from eval import Score, cut_windows, evaluate, main, print_table
+from probe import measure
 from sparse_model import CALIBRATION, Calibration, leading_dense, load_model, set_sparsity, watch_inputs
 from tokenizer import Tokenizer
 
@@ -231,7 +231,7 @@ def test_unwritable_out_keeps_what_was_measured(run_here, calibrated, tmp_path):
         (["--checkpoint", "{none}"], 1, "none does not exist: expected a converted checkpoint"),
         (["--calibration", "{broken}", "--sparsity", "0.5"], 1, "is truncated or not a safetensors file"),
         (["--calibration", "{none}", "--sparsity", "0.5"], 1, "is missing"),
-        (["--calibration", "{weights}", "--sparsity", "0.5"], 1, "is no calibration of version 1: run calibrate.py"),
+        (["--calibration", "{weights}", "--sparsity", "0.5"], 1, "is no calibration of version 2: run calibrate.py"),
         (["--device", "tpu"], 1, "--device tpu is not known here"),
     ],
 )

@@ -25,7 +25,7 @@ RANKS = [
     {"tokenizer", "weights"},
     {"checkpoint"},
     {"sparse_model", "record"},
-    {"cpu_step", "tasks", "pruning", "sharing"},
+    {"cpu_step", "tasks", "pruning", "sharing", "allocation", "probe", "blockwise"},
     {"decode"},
     {"generate", "calibrate", "eval"},
     {"quantize"},

@@ -18,9 +18,9 @@ import cli
 import eval as evaluation
 import generate
 import quantize
-from calibrate import measure
 from checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
 from model import Transformer
+from probe import measure
 from scripts.convert_hf_checkpoint import convert
 from sparse_model import CALIBRATION, Calibration, load_calibration, load_model, set_sparsity, sparse_layers
 from tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def test_calibration_is_carried_over_and_accepted(made, dense, mode, calibrated)
     folder = made[mode, calibrated][0]
     carried, own = load_calibration(folder), Calibration.load(dense / CALIBRATION)
     assert carried.origin == own.origin
-    assert all(torch.equal(carried.quantiles[name], points) for name, points in own.quantiles.items())
+    assert all(torch.equal(carried.curves[name], points) for name, points in own.curves.items())
     with pytest.raises(ValueError, match="weights"):
         own.check(folder)
     model, tokens = load_model(folder), held_out(folder)
@@ -301,7 +301,7 @@ def test_nan_and_inf_are_named(dense, tmp_path, calibrated, name, value):
 
     folder = damaged(dense, tmp_path, change)
     if name == "norm":  # of its entries the calibration knows all
-        Calibration(load_calibration(dense).quantiles, fingerprint(folder), {}).save(folder / CALIBRATION)
+        Calibration(load_calibration(dense).curves, fingerprint(folder), {}).save(folder / CALIBRATION)
     answer = run_here(*arguments(folder, "int4", calibrated), "--out", tmp_path / "out")
     refused(answer, tmp_path, ["damaged", "text.txt"], rf"error: {name}\.weight holds NaN or inf")
 

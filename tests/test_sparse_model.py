@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from calibrate import POINTS, measure
 from checkpoint import DTYPES, SPARSE_WEIGHT, WEIGHTS, fingerprint, read_config
 from decode import decode_step, prefill
 from model import ModelArgs, Transformer
+from probe import POINTS, measure
 from scripts.convert_hf_checkpoint import convert
 from sparse_model import (
     CALIBRATION,
@@ -306,8 +306,8 @@ def test_calibration_round_trip(tmp_path, tiny, calibration):
     calibration.save(path)
     loaded = Calibration.load(path)
     assert (loaded.model, loaded.origin) == (calibration.model, calibration.origin)
-    assert loaded.quantiles.keys() == calibration.quantiles.keys()
-    assert all(torch.equal(loaded.quantiles[name], points) for name, points in calibration.quantiles.items())
+    assert loaded.curves.keys() == calibration.curves.keys()
+    assert all(torch.equal(loaded.curves[name], points) for name, points in calibration.curves.items())
     loaded.check(tiny)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -317,7 +317,7 @@ def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, calibration)
     calibration.save(path)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        Calibration(calibration.quantiles, calibration.model, {"corpus": torch}).save(path)
+        Calibration(calibration.curves, calibration.model, {"corpus": torch}).save(path)
     with pytest.raises(ValueError):
         Calibration({"a": torch.ones(2).to_sparse()}, {}, {}).save(path)
     assert path.read_bytes() == before
@@ -337,7 +337,7 @@ def test_threshold_interpolates():
 
 
 def test_threshold_is_monotone(calibration):
-    for name in calibration.quantiles:
+    for name in calibration.curves:
         thresholds = [calibration.threshold(name, sparsity / 1000) for sparsity in range(1000)]
         assert thresholds == sorted(thresholds)
         assert thresholds[-1] > thresholds[500] > thresholds[1] >= 0
@@ -360,8 +360,8 @@ def test_threshold_is_monotone(calibration):
     ids=repr,
 )
 def test_unsound_calibration_files_are_refused(tmp_path, calibration, change):
-    quantiles = dict(calibration.quantiles)
-    about = json.dumps({"version": "1", "model": {}, "origin": {}})
+    quantiles = dict(calibration.curves)
+    about = json.dumps({"version": "2", "model": {}, "origin": {}})
     metadata = {"format": "pt", "calibration": about} | {k: v for k, v in change.items() if k != "points"}
     if "points" in change:
         quantiles["layers.1.feed_forward.w2"] = change["points"]
@@ -402,7 +402,7 @@ def test_calibration_of_other_layers_is_refused(tiny, calibration):
         ({"layers.2.attention.wo": torch.arange(3.0)}, r"has, unlike the model, layer layers\.2\.attention\.wo"),
         ({"layers.0.attention.wqkv": None}, r"lacks layer layers\.0\.attention\.wqkv"),
     ):
-        quantiles = {name: points for name, points in (calibration.quantiles | change).items() if points is not None}
+        quantiles = {name: points for name, points in (calibration.curves | change).items() if points is not None}
         with pytest.raises(ValueError, match=message):
             Calibration(quantiles, calibration.model, calibration.origin).check(tiny)
 
@@ -415,7 +415,7 @@ def test_load_calibration_makes_the_missing_file(tiny, tmp_path, capfd):
     assert output.out == ""
     assert f"running: python -m calibrate --checkpoint {folder} --device cpu" in output.err
     assert f"wrote {folder / CALIBRATION}" in output.err
-    assert all(len(points) == POINTS for points in made.quantiles.values())
+    assert all(len(points) == POINTS for points in made.curves.values())
     assert made.origin["corpus"] == "calibration"
     load_calibration(folder)
     assert capfd.readouterr().err == ""  # found, not made again

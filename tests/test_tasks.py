@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import cli
 import eval as evaluation
-from calibrate import measure
 from checkpoint import fingerprint
+from probe import measure
 from sparse_model import CALIBRATION, Calibration, leading_dense, load_model, set_sparsity
 from tasks import (
     PREFILLS,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrate import cut_sequences, measure
+from calibrate import cut_sequences
 from checkpoint import ROOT, fingerprint
 from kernels import native
 from kernels.native import INSTRUCTIONS, build, cache_folder, instruction_set, library
+from probe import measure
 from sparse_model import Calibration, load_model
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import cli
-from calibrate import POINTS
 from checkpoint import CONFIG, METADATA, SPARSE_WEIGHT, WEIGHTS, read_config
 from model import ModelArgs, Transformer
+from probe import POINTS
 from scripts import import_teal
 from scripts.import_teal import INPUTS, Histogram, check_realised, read_histogram, read_table
 from sparse_model import CALIBRATION, Calibration, load_calibration
@@ -99,7 +99,7 @@ def test_uniform_thresholds_drop_what_they_say(run_here, release, checkpoint, in
     assert calibration.origin["allocation"] == "uniform"
     assert out.startswith(f"wrote {checkpoint / CALIBRATION}: uniform thresholds of 8 layers")
     for name, x in inputs.items():
-        share = (np.abs(x) <= calibration.threshold(name, target)).mean()
+        share = (np.abs(x) <= float(calibration.threshold(name, target))).mean()
         assert share == pytest.approx(target, abs=0.002), name
 
 
@@ -116,7 +116,7 @@ def test_greedy_thresholds_drop_what_the_table_says(run_here, release, checkpoin
             dropped = 0.0
             for layer, curve in curves.items():
                 name = f"layers.{number}.{layer}"
-                share = (np.abs(inputs[name]) <= calibration.threshold(name, target)).mean()
+                share = (np.abs(inputs[name]) <= float(calibration.threshold(name, target))).mean()
                 assert share == pytest.approx(np.interp(target, effective, curve), abs=0.004), (name, target)
                 dropped += share * sizes[layer]
             assert dropped / sum(sizes.values()) == pytest.approx(target, abs=0.003)
@@ -158,7 +158,7 @@ def test_realised_sparsity_is_checked(run_here, release, checkpoint, inputs):
     }
     levels = dict.fromkeys(histograms, LEVELS)
     assert check_realised(calibration, histograms, levels) < 0.002
-    calibration.quantiles["layers.1.attention.wo"].mul_(1.1)
+    calibration.curves["layers.1.attention.wo"].mul_(1.1)
     with pytest.raises(ValueError, match=r"layers\.1\.attention\.wo: the threshold for .* drops"):
         check_realised(calibration, histograms, levels)
 
@@ -271,4 +271,4 @@ def test_the_release_itself(run_here, tmp_path, name, allocation):
     )
     calibration = Calibration.load(folder / CALIBRATION)
     calibration.check(folder)
-    assert len(calibration.quantiles) == 12
+    assert len(calibration.curves) == 12

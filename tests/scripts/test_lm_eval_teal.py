@@ -9,8 +9,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from calibrate import measure
 from checkpoint import fingerprint
+from probe import measure
 from sparse_model import CALIBRATION, Calibration, load_model, set_sparsity
 from tasks import PREFILLS, read_task, score_task
 from tokenizer import Tokenizer

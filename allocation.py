@@ -1,0 +1,102 @@
+"""How a sparsity of the whole model is shared out among its sparse layers, by the bytes that are not read.
+
+A layer that drops its entries |x| <= t loses about cost t² / 2 by the last ones, and saves a row's bytes for each. A
+budget is spent best where the last byte saved costs the same everywhere: t = sqrt(price row_bytes / cost), with one
+price for the whole model. Where costs come from is calibrate.py's matter. Without costs a layer drops a given share.
+All tensors here are fp64 on the CPU, one row a layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BISECTIONS = 60
+DAMPING = 0.5  # of a correction in its logarithm: costs depend on each other, and at 1 they overshoot
+LARGEST_STEP = 5.0  # of one correction, as a factor before it is damped
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How |x| is spread at the layers' inputs when the model runs at `sparsity`, and what dropping costs there.
+
+    quantiles [layers, points]: of |x| over its channel's factor, at levels evenly spaced from 0 to 1. cost [layers].
+    """
+
+    sparsity: float
+    quantiles: Tensor
+    cost: Tensor
+
+    def dropped(self, threshold: Tensor) -> Tensor:
+        """The share [layers] of entries that do not exceed the layers' thresholds [layers]."""
+        last = self.quantiles.shape[1] - 1
+        above = torch.searchsorted(self.quantiles, threshold[:, None], right=True).clamp(1, last)
+        low, high = self.quantiles.gather(1, above - 1), self.quantiles.gather(1, above)
+        inside = ((threshold[:, None] - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+        inside = torch.where(threshold[:, None] >= high, 1, inside)
+        return ((above - 1 + inside) / last)[:, 0]
+
+    def threshold(self, share: Tensor) -> Tensor:
+        """The thresholds [layers] that the shares [layers] of entries do not exceed."""
+        last = self.quantiles.shape[1] - 1
+        below = (share * last).long().clamp(0, last - 1)[:, None]
+        low, high = self.quantiles.gather(1, below)[:, 0], self.quantiles.gather(1, below + 1)[:, 0]
+        return torch.lerp(low, high, (share * last - below[:, 0]).clamp(0, 1))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the layers' weights [layers] and of one of their rows [layers], which an input channel reads."""
+
+    weight: Tensor
+    row: Tensor
+
+    @classmethod
+    def of(cls, rows: list[Tensor]) -> "Sizes":
+        sizes = [[weight.nbytes, weight[0].nbytes] for weight in rows]
+        return cls(*torch.tensor(sizes, dtype=torch.float64).unbind(1))
+
+
+def spend(spread: Spread, sizes: Sizes, target: float) -> Tensor:
+    """Thresholds [layers] that drop a share `target` of all bytes at one price for the last byte of every layer."""
+    unit = (sizes.row / spread.cost).sqrt()
+    most = spread.quantiles[:, -1]
+    low, high = 0.0, (most / unit).max().item()
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        reached = (spread.dropped(unit * middle) * sizes.weight).sum() / sizes.weight.sum()
+        low, high = (middle, high) if reached < target else (low, middle)
+    return torch.minimum(unit * high, most)
+
+
+def between(spreads: list[Spread], target: float) -> Spread:
+    """The spread at a sparsity between those measured, or the last one beyond them."""
+    above = next((i for i, spread in enumerate(spreads) if spread.sparsity >= target), len(spreads) - 1)
+    low, high = spreads[max(above - 1, 0)], spreads[above]
+    width = high.sparsity - low.sparsity
+    share = min((target - low.sparsity) / width, 1) if width else 0.0
+    cost = torch.lerp(low.cost.log(), high.cost.log(), share).exp()
+    return Spread(target, torch.lerp(low.quantiles, high.quantiles, share), cost)
+
+
+def curves(spreads: list[Spread], sizes: Sizes, shares: Tensor | None, points: int) -> Tensor:
+    """Thresholds [layers, points], ascending, at targets evenly spaced from 0 to 1; see `thresholds`."""
+    targets = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
+    columns = [thresholds(between(spreads, target), sizes, shares, target) for target in targets]
+    return torch.stack(columns, dim=1).cummax(dim=1).values
+
+
+def thresholds(spread: Spread, sizes: Sizes, shares: Tensor | None, target: float) -> Tensor:
+    """Thresholds [layers] for a target: by costs, or by shares [layers, steps] at targets evenly from 0 to 1."""
+    if shares is None:
+        return spend(spread, sizes, target)
+    position = target * (shares.shape[1] - 1)
+    below = min(int(position), shares.shape[1] - 2)
+    return spread.threshold(torch.lerp(shares[:, below], shares[:, below + 1], position - below))
+
+
+def correct(cost: Tensor, measured: Tensor) -> Tensor:
+    """Costs [layers] moved towards measured ones, which are noisy, even negative."""
+    ratio = measured / cost
+    ratio = ratio / ratio.median()  # what all costs have in common changes nothing
+    return cost * ratio.clamp(1 / LARGEST_STEP, LARGEST_STEP) ** DAMPING

@@ -1,0 +1,118 @@
+"""What methods of calibration lose at equal bytes: perplexity at target sparsities, against uniform thresholds.
+
+    python -m benchmarks.quality --checkpoint demo --calibration uniform.safetensors measured.safetensors \\
+        --text wiki.test.raw --windows 20 --out quality.json
+
+The first calibration is what the others are compared with. `loss_share` is a method's loss of perplexity over the dense
+model's, as a share of the first one's; `difference` is its mean loss in nats over the dense one's, with the standard
+error of paired differences from the first over windows. Windows and `--prefill` as in eval.py. Achieved sparsities
+differ a little: compare them before the perplexities.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import DTYPES, find_checkpoint
+from cli import add_model_arguments, positive_int, run, sparsity
+from corpus import read_corpus
+from eval import DEFAULT_TEXT, Score, cut_windows, evaluate
+from model import Transformer
+from record import describe, write_records
+from sparse_model import KEEP_ALL, format_of, load_calibration, load_model, pick_device, set_sparsity, sparse_layers
+from tokenizer import Tokenizer
+
+
+def losses(scores: list[Score]) -> torch.Tensor:
+    """Mean loss of each window in nats, fp64."""
+    return torch.tensor([math.log(score.perplexity) for score in scores], dtype=torch.float64)
+
+
+def mean_by_kind(scores: list[Score]) -> dict[str, float]:
+    return {kind: sum(s.achieved_by_kind[kind] for s in scores) / len(scores) for kind in scores[0].achieved_by_kind}
+
+
+def score_windows(
+    model: Transformer, windows: list[tuple[list[int], int]], dense_tokens: int, target: float, progress: tqdm
+) -> list[Score]:
+    """One score a window, so that methods can be compared in pairs."""
+    return [evaluate(model, [window], dense_tokens, target, progress) for window in windows]
+
+
+def row(scores: list[Score], dense: torch.Tensor, first: torch.Tensor) -> dict:
+    """What is recorded of a method at a target; dense, first: losses by window of the dense model and the first."""
+    own = losses(scores)
+    perplexity, dense_perplexity, first_perplexity = (x.mean().exp().item() for x in (own, dense, first))
+    lost = first_perplexity - dense_perplexity
+    return {
+        "achieved_sparsity": sum(score.achieved_sparsity for score in scores) / len(scores),
+        "achieved_by_kind": mean_by_kind(scores),
+        "perplexity": perplexity,
+        "dense_perplexity": dense_perplexity,
+        "loss_share": (perplexity - dense_perplexity) / lost if lost else None,
+        "difference": (own - first).mean().item(),
+        "standard_error": (own - first).std().item() / math.sqrt(len(own)) if len(own) > 1 else None,
+    }
+
+
+def describe_row(record: dict) -> str:
+    share = "-" if record["loss_share"] is None else f"{record['loss_share']:.0%}"
+    return (
+        f"{record['sparsity']:.0%} {record['calibration'].get('method', '?'):>10}: achieved "
+        f"{record['achieved_sparsity']:.1%}, perplexity {record['perplexity']:.2f}, share of the loss {share}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True, help="files to compare with the first")
+    parser.add_argument("--text", type=Path, nargs="+", default=[DEFAULT_TEXT], help="text, .jsonl files or folders")
+    parser.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.25, 0.4, 0.5, 0.6], help="targets")
+    parser.add_argument("--prefill", choices=("half", "full"), default="full", help="what is sparsified")
+    parser.add_argument("--context", type=positive_int, default=1024, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--windows", type=positive_int, help="windows to score, spread over the text (default: all)")
+    parser.add_argument("--out", type=Path, help="JSON file of records, to which these are added")
+    options = parser.parse_args()
+
+    folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
+    tokenizer = Tokenizer.load(folder)
+    ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
+    calibrations = [load_calibration(folder, path) for path in options.calibration]
+    model = load_model(folder, device, DTYPES.get(options.dtype))
+    if not 2 <= options.context <= model.args.max_position:
+        raise ValueError(f"--context {options.context}: expected 2 to this model's {model.args.max_position}")
+    windows = cut_windows(ids, options.context, options.context, options.windows)
+    if not windows:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window: use a smaller --context")
+    dense_tokens = options.context // 2 if options.prefill == "half" else 1
+    common = describe(folder.resolve().name, device, format_of(model)) | {
+        "benchmark": "quality",
+        "text": [path.name for path in options.text],
+        "protocol": f"context {options.context}, {len(windows)} windows, prefill {options.prefill}",
+    }
+    records = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
+    runs = 1 + len(options.sparsity) * len(calibrations)
+    with tqdm(total=runs * len(windows) * options.context, desc="evaluating", unit="token") as progress:
+        for layer in sparse_layers(model).values():
+            layer.threshold.fill_(KEEP_ALL)
+        dense = losses(score_windows(model, windows, dense_tokens, 0.0, progress))
+        for target in options.sparsity:
+            first = None
+            for calibration in calibrations:
+                set_sparsity(model, calibration, target)
+                scores = score_windows(model, windows, dense_tokens, target, progress)
+                first = losses(scores) if first is None else first
+                about = {"sparsity": target, "calibration": calibration.origin}
+                records.append(common | about | row(scores, dense, first))
+                print(describe_row(records[-1]), flush=True)
+            if options.out:
+                write_records(options.out, records)
+
+
+if __name__ == "__main__":
+    run(main)
