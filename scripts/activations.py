@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import BINS, SHIFT, AbsHistogram
 from model import Transformer
+from probe import BINS, SHIFT, AbsHistogram
 from sparse_model import (
     KINDS,
     Calibration,

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from calibrate import measure
 from checkpoint import WEIGHTS, fingerprint
+from probe import measure
 from sharing import make_card, read_results
 from sparse_model import CALIBRATION, Calibration, load_model
 from tests.hub import TOKEN, Hub
