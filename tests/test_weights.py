@@ -121,6 +121,17 @@ def test_forms_that_are_none_or_unknown():
     assert Form.read({"format": "teal-fast"}) is None
     with pytest.raises(ValueError, match="weights are int3, unknown here: is it from a later version"):
         Form.read({"weights": "int3"})
+    with pytest.raises(ValueError, match="earlier version"):  # whose row scales a GPU's fixed point may not hold
+        Form.read({"weights": "int4", "group": "64"})
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_row_scales_of_int4_reach_no_further_than_1(size):
+    weight = draw(K, N) * size
+    packed = Form("int4", 64).pack(weight)
+    scales = packed.rows[:, N // 2 : N // 2 + 2 * (N // 64)].contiguous().view(torch.bfloat16).float().abs()
+    assert 0.5 < scales.amax(0).min() and scales.max() <= 1
+    assert (packed.dequantize() - weight).norm() < ROUNDED["int4"] * 1.2 * weight.norm()
 
 
 @pytest.mark.parametrize("outputs, form", [(N + 64, Form("int4", 128)), (N, Form("int4", 96)), (N, Form("int4", 0))])
