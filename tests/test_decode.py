@@ -17,7 +17,7 @@ from decode import (
     prompt_logits,
 )
 from kernels import compact_gemv, decode_attention, gate_up, merge_attention, norm_compact
-from kernels.backend import triton
+from kernels.backend import INTERPRETED, triton
 from kernels.native import library
 from sampling import Sampling
 from sparse_model import leading_dense, set_sparsity, sparse_layers
@@ -33,6 +33,14 @@ if DEVICE == "cpu" and triton is not None:  # the interpreter runs the CUDA laun
     for module in (compact_gemv, decode_attention, gate_up, merge_attention, norm_compact):
         op = module.__name__.rpartition(".")[2]
         torch.library.impl(f"teal::{op}", "CPU", getattr(module, f"_{op}_cuda"))
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs programs one after another: fewer and larger ones here, those of use in tests/kernels."""
+    for module in (compact_gemv, gate_up) if INTERPRETED else ():
+        for form in module.DEFAULTS:
+            monkeypatch.setitem(module.DEFAULTS, form, (1, 128, 8, 1))
 
 
 def make(config: dict, dtype: torch.dtype, sparsity: float, length: int = 64):
