@@ -92,7 +92,7 @@ def test_fused_step_with_quantized_weights(form):
     model.output = output
     plain = follow(model, decode_step, 1)
     assert plain.std() > 0.1
-    torch.testing.assert_close(fused, plain, rtol=0, atol=3e-4)  # the output layer takes 16 bits of its input
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-3)  # products take 16 bits of what they are given
 
 
 @pytest.mark.skipif(triton is None, reason="no Triton here")
