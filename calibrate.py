@@ -11,7 +11,8 @@ measured   costs start as those of `global` and are corrected by what dropping r
 fisher     the empirical Fisher information of each channel's input, mean (dL/dx)²: channels differ in their thresholds.
 global     its mean over a layer's channels.
 blockwise  greedy within each block, by the error of what the block gives (blockwise.py): TEAL's method.
-uniform    every layer drops the same share of its entries: TEAL's baseline.
+uniform    every layer drops the same share of its entries: TEAL's baseline. The default: it takes a minute where
+           `measured`, which loses half as much at 50 %, takes four.
 """
 
 import argparse
@@ -164,11 +165,11 @@ def calibrate(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="see above (default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="uniform", help="see above (default: %(default)s)")
     parser.add_argument("--corpus", type=Path, nargs="+", default=[DEFAULT_CORPUS], help="text files or folders")
     parser.add_argument("--tokens", type=positive_int, default=16384, help="tokens to read (default: %(default)s)")
     parser.add_argument(
-        "--pass_tokens", type=positive_int, default=4096, help="of them for each sparse pass (default: %(default)s)"
+        "--pass_tokens", type=positive_int, default=2048, help="of them for each sparse pass (default: %(default)s)"
     )
     parser.add_argument("--context", type=positive_int, default=1024, help="longest sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the sequences (default: %(default)s)")

@@ -52,8 +52,7 @@ def test_demo_achieves_what_is_asked_for_on_other_text(demo):
     assert DEFAULT_TEXT != DEFAULT_CORPUS
     score = evaluate(model, cut_windows(ids, 256, 256, 2), 1, 0.5, tqdm(disable=True))
     assert 0.47 < score.achieved_sparsity < 0.53
-    kinds = score.achieved_by_kind  # by what they cost: at 50 % of the model qkv 43, o 54, gate+up 41, down 64 %
-    assert 0.35 < kinds["gate+up"] < kinds["o"] < kinds["down"] < 0.7
+    assert all(0.4 < share < 0.6 for share in score.achieved_by_kind.values())
 
 
 def passes(folder, path, tokens=512):

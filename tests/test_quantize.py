@@ -161,17 +161,6 @@ def test_calibrated_rounding_is_nearer_on_held_out_text(made, dense, mode):
     assert calibrated < 0.9 * plain
 
 
-def test_calibrated_layers_make_up_for_those_before(made, dense, tmp_path, monkeypatch):
-    tokens = held_out(dense)
-    expected = logits(load_model(dense), tokens)
-    monkeypatch.setattr(quantize, "make_up", lambda weight, hessian, missing: weight)
-    assert run_here(*arguments(dense, "int4", True), "--out", tmp_path / "out")[0] == 0
-    without, with_it = (
-        off(logits(load_model(folder), tokens), expected) for folder in (tmp_path / "out", made["int4", True][0])
-    )
-    assert with_it < 0.95 * without
-
-
 @each_mode
 def test_load_model_in_another_type(made, mode):
     folder = made[mode, False][0]

@@ -39,7 +39,7 @@ def dropped_rows(index, count, K: int):
 @pytest.mark.parametrize(
     "K, N, slots", [(256, 128, 1), (300, 200, 1), (512, 64, 16), (600, 70, 20), (192, 65, 3), (35, 1, 1)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_reference(dtype, K, N, slots):
     inputs = make(K, N, dtype, slots)
     y = _compact_gemv_cuda(*inputs)
@@ -73,7 +73,7 @@ def test_dropped_rows_are_not_read_and_nan_travels(slots):
         *[(256, 128, 64, 1), (200, 64, 64, 20), (150, 384, 128, 3), (35, 192, 192, 1)],
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_quantized_matches_reference(dtype, K, N, group, slots):
     x, weight, inputs = make_quantized(K, N, group, slots, dtype)
     y, vector = _compact_gemv_cuda(*x, *inputs), expand(*x, K)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 # h is rounded once and reaches 8 here; the order of summation moves it by one last place. In fp32 it is all there is,
 # 2e-6. Quantized rows take their entries in fixed point, off by half a level, 6e-5 here: 1e-4 to 4e-4 in h.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 0.063}
-QUANTIZED_TOLERANCE = {torch.float32: 6e-4, torch.bfloat16: 0.063}
+QUANTIZED_TOLERANCE = {torch.float32: 6e-4}
 
 
 def make(K: int, F: int, dtype: torch.dtype, limit: float = 0.3, kept: float = 0.67):
@@ -51,7 +51,7 @@ def check(inputs, tolerance: float) -> None:
 
 # exact slots; ragged both ways; one column
 @pytest.mark.parametrize("K, F", [(256, 128), (300, 200), (65, 1)])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_reference(dtype, K, F):
     check(make(K, F, dtype), TOLERANCE[dtype])
 
