@@ -52,7 +52,7 @@ def test_demo_achieves_what_is_asked_for_on_other_text(demo):
     assert DEFAULT_TEXT != DEFAULT_CORPUS
     score = evaluate(model, cut_windows(ids, 256, 256, 2), 1, 0.5, tqdm(disable=True))
     assert 0.47 < score.achieved_sparsity < 0.53
-    assert all(0.4 < share < 0.6 for share in score.achieved_by_kind.values())
+    assert all(0.3 < share < 0.7 for share in score.achieved_by_kind.values())  # uniform or measured
 
 
 def passes(folder, path, tokens=512):
@@ -142,8 +142,8 @@ def run_here(monkeypatch, capsys):
 
 def test_command(command, run_here, tiny, corpus, tmp_path):
     def arguments(name, out):
-        words = ["--checkpoint", tiny, "--corpus", corpus / name, "--tokens", 500, "--context", 100]
-        return [*words, "--out", tmp_path / "out" / out]
+        words = ["--checkpoint", tiny, "--method", "measured", "--corpus", corpus / name, "--tokens", 500]
+        return [*words, "--context", 100, "--out", tmp_path / "out" / out]
 
     done = command("calibrate", *arguments("words.txt", "first"))
     assert done.returncode == 0, done.stderr
@@ -152,7 +152,7 @@ def test_command(command, run_here, tiny, corpus, tmp_path):
     assert "costs, 1 of 2" in done.stderr
     calibration = Calibration.load(tmp_path / "out" / "first")
     calibration.check(tiny)
-    sizes = {"tokens": "500", "pass_tokens": "4096", "context": "100", "seed": "1234"}
+    sizes = {"tokens": "500", "pass_tokens": "2048", "context": "100", "seed": "1234"}
     assert calibration.origin == {"corpus": "words.txt", "method": "measured"} | sizes
 
     assert run_here(*arguments("words.txt", "again"))[0] == 0
