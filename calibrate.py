@@ -121,9 +121,11 @@ def column(seen: Seen, what: str) -> list[Tensor]:
     return [found[what] for found in seen.values()]
 
 
-def find_costs(passes: Passes, sizes: Sizes, method: str) -> tuple[Tensor, list[Tensor]]:
-    """What dropping costs in each layer [layers], and the factors [K] by which its channels' thresholds differ."""
-    flat = [torch.ones(layer.weight.in_features).double() for layer in sparse_layers(passes.model).values()]
+def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) -> tuple[Tensor, list[Tensor]]:
+    """What dropping costs in each layer [layers], and the factors [K] by which its channels' thresholds differ.
+
+    flat: factors of 1.
+    """
     seen = passes.next("gradients", None, flat, "text")
     fisher = [values.clamp(min=SMALLEST * values.mean().item() + 1e-300) for values in column(seen, "fisher")]
     cost = torch.stack([values.mean() for values in fisher])
@@ -144,7 +146,7 @@ def calibrate(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str,
     factors = [torch.ones(layer.weight.in_features).double() for layer in layers.values()]
     cost, shares = torch.ones_like(sizes.row), None
     if method in ("measured", "fisher", "global"):
-        cost, factors = find_costs(passes, sizes, method)
+        cost, factors = find_costs(passes, sizes, factors, method)
     seen = passes.next("dense", None, factors)
     if method == "uniform":
         shares = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(layers), 2)

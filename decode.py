@@ -2,7 +2,7 @@
 
 The captured step serves every prompt length, position and sparsity: position and thresholds are tensors that change in
 place between replays. A layer is eight launches: norm and compaction, q/k/v, attention, its merge, o, norm and
-compaction, gate/up, down. The residual stream stays in fp32; projections hand on unreduced partial sums.
+compaction, gate/up, down. The residual stream stays in fp32.
 """
 
 import functools

@@ -27,6 +27,7 @@ from checkpoint import DTYPES, ROOT, find_checkpoint
 from cli import add_model_arguments, positive_int, run, sparsity
 from corpus import read_corpus
 from model import Transformer
+from probe import LOGIT_ROWS
 from pruning import METHODS, prune, zeros_by_kind
 from record import describe, write_records
 from sparse_model import (
@@ -48,7 +49,6 @@ TASK_DATA = ROOT / "data" / "tasks"
 WANDA_TEXT = ROOT / "data" / "calibration"
 WANDA_SEQUENCES, WANDA_LENGTH = 16, 512  # read at once, so that memory bounds them
 Models = Iterator[tuple[float, Transformer]]  # each with its nominal sparsity
-LOGIT_ROWS = 128  # positions whose logits are held at once: 25 MB at a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def measure_perplexity(
     windows = cut_windows(ids, context, stride, options.windows)
     if not windows:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {context}: use a smaller --context")
-    dense_tokens = {"dense": context, "half": context // 2, "full": 1}[options.prefill]
+    dense_tokens = PREFILLS[options.prefill](context)
     scores = []
     with tqdm(total=context * len(windows) * len(options.sparsity), desc="evaluating", unit="token") as progress:
         for nominal, model in models:
@@ -226,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="+", default=[DEFAULT_TEXT], help="text, .jsonl files or folders")
     parser.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.0, 0.25, 0.4, 0.5], help="nominal")
     parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
-    parser.add_argument("--prefill", choices=("dense", "half", "full"), default="full", help="what is sparsified")
+    parser.add_argument("--prefill", choices=PREFILLS, default="full", help="what is sparsified")
     parser.add_argument("--context", type=positive_int, default=1024, help="tokens a window (default: %(default)s)")
     parser.add_argument("--stride", type=positive_int, help="tokens between windows (default: the context)")
     parser.add_argument("--windows", type=positive_int, help="windows to score, spread over the text (default: all)")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import ModelArgs, Transformer
 from sparse_model import KINDS, SparseLinear, format_of, sparse_layers, watch_inputs
-from weights import DenseWeight
+from weights import QUANTIZED, DenseWeight
 
 METHODS = ("magnitude", "wanda")
 
@@ -46,7 +46,7 @@ def prune_layer(layer: SparseLinear, sizes: list[int], share: float, norms: Tens
 @torch.no_grad()
 def prune(model: Transformer, method: str, share: float, tokens: Tensor | None = None) -> None:
     """Prunes all block linears; `tokens` [B, T]: what Wanda measures inputs on, in one pass of the model."""
-    if format_of(model) in ("int8", "int4"):
+    if format_of(model) in QUANTIZED:
         raise ValueError(f"--baseline prunes bf16, fp16 and fp32 weights, these are {format_of(model)}")
     if method == "magnitude":
         for name, layer in sparse_layers(model).items():

@@ -39,8 +39,8 @@ tags: [activation-sparsity, teal]
 
 # Activation thresholds for {model}
 
-Quantiles of the hidden states at the input of every linear layer of the blocks, from which teal-fast reads thresholds
-for any sparsity. No weights are here. They fit one model only:
+Thresholds for the hidden states at the input of every linear layer of the blocks, as curves from which teal-fast reads
+those of any sparsity. No weights are here. They fit one model only:
 
 {fingerprint}
 

@@ -24,6 +24,7 @@ from eval import DEFAULT_TEXT, Score, cut_windows, evaluate
 from model import Transformer
 from record import describe, write_records
 from sparse_model import KEEP_ALL, format_of, load_calibration, load_model, pick_device, set_sparsity, sparse_layers
+from tasks import PREFILLS
 from tokenizer import Tokenizer
 
 
@@ -89,7 +90,7 @@ def main() -> None:
     windows = cut_windows(ids, options.context, options.context, options.windows)
     if not windows:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window: use a smaller --context")
-    dense_tokens = options.context // 2 if options.prefill == "half" else 1
+    dense_tokens = PREFILLS[options.prefill](options.context)
     common = describe(folder.resolve().name, device, format_of(model)) | {
         "benchmark": "quality",
         "text": [path.name for path in options.text],

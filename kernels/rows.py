@@ -18,7 +18,7 @@ def bits(weight: Tensor) -> int:
 
 
 def as_loaded(weight: Tensor) -> Tensor:
-    """The rows as `fetch_rows` takes them: floats, or int32 words."""
+    """The rows as kernels/walk.py takes them: floats, or int32 words."""
     return weight if weight.is_floating_point() else weight.view(torch.int32)
 
 

@@ -1,9 +1,9 @@
 """Targets are hit, methods differ as they should, sampling of the corpus, resuming, and the command."""
 
+import functools
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import calibrate
-import cli
 from calibrate import DEFAULT_CORPUS, METHODS, Journal, Passes, cut_sequences, main
 from checkpoint import WEIGHTS
 from corpus import read_corpus
@@ -128,16 +127,8 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Runs the command in this process, which saves the seconds that importing takes: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.run(main)
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def run_here(run_main):
+    return functools.partial(run_main, main)
 
 
 def test_command(command, run_here, tiny, corpus, tmp_path):

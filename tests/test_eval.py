@@ -1,9 +1,9 @@
 """Perplexity against plain logits and transformers; what is sparsified; the command and its records."""
 
+import functools
 import json
 import math
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-import cli
 from checkpoint import WEIGHTS, fingerprint
 from eval import Score, cut_windows, evaluate, main, print_table
 from probe import measure
@@ -36,16 +35,8 @@ def calibrated(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Runs the command in this process, which saves the seconds that importing takes: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.run(main)
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def run_here(run_main):
+    return functools.partial(run_main, main)
 
 
 def score(model, windows, dense_tokens=1, sparsity=0.0):

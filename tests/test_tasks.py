@@ -1,9 +1,9 @@
 """Log-likelihoods against plain forward passes and transformers; what is sparsified; metrics by hand and by lm-eval."""
 
+import functools
 import json
 import math
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-import cli
 import eval as evaluation
 from checkpoint import fingerprint
 from probe import measure
@@ -59,14 +58,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.run(evaluation.main)
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def run_here(run_main):
+    return functools.partial(run_main, evaluation.main)
 
 
 def whole_sequence(model, context, continuation, dense):

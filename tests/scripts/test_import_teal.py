@@ -1,17 +1,16 @@
 """TEAL's release turned into our calibration: files written here, and the release's own where they are at hand."""
 
 import csv
+import functools
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import cli
 from checkpoint import CONFIG, METADATA, SPARSE_WEIGHT, WEIGHTS, read_config
 from model import ModelArgs, Transformer
 from probe import POINTS
@@ -81,14 +80,8 @@ def checkpoint(tiny, tmp_path):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["import_teal", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.run(import_teal.main)
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def run_here(run_main):
+    return functools.partial(run_main, import_teal.main)
 
 
 @pytest.mark.parametrize("target", [0.1, 0.253, 0.5, 0.9])
