@@ -18,14 +18,13 @@ LARGEST_STEP = 5.0  # of one correction, as a factor before it is damped
 
 @dataclass(frozen=True)
 class Spread:
-    """How |x| is spread at the layers' inputs when the model runs at `sparsity`, and what dropping costs there.
+    """How |x| is spread at the layers' inputs when the model runs at `sparsity`.
 
-    quantiles [layers, points]: of |x| over its channel's factor, at levels evenly spaced from 0 to 1. cost [layers].
+    quantiles [layers, points]: of |x| over its channel's factor, at levels evenly spaced from 0 to 1.
     """
 
     sparsity: float
     quantiles: Tensor
-    cost: Tensor
 
     def dropped(self, threshold: Tensor) -> Tensor:
         """The share [layers] of entries that do not exceed the layers' thresholds [layers]."""
@@ -57,9 +56,28 @@ class Sizes:
         return cls(*torch.tensor(sizes, dtype=torch.float64).unbind(1))
 
 
-def spend(spread: Spread, sizes: Sizes, target: float) -> Tensor:
+@dataclass(frozen=True)
+class Costs:
+    """What dropping costs in each layer [layers], by the model's sparsity at which it was found, ascending."""
+
+    found: dict[float, Tensor]
+
+    def at(self, sparsity: float) -> Tensor:
+        """Costs [layers] at any sparsity: between those found, or the nearest."""
+        levels = list(self.found)
+        high = next((i for i, level in enumerate(levels) if level >= sparsity), len(levels) - 1)
+        low = max(high - 1, 0)
+        width = levels[high] - levels[low]
+        share = min(max((sparsity - levels[low]) / width, 0), 1) if width else 0.0
+        return torch.lerp(self.found[levels[low]].log(), self.found[levels[high]].log(), share).exp()
+
+
+Rule = Costs | Tensor  # how a sparsity is shared out: by costs, or by shares [layers, steps] at targets from 0 to 1
+
+
+def spend(spread: Spread, sizes: Sizes, cost: Tensor, target: float) -> Tensor:
     """Thresholds [layers] that drop a share `target` of all bytes at one price for the last byte of every layer."""
-    unit = (sizes.row / spread.cost).sqrt()
+    unit = (sizes.row / cost).sqrt()
     most = spread.quantiles[:, -1]
     low, high = 0.0, (most / unit).max().item()
     for _ in range(BISECTIONS):
@@ -75,24 +93,23 @@ def between(spreads: list[Spread], target: float) -> Spread:
     low, high = spreads[max(above - 1, 0)], spreads[above]
     width = high.sparsity - low.sparsity
     share = min((target - low.sparsity) / width, 1) if width else 0.0
-    cost = torch.lerp(low.cost.log(), high.cost.log(), share).exp()
-    return Spread(target, torch.lerp(low.quantiles, high.quantiles, share), cost)
+    return Spread(target, torch.lerp(low.quantiles, high.quantiles, share))
 
 
-def curves(spreads: list[Spread], sizes: Sizes, shares: Tensor | None, points: int) -> Tensor:
+def curves(spreads: list[Spread], sizes: Sizes, rule: Rule, points: int) -> Tensor:
     """Thresholds [layers, points], ascending, at targets evenly spaced from 0 to 1; see `thresholds`."""
     targets = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
-    columns = [thresholds(between(spreads, target), sizes, shares, target) for target in targets]
+    columns = [thresholds(between(spreads, target), sizes, rule, target) for target in targets]
     return torch.stack(columns, dim=1).cummax(dim=1).values
 
 
-def thresholds(spread: Spread, sizes: Sizes, shares: Tensor | None, target: float) -> Tensor:
-    """Thresholds [layers] for a target: by costs, or by shares [layers, steps] at targets evenly from 0 to 1."""
-    if shares is None:
-        return spend(spread, sizes, target)
-    position = target * (shares.shape[1] - 1)
-    below = min(int(position), shares.shape[1] - 2)
-    return spread.threshold(torch.lerp(shares[:, below], shares[:, below + 1], position - below))
+def thresholds(spread: Spread, sizes: Sizes, rule: Rule, target: float) -> Tensor:
+    """Thresholds [layers] for a target."""
+    if isinstance(rule, Costs):
+        return spend(spread, sizes, rule.at(target), target)
+    position = target * (rule.shape[1] - 1)
+    below = min(int(position), rule.shape[1] - 2)
+    return spread.threshold(torch.lerp(rule[:, below], rule[:, below + 1], position - below))
 
 
 def correct(cost: Tensor, measured: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ The model runs densely, then sparse at a few levels, with the thresholds found s
 model's own hidden states are spread, errors of earlier layers included, so that targets are hit. Methods differ in how
 a sparsity is shared out among layers (allocation.py), by costs or by given shares:
 
-measured   costs start as those of `global` and are corrected by what dropping really costs at 50 %: the gradient of the
-           divergence from the dense model's predictions, times what is at the border of being dropped (probe.py).
+measured   costs start as those of `global` and are corrected on the way to higher sparsities by what dropping really
+           costs there: the gradient of the divergence from the dense model's predictions, times what is at the border
+           of being dropped (probe.py). The default.
 fisher     the empirical Fisher information of each channel's input, mean (dL/dx)²: channels differ in their thresholds.
 global     its mean over a layer's channels.
 blockwise  greedy within each block, by the error of what the block gives (blockwise.py): TEAL's method.
-uniform    every layer drops the same share of its entries: TEAL's baseline. The default: it takes a minute where
-           `measured`, which loses half as much at 50 %, takes four.
+uniform    every layer drops the same share of its entries: TEAL's baseline.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from allocation import Sizes, Spread, correct, curves, spend, thresholds
+from allocation import Costs, Sizes, Spread, correct, curves, thresholds
 from blockwise import blockwise_shares
 from checkpoint import DTYPES, ROOT, check_writable, find_checkpoint, fingerprint, new_file, open_safetensors
 from cli import add_model_arguments, positive_int, run
@@ -47,8 +47,8 @@ from tokenizer import Tokenizer
 
 DEFAULT_CORPUS = ROOT / "data" / "calibration"
 METHODS = ("measured", "fisher", "global", "blockwise", "uniform")
-CORRECTED, CORRECTIONS = 0.5, 2  # the sparsity at which "measured" measures costs, and how often
-LEVELS = (0.25, 0.5, 0.75, 0.9)  # at which the sparse model's hidden states are observed
+CORRECTED = (0.3, 0.5, 0.65)  # sparsities at which "measured" measures costs, each with those of the one before
+LEVELS = (0.25, 0.5, 0.6, 0.75, 0.9)  # at which the sparse model's hidden states are observed
 SMALLEST = 1e-4  # of a channel's Fisher information, in its layer's mean: a channel that never mattered yet may
 
 Seen = dict[str, dict[str, Tensor]]
@@ -121,8 +121,8 @@ def column(seen: Seen, what: str) -> list[Tensor]:
     return [found[what] for found in seen.values()]
 
 
-def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) -> tuple[Tensor, list[Tensor]]:
-    """What dropping costs in each layer [layers], and the factors [K] by which its channels' thresholds differ.
+def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) -> tuple[Costs, list[Tensor]]:
+    """What dropping costs, and the factors [K] by which the thresholds of each layer's channels differ.
 
     flat: factors of 1.
     """
@@ -130,13 +130,15 @@ def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) ->
     fisher = [values.clamp(min=SMALLEST * values.mean().item() + 1e-300) for values in column(seen, "fisher")]
     cost = torch.stack([values.mean() for values in fisher])
     if method == "fisher":
-        return cost, [(values / values.mean()).rsqrt() for values in fisher]
-    for turn in range(CORRECTIONS if method == "measured" else 0):
-        quantiles = torch.stack(column(seen, "quantiles"))
-        at = spend(Spread(CORRECTED, quantiles, cost), sizes, CORRECTED)
-        seen = passes.next(f"costs, {turn + 1} of {CORRECTIONS}", at, flat, "divergence")
-        cost = correct(cost, torch.stack(column(seen, "cost")))
-    return cost, flat
+        return Costs({0.0: cost}), [(values / values.mean()).rsqrt() for values in fisher]
+    if method == "global":
+        return Costs({0.0: cost}), flat
+    corrected = {}
+    for level in CORRECTED:
+        found = thresholds(Spread(level, torch.stack(column(seen, "quantiles"))), sizes, Costs({level: cost}), level)
+        seen = passes.next(f"costs at {level:.0%}", found, flat, "divergence")
+        corrected[level] = cost = correct(cost, torch.stack(column(seen, "cost")))
+    return Costs(corrected), flat
 
 
 def calibrate(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -144,22 +146,21 @@ def calibrate(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str,
     layers = sparse_layers(passes.model)
     sizes = Sizes.of([layer.weight.rows for layer in layers.values()])
     factors = [torch.ones(layer.weight.in_features).double() for layer in layers.values()]
-    cost, shares = torch.ones_like(sizes.row), None
     if method in ("measured", "fisher", "global"):
-        cost, factors = find_costs(passes, sizes, factors, method)
+        rule, factors = find_costs(passes, sizes, factors, method)
     seen = passes.next("dense", None, factors)
     if method == "uniform":
-        shares = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(layers), 2)
+        rule = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(layers), 2)
     elif method == "blockwise":
         quantiles = dict(zip(layers, column(seen, "quantiles"), strict=True))
-        shares = blockwise_shares(passes.model, passes.sequences[0], quantiles)
-    spreads = [Spread(0.0, torch.stack(column(seen, "quantiles")), cost)]
+        rule = blockwise_shares(passes.model, passes.sequences[0], quantiles)
+    spreads = [Spread(0.0, torch.stack(column(seen, "quantiles")))]
     for level in LEVELS:
-        seen = passes.next(f"sparse {level:.0%}", thresholds(spreads[-1], sizes, shares, level), factors)
-        spreads.append(Spread(level, torch.stack(column(seen, "quantiles")), cost))
+        seen = passes.next(f"sparse {level:.0%}", thresholds(spreads[-1], sizes, rule, level), factors)
+        spreads.append(Spread(level, torch.stack(column(seen, "quantiles"))))
     for layer in layers.values():
         layer.threshold.fill_(KEEP_ALL)
-    found = curves(spreads, sizes, shares, POINTS).float()
+    found = curves(spreads, sizes, rule, POINTS).float()
     scaled = {name: factor.float() for name, factor in zip(layers, factors, strict=True) if (factor != 1).any()}
     return dict(zip(layers, found, strict=True)), scaled
 
@@ -167,11 +168,11 @@ def calibrate(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
-    parser.add_argument("--method", choices=METHODS, default="uniform", help="see above (default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="measured", help="see above (default: %(default)s)")
     parser.add_argument("--corpus", type=Path, nargs="+", default=[DEFAULT_CORPUS], help="text files or folders")
     parser.add_argument("--tokens", type=positive_int, default=16384, help="tokens to read (default: %(default)s)")
     parser.add_argument(
-        "--pass_tokens", type=positive_int, default=2048, help="of them for each sparse pass (default: %(default)s)"
+        "--pass_tokens", type=positive_int, default=4096, help="of them for each pass (default: %(default)s)"
     )
     parser.add_argument("--context", type=positive_int, default=1024, help="longest sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the sequences (default: %(default)s)")

@@ -50,24 +50,24 @@ def fused_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
     eps = model.args.norm_eps
     keep_all = model.norm.weight.new_full(model.norm.weight.shape, KEEP_ALL, dtype=torch.float32)
     residual = model.tok_embeddings(token)[0, 0].float()
-    partial = residual.new_empty(0, residual.shape[0])
+    update = None
     arrived = arrivals(max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device)
     for layer, window in zip(model.layers, model.args.sliding_windows, strict=True):
         attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.kv_cache
         wqkv, wo, w13, w2 = attention.wqkv, attention.wo, ffn.w13, ffn.w2
-        residual, *x = norm_compact(residual, partial, layer.attention_norm.weight, wqkv.threshold, eps)
-        qkv = wqkv.weight.compact_matvec(x, arrived)[None]
+        residual, *x = norm_compact(residual, update, layer.attention_norm.weight, wqkv.threshold, eps)
+        qkv = wqkv.weight.compact_matvec(x, arrived)
         if wqkv.bias is not None:
-            qkv[0] += wqkv.bias
+            qkv += wqkv.bias
         shares = decode_attention(
             qkv, model.frequencies, cache.k[0], cache.v[0], input_pos, model.args.n_heads, window or 0
         )
         x = merge_attention(*shares, wo.threshold, cache.k.dtype)
-        partial = wo.weight.compact_matvec(x, arrived)[None]
-        residual, *x = norm_compact(residual, partial, layer.ffn_norm.weight, w13.threshold, eps)
+        update = wo.weight.compact_matvec(x, arrived)
+        residual, *x = norm_compact(residual, update, layer.ffn_norm.weight, w13.threshold, eps)
         x = w13.weight.compact_gate_up(x, w2.threshold, arrived)
-        partial = w2.weight.compact_matvec(x, arrived)[None]
-    _, _, x, _ = norm_compact(residual, partial, model.norm.weight, keep_all, eps)  # the whole vector as a list
+        update = w2.weight.compact_matvec(x, arrived)
+    _, _, x, _ = norm_compact(residual, update, model.norm.weight, keep_all, eps)  # the whole vector as a list
     return model.output(x)[0]
 
 

@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--group", type=positive_int, help="outputs a scale in int4 (default: 64)")
     parser.add_argument("--calibrated", action="store_true", help="round for the least change of what layers give")
     parser.add_argument("--corpus", type=Path, nargs="+", help="text for --calibrated (default: data/calibration)")
-    parser.add_argument("--tokens", type=positive_int, default=16384, help="of it to read (default: %(default)s)")
+    parser.add_argument("--tokens", type=positive_int, default=65536, help="of it to read (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the text (default: %(default)s)")
     parser.add_argument(
         "--device", help="where --calibrated computes: cpu, cuda or cuda:N (default: cuda if there is one)"

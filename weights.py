@@ -15,6 +15,7 @@ from kernels.compact_gemv import compact_gemv
 from kernels.gate_up import gate_up
 from kernels.int4 import pack_int4, row_bytes
 from kernels.output_gemv import output_gemv
+from kernels.quantized_gemm import MOST_TOKENS, quantized_gemm
 from kernels.rows import ALIGNMENT
 from kernels.sparse_gemv import sparse_gemv
 from kernels.widen import widen
@@ -81,7 +82,10 @@ class QuantizedWeight(nn.Module):
         return widen(self.rows, self.scale, self.group)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The weight is widened for it: a copy of one layer's at a time."""
+        """The weight is widened for it: a tile at a time for few tokens on CUDA, else a copy of one layer's."""
+        if x.is_cuda and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
+            tokens = x.reshape(-1, x.shape[-1])
+            return quantized_gemm(tokens, self.rows, self.scale, bias, self.group).view(*x.shape[:-1], -1)
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
         return _linear(x, widen(self.rows, self.scale, self.group, dtype), bias)
 

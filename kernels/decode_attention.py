@@ -1,9 +1,9 @@
-"""teal::decode_attention: rotary embedding, cache update and attention of one token, from unreduced q/k/v.
+"""teal::decode_attention: rotary embedding, cache update and attention of one token.
 
-qkv [S, (H + 2 H_kv) D] fp32, partial sums of the q, k and v projections (kernels/compact_gemv.py); frequencies [D / 2]
-fp32; k_cache, v_cache [H_kv, max_seq_length, D], whose row input_pos is written; input_pos [1] int64, the token's
-position; H heads. Grouped-query attention over positions 0 … input_pos, the last `window` of them when window > 0; its
-cost follows input_pos, not max_seq_length.
+qkv [(H + 2 H_kv) D] fp32, the q, k and v projections; frequencies [D / 2] fp32; k_cache, v_cache [H_kv,
+max_seq_length, D], whose row input_pos is written; input_pos [1] int64, the token's position; H heads. Grouped-query
+attention over positions 0 … input_pos, the last `window` of them when window > 0; its cost follows input_pos, not
+max_seq_length.
 
 A program takes one key/value head and a share of the positions (flash decoding,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Returns what kernels/merge_attention.py merges: acc [H,
@@ -29,7 +29,7 @@ def decode_attention_reference(
     """As one share."""
     kv_heads, _, D = k_cache.shape
     position = int(input_pos)
-    q, k, v = qkv.sum(0).view(-1, D).split([heads, kv_heads, kv_heads])
+    q, k, v = qkv.view(-1, D).split([heads, kv_heads, kv_heads])
     cos, sin = (position * frequencies).cos(), (position * frequencies).sin()
 
     def rotate(x: Tensor) -> Tensor:
@@ -47,25 +47,15 @@ def decode_attention_reference(
 
 
 @jit
-def _load_head(qkv_ptr, at, mask, width, SPLITS: tl.constexpr):
-    """The sum over splits of the projection's outputs `at`."""
-    x = tl.load(qkv_ptr + at, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        x += tl.load(qkv_ptr + split * width + at, mask=mask, other=0.0)
-    return x
-
-
-@jit
 def _decode_attention_kernel(
     qkv_ptr, frequencies_ptr, k_cache_ptr, v_cache_ptr, input_pos_ptr, acc_ptr, peak_ptr, total_ptr,
     max_seq_length, window, scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    SPLITS: tl.constexpr, SHARES: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, share = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = D // 2
     SHARING: tl.constexpr = HEADS // KV_HEADS
-    width = (HEADS + 2 * KV_HEADS) * D
     dtype = k_cache_ptr.dtype.element_ty
     dot_type = tl.float32 if UPCAST else dtype  # Triton's interpreter cannot multiply bf16
     d, full, g = tl.arange(0, HALF), tl.arange(0, D), tl.arange(0, GROUP)
@@ -85,8 +75,8 @@ def _decode_attention_kernel(
         angle = position.to(tl.float32) * frequencies
         cos, sin = tl.cos(angle), tl.sin(angle)
         at = (head * SHARING + g)[:, None] * D + d[None, :]
-        q1 = _load_head(qkv_ptr, at, used[:, None], width, SPLITS)
-        q2 = _load_head(qkv_ptr, at + HALF, used[:, None], width, SPLITS)
+        q1 = tl.load(qkv_ptr + at, mask=used[:, None], other=0.0)
+        q2 = tl.load(qkv_ptr + at + HALF, mask=used[:, None], other=0.0)
         q_low = ((q1 * cos - q2 * sin) * scale).to(dtype).to(dot_type)
         q_high = ((q2 * cos + q1 * sin) * scale).to(dtype).to(dot_type)
         base = head.to(tl.int64) * max_seq_length * D
@@ -108,9 +98,9 @@ def _decode_attention_kernel(
             m = m_new
         if share == 0:  # the token itself: its key and value go to the cache, and take part from registers
             at_k = (HEADS + head) * D + d
-            k1 = _load_head(qkv_ptr, at_k, d < HALF, width, SPLITS)
-            k2 = _load_head(qkv_ptr, at_k + HALF, d < HALF, width, SPLITS)
-            v_new = _load_head(qkv_ptr, (HEADS + KV_HEADS + head) * D + full, full < D, width, SPLITS).to(dtype)
+            k1 = tl.load(qkv_ptr + at_k)
+            k2 = tl.load(qkv_ptr + at_k + HALF)
+            v_new = tl.load(qkv_ptr + (HEADS + KV_HEADS + head) * D + full).to(dtype)
             low, high = (k1 * cos - k2 * sin).to(dtype), (k2 * cos + k1 * sin).to(dtype)
             cell = base + position * D
             room = position < max_seq_length
@@ -140,7 +130,7 @@ def _decode_attention_cuda(
     acc, peak, total = _decode_attention_fake(qkv, frequencies, k_cache, v_cache, input_pos, heads, window)
     _decode_attention_kernel[(kv_heads, peak.shape[1])](
         qkv, frequencies, k_cache, v_cache, input_pos, acc, peak, total, max_seq_length, window, 1 / math.sqrt(D),
-        heads, kv_heads, D, qkv.shape[0], peak.shape[1], BLOCK_T, GROUP, INTERPRETED, num_warps=2,
+        heads, kv_heads, D, peak.shape[1], BLOCK_T, GROUP, INTERPRETED, num_warps=2,
         **launch_options(qkv),
     )  # fmt: skip
     return acc, peak, total
@@ -168,9 +158,9 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Acc, peak and total, as above. Raises ValueError on what does not fit."""
     kv_heads, _, D = k_cache.shape
-    if qkv.shape[1:] != ((heads + 2 * kv_heads) * D,) or v_cache.shape != k_cache.shape or heads % kv_heads:
+    if qkv.shape != ((heads + 2 * kv_heads) * D,) or v_cache.shape != k_cache.shape or heads % kv_heads:
         shapes = [list(t.shape) for t in (qkv, k_cache, v_cache)]
-        raise ValueError(f"decode_attention takes qkv [S, (H + 2 H_kv) D] and caches [H_kv, T, D], got {shapes}")
+        raise ValueError(f"decode_attention takes qkv [(H + 2 H_kv) D] and caches [H_kv, T, D], got {shapes}")
     if D & (D - 1) or D < 32 or heads // kv_heads > GROUP or frequencies.shape != (D // 2,):
         raise ValueError(f"decode_attention takes heads of 32, 64, 128 … channels, up to {GROUP} a group, got {D}")
     if qkv.dtype != torch.float32 or input_pos.dtype != torch.int64 or k_cache.dtype != v_cache.dtype:

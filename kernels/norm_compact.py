@@ -1,9 +1,9 @@
 """teal::norm_compact: residual add, RMSNorm, and the list of the channels that survive their thresholds.
 
-residual [K] fp32; partial [S, K] fp32, the unreduced output of the layer before (S may be 0); norm_weight [K], whose
-dtype x takes; threshold [K] fp32. Returns the new residual [K] fp32 and x as one list: index [1, K] int32 and value
-[1, K] hold the kept channels in ascending order, count [1] int32 says how many; what lies past count is undefined. A
-channel is kept unless |x| <= threshold.
+residual [K] fp32; update [K] fp32, what the layer before adds, or none; norm_weight [K], whose dtype x takes; threshold
+[K] fp32. Returns the new residual [K] fp32 and x as one list: index [1, K] int32 and value [1, K] hold the kept
+channels in ascending order, count [1] int32 says how many; what lies past count is undefined. A channel is kept unless
+|x| <= threshold.
 
 Every program reads all of the residual and counts the kept channels before its own slice, so that one launch makes one
 contiguous list, the same every time. Compaction costs hardly more than the norm that must exist anyway.
@@ -19,9 +19,9 @@ SLICE = 128  # channels a program writes
 
 
 def norm_compact_reference(
-    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+    residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    residual = residual + partial.sum(0)
+    residual = residual.clone() if update is None else residual + update
     x = F.rms_norm(residual, residual.shape, norm_weight.float(), eps).to(norm_weight.dtype)
     index = (x.abs() <= threshold).logical_not().nonzero().squeeze(1)
     count = torch.tensor([len(index)], dtype=torch.int32, device=x.device)
@@ -30,8 +30,8 @@ def norm_compact_reference(
 
 @jit
 def _norm_compact_kernel(
-    residual_ptr, partial_ptr, norm_weight_ptr, threshold_ptr, out_ptr, index_ptr, value_ptr, count_ptr,
-    K, eps, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
+    residual_ptr, update_ptr, norm_weight_ptr, threshold_ptr, out_ptr, index_ptr, value_ptr, count_ptr,
+    K, eps, ADD: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     k = tl.arange(0, BLOCK_K)
     begin = tl.program_id(0) * SLICE
@@ -44,9 +44,9 @@ def _norm_compact_kernel(
     gdc_wait(PDL)
     r = tl.load(residual_ptr + k, mask=k < K, other=0.0)
     r_own = tl.load(residual_ptr + own, mask=own < K, other=0.0)
-    for split in tl.static_range(SPLITS):
-        r += tl.load(partial_ptr + split * K + k, mask=k < K, other=0.0)
-        r_own += tl.load(partial_ptr + split * K + own, mask=own < K, other=0.0)
+    if ADD:
+        r += tl.load(update_ptr + k, mask=k < K, other=0.0)
+        r_own += tl.load(update_ptr + own, mask=own < K, other=0.0)
     tl.store(out_ptr + own, r_own, mask=own < K)
     scale = tl.rsqrt(tl.sum(r * r, axis=0) / K + eps)
     x = (r * scale * norm).to(dtype)
@@ -63,19 +63,19 @@ def _norm_compact_kernel(
 
 
 def _norm_compact_cuda(
-    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+    residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, index, value, count = _norm_compact_fake(residual, partial, norm_weight, threshold, eps)
+    out, index, value, count = _norm_compact_fake(residual, update, norm_weight, threshold, eps)
     (K,) = residual.shape
     _norm_compact_kernel[(triton.cdiv(K, SLICE),)](
-        residual, partial, norm_weight, threshold, out, index, value, count,
-        K, eps, partial.shape[0], triton.next_power_of_2(K), SLICE, num_warps=4, **launch_options(residual),
+        residual, update, norm_weight, threshold, out, index, value, count,
+        K, eps, update is not None, triton.next_power_of_2(K), SLICE, num_warps=4, **launch_options(residual),
     )  # fmt: skip
     return out, index, value, count
 
 
 def _norm_compact_fake(
-    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+    residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (K,) = residual.shape
     index = residual.new_empty(1, K, dtype=torch.int32)
@@ -84,7 +84,7 @@ def _norm_compact_fake(
 
 torch.library.define(
     "teal::norm_compact",
-    "(Tensor residual, Tensor partial, Tensor norm_weight, Tensor threshold, float eps)"
+    "(Tensor residual, Tensor? update, Tensor norm_weight, Tensor threshold, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("teal::norm_compact", "CUDA", _norm_compact_cuda)
@@ -92,15 +92,16 @@ torch.library.register_fake("teal::norm_compact", _norm_compact_fake)
 
 
 def norm_compact(
-    residual: Tensor, partial: Tensor, norm_weight: Tensor, threshold: Tensor, eps: float
+    residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Residual, index, value and count, as above. Raises ValueError on what does not fit."""
-    shape = residual.shape
-    if residual.ndim != 1 or partial.shape[1:] != shape or norm_weight.shape != shape or threshold.shape != shape:
-        shapes = [list(t.shape) for t in (residual, partial, norm_weight, threshold)]
-        raise ValueError(f"norm_compact takes residual [K], partial [S, K], norm_weight, threshold [K], got {shapes}")
-    if not all(t.is_contiguous() for t in (residual, partial, norm_weight, threshold)):
+    single = [t for t in (residual, update, threshold) if t is not None]
+    tensors = (*single, norm_weight)
+    if residual.ndim != 1 or any(t.shape != residual.shape for t in tensors):
+        shapes = [list(t.shape) for t in tensors]
+        raise ValueError(f"norm_compact takes residual, update, threshold and norm_weight [K], got {shapes}")
+    if not all(t.is_contiguous() for t in tensors):
         raise ValueError("norm_compact takes contiguous tensors, got a strided view")
-    if {residual.dtype, partial.dtype, threshold.dtype} != {torch.float32}:
-        raise ValueError("norm_compact takes residual, partial and threshold in fp32")
-    return torch.ops.teal.norm_compact(residual, partial, norm_weight, threshold, eps)
+    if any(t.dtype != torch.float32 for t in single):
+        raise ValueError("norm_compact takes residual, update and threshold in fp32")
+    return torch.ops.teal.norm_compact(residual, update, norm_weight, threshold, eps)

@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from allocation import DAMPING, LARGEST_STEP, Sizes, Spread, between, correct, curves, spend, thresholds
+from allocation import DAMPING, LARGEST_STEP, Costs, Sizes, Spread, between, correct, curves, spend, thresholds
 
 SIZES = Sizes.of([torch.zeros(10, 4), torch.zeros(30, 4), torch.zeros(10, 12)])  # bytes: 160, 480, 480
 
 
-def spread(sparsity=0.0, cost=(1.0, 1.0, 1.0), scale=(1.0, 1.0, 1.0)):
+def spread(sparsity=0.0, scale=(1.0, 1.0, 1.0)):
     """|x| uniform from 0 to each layer's scale."""
-    quantiles = torch.linspace(0, 1, 11).double() * torch.tensor(scale).double()[:, None]
-    return Spread(sparsity, quantiles, torch.tensor(cost).double())
+    return Spread(sparsity, torch.linspace(0, 1, 11).double() * torch.tensor(scale).double()[:, None])
+
+
+def per_layer(*values):
+    return torch.tensor(values).double()
 
 
 def saved(found, threshold):
@@ -30,52 +33,65 @@ def test_dropped_and_threshold_are_inverse():
         torch.testing.assert_close(at, torch.tensor([1.0, 2.0, 0.5]).double() * share)
         torch.testing.assert_close(found.dropped(at), torch.full((3,), share).double())
     assert found.dropped(torch.tensor([5.0, 5.0, 5.0]).double()).tolist() == [1, 1, 1]
-    constant = Spread(0.0, torch.full((3, 11), 2.0).double(), torch.ones(3).double())
+    constant = Spread(0.0, torch.full((3, 11), 2.0).double())
     assert constant.dropped(torch.tensor([1.9, 2.0, 2.1]).double()).tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.8, 0.99])
 def test_the_budget_is_spent_at_one_price(target):
-    found = spread(cost=(1.0, 4.0, 3.0), scale=(9.0, 9.0, 9.0))
-    at = spend(found, SIZES, target)
+    found, cost = spread(scale=(9.0, 9.0, 9.0)), per_layer(1.0, 4.0, 3.0)
+    at = spend(found, SIZES, cost, target)
     assert saved(found, at) == pytest.approx(target, abs=1e-6)
-    price = at**2 * found.cost / SIZES.row
+    price = at**2 * cost / SIZES.row
     inside = at < 9.0
     assert price[inside].max() == pytest.approx(price[inside].min().item())
 
 
 def test_what_costs_more_is_dropped_less_and_wide_rows_more():
-    even = spend(spread(), SIZES, 0.4)
+    even = spend(spread(), SIZES, per_layer(1.0, 1.0, 1.0), 0.4)
     assert even[0] == pytest.approx(even[1].item())
     assert even[2] == pytest.approx(even[0].item() * 3**0.5)  # its rows hold three times the bytes
-    dear = spend(spread(cost=(1.0, 9.0, 1.0)), SIZES, 0.4)
+    dear = spend(spread(), SIZES, per_layer(1.0, 9.0, 1.0), 0.4)
     assert dear[1] == pytest.approx(dear[0].item() / 3)
 
 
 def test_all_is_dropped_at_last():
-    found = spread(cost=(1.0, 100.0, 1e-3))
-    assert saved(found, spend(found, SIZES, 1.0)) == pytest.approx(1)
+    assert saved(spread(), spend(spread(), SIZES, per_layer(1.0, 100.0, 1e-3), 1.0)) == pytest.approx(1)
 
 
 def test_between_interpolates_and_holds_the_last():
-    spreads = [spread(0.0), spread(0.5, cost=(4.0, 1.0, 1.0), scale=(3.0, 1.0, 1.0))]
-    half = between(spreads, 0.25)
-    assert half.cost.tolist() == pytest.approx([2, 1, 1])
-    assert half.quantiles[:, -1].tolist() == pytest.approx([2, 1, 1])
+    spreads = [spread(0.0), spread(0.5, scale=(3.0, 1.0, 1.0))]
+    assert between(spreads, 0.25).quantiles[:, -1].tolist() == pytest.approx([2, 1, 1])
     for target in (0.5, 0.9):
-        assert between(spreads, target).cost.tolist() == pytest.approx([4, 1, 1])
-    assert between(spreads[:1], 0.3).cost.tolist() == [1, 1, 1]
+        assert between(spreads, target).quantiles[:, -1].tolist() == pytest.approx([3, 1, 1])
+    assert between(spreads[:1], 0.3).quantiles[:, -1].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("shares", [None, torch.tensor([[0.0, 1.0]] * 3).double()])
-def test_curves_ascend_and_hit_their_targets(shares):
-    spreads = [spread(0.0), spread(0.5, cost=(4.0, 1.0, 1.0), scale=(2.0, 1.0, 0.7)), spread(0.9, cost=(1.0, 2.0, 1.0))]
-    found = curves(spreads, SIZES, shares, 21)
+def test_costs_lie_between_those_found():
+    costs = Costs({0.3: per_layer(1.0, 1.0, 2.0), 0.5: per_layer(4.0, 1.0, 2.0), 0.9: per_layer(4.0, 9.0, 2.0)})
+    for sparsity, expected in (
+        (0.0, [1, 1, 2]),
+        (0.3, [1, 1, 2]),
+        (0.4, [2, 1, 2]),
+        (0.7, [4, 3, 2]),
+        (1.0, [4, 9, 2]),
+    ):
+        assert costs.at(sparsity).tolist() == pytest.approx(expected)
+    assert Costs({0.5: per_layer(3.0)}).at(0.9).tolist() == pytest.approx([3])
+
+
+COSTS = Costs({0.2: per_layer(1.0, 1.0, 1.0), 0.5: per_layer(4.0, 1.0, 1.0), 0.9: per_layer(1.0, 2.0, 1.0)})
+
+
+@pytest.mark.parametrize("rule", [COSTS, torch.tensor([[0.0, 1.0]] * 3).double()])
+def test_curves_ascend_and_hit_their_targets(rule):
+    spreads = [spread(0.0), spread(0.5, scale=(2.0, 1.0, 0.7)), spread(0.9)]
+    found = curves(spreads, SIZES, rule, 21)
     assert found.shape == (3, 21)
     assert (found.diff(dim=1) >= 0).all()
     for point in (2, 10, 13):
         target = point / 20
-        at = thresholds(between(spreads, target), SIZES, shares, target)
+        at = thresholds(between(spreads, target), SIZES, rule, target)
         assert saved(between(spreads, target), at) == pytest.approx(target, abs=1e-6)
         assert (found[:, point] >= at - 1e-12).all()
 

@@ -108,7 +108,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         calibrate.calibrate(passes(tiny, tmp_path / "cut"), "measured")
     again, _ = calibrate.calibrate(passes(tiny, tmp_path / "cut"), "measured")
-    assert titles.count("gradients") == 1 and titles.count("costs, 2 of 2") == 2
+    assert titles.count("gradients") == 1 and titles.count("costs at 50%") == 2
     assert all(torch.equal(again[name], points) for name, points in whole.items())
     assert Journal(tmp_path / "cut", {"seed": 2}).tensors
     assert not Journal(tmp_path / "cut", {"seed": 3}).tensors  # another run's
@@ -140,10 +140,10 @@ def test_command(command, run_here, tiny, corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = f"wrote {tmp_path / 'out' / 'first'}: thresholds of 8 layers by the method measured over 500 tokens\n"
     assert done.stdout == expected
-    assert "costs, 1 of 2" in done.stderr
+    assert "costs at 30%" in done.stderr
     calibration = Calibration.load(tmp_path / "out" / "first")
     calibration.check(tiny)
-    sizes = {"tokens": "500", "pass_tokens": "2048", "context": "100", "seed": "1234"}
+    sizes = {"tokens": "500", "pass_tokens": "4096", "context": "100", "seed": "1234"}
     assert calibration.origin == {"corpus": "words.txt", "method": "measured"} | sizes
 
     assert run_here(*arguments("words.txt", "again"))[0] == 0

@@ -14,6 +14,7 @@ OPS = (
     "merge_attention",
     "norm_compact",
     "output_gemv",
+    "quantized_gemm",
     "sparse_gemv",
     "widen",
 )

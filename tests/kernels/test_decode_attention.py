@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -13,8 +11,8 @@ pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def make(heads, kv_heads, D, position, dtype, splits=2, length=320):
-    qkv = normal(splits, (heads + 2 * kv_heads) * D) / math.sqrt(splits)
+def make(heads, kv_heads, D, position, dtype, length=320):
+    qkv = normal((heads + 2 * kv_heads) * D)
     frequencies = 1 / 10000 ** (torch.arange(0, D, 2, device=DEVICE) / D)
     caches = [normal(kv_heads, length, D, dtype=dtype, seed=seed) for seed in (1, 2)]
     for cache in caches:
@@ -85,9 +83,9 @@ def test_fakes_agree():
 def test_rejects_bad_input():
     qkv, frequencies, k, v, position, heads = make(8, 2, 64, 100, torch.float32)
     with pytest.raises(ValueError, match="takes qkv"):
-        decode_attention(qkv[:, :-1], frequencies, k, v, position, heads, 0)
+        decode_attention(qkv[:-1], frequencies, k, v, position, heads, 0)
     with pytest.raises(ValueError, match="heads of 32"):
-        decode_attention(qkv[:, : 12 * 48], frequencies[:24], k[..., :48], v[..., :48], position, heads, 0)
+        decode_attention(qkv[: 12 * 48], frequencies[:24], k[..., :48], v[..., :48], position, heads, 0)
     with pytest.raises(ValueError, match="int64"):
         decode_attention(qkv, frequencies, k, v, position.int(), heads, 0)
     with pytest.raises(ValueError, match="powers of two"):

@@ -10,17 +10,17 @@ pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 0.032}
 
 
-def make(K: int, splits: int, dtype: torch.dtype, limit: float = 0.5):
-    residual, partial = normal(K), normal(splits, K, seed=1) / 4
+def make(K: int, dtype: torch.dtype, limit: float = 0.5):
     weight = normal(K, seed=2).abs().to(dtype)
-    return residual, partial, weight, torch.full((K,), limit, device=DEVICE), 1e-5
+    return normal(K), normal(K, seed=1) / 4, weight, torch.full((K,), limit, device=DEVICE), 1e-5
 
 
 # one slice, exact slices, ragged, more than one power of two
-@pytest.mark.parametrize("K, splits", [(64, 0), (256, 1), (300, 3), (576, 8)])
+@pytest.mark.parametrize("K, add", [(64, False), (256, True), (300, True), (576, True)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_matches_reference(dtype, K, splits):
-    inputs = make(K, splits, dtype)
+def test_matches_reference(dtype, K, add):
+    residual, update, *rest = make(K, dtype)
+    inputs = (residual, update if add else None, *rest)
     residual, *kept = _norm_compact_cuda(*inputs)
     expected, *expected_kept = norm_compact_reference(*inputs)
     torch.testing.assert_close(residual, expected, rtol=0, atol=1e-5)
@@ -33,7 +33,7 @@ def test_matches_reference(dtype, K, splits):
 
 @pytest.mark.parametrize("limit, kept", [(-1.0, 300), (100.0, 0)])
 def test_all_and_nothing_kept(limit, kept):
-    inputs = make(300, 2, torch.float32, limit)
+    inputs = make(300, torch.float32, limit)
     _, index, value, count = _norm_compact_cuda(*inputs)
     assert count.tolist() == [kept]
     assert index[0, :kept].tolist() == list(range(kept)) and value[0, :kept].isfinite().all()
@@ -42,20 +42,18 @@ def test_all_and_nothing_kept(limit, kept):
 def test_value_on_the_threshold_is_dropped():
     residual = torch.ones(4, device=DEVICE)
     threshold = torch.tensor([1.0, 0.5, 1.0, 0.5], device=DEVICE)
-    _, index, _, count = _norm_compact_cuda(
-        residual, residual.new_empty(0, 4), torch.ones_like(residual), threshold, 0.0
-    )
+    _, index, _, count = _norm_compact_cuda(residual, None, torch.ones_like(residual), threshold, 0.0)
     assert index[0, : int(count)].tolist() == [1, 3]
 
 
 def test_nan_is_kept():
-    inputs = make(300, 1, torch.float32, 100.0)
+    inputs = make(300, torch.float32, 100.0)
     inputs[0][7] = torch.nan
     assert _norm_compact_cuda(*inputs)[3].tolist() == [300]  # the norm spreads it to every channel
 
 
 def test_fake_agrees():
-    inputs = make(300, 2, torch.bfloat16)
+    inputs = make(300, torch.bfloat16)
     real = _norm_compact_cuda(*inputs)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = torch.ops.teal.norm_compact(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in inputs))
@@ -63,10 +61,10 @@ def test_fake_agrees():
 
 
 def test_rejects_bad_input():
-    residual, partial, weight, threshold, eps = make(64, 2, torch.bfloat16)
+    residual, update, weight, threshold, eps = make(64, torch.bfloat16)
     with pytest.raises(ValueError, match="takes residual"):
-        norm_compact(residual, partial[:, :-1], weight, threshold, eps)
+        norm_compact(residual, update[:-1], weight, threshold, eps)
     with pytest.raises(ValueError, match="contiguous"):
-        norm_compact(residual, partial.t().contiguous().t(), weight, threshold, eps)
+        norm_compact(residual, update.repeat_interleave(2)[::2], weight, threshold, eps)
     with pytest.raises(ValueError, match="fp32"):
-        norm_compact(residual.bfloat16(), partial, weight, threshold, eps)
+        norm_compact(residual.bfloat16(), update, weight, threshold, eps)

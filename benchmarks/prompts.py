@@ -1,0 +1,86 @@
+"""Times a prompt's way through a model in several forms of storage, in one process and interleaved.
+
+    python -m benchmarks.prompts --shapes llama-3-8b --formats dense int8 int4 --tokens 12 128 512 2048
+    python -m benchmarks.prompts --checkpoint demo checkpoints/demo-int8 --tokens 5 100 512
+
+Prompts are computed densely, uncompiled, as generate.py does by default. Each round takes every form once at every
+length; the median over rounds is reported, and `ratio`, the median of a form's times over the first form's in the same
+round. The first round warms up.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.decode import load
+from benchmarks.rows import random_prompt, take_turns
+from benchmarks.shapes import SHAPES
+from checkpoint import DTYPES, find_checkpoint
+from cli import positive_int, run
+from decode import prefill
+from generate import cache_length
+from model import Transformer
+from record import describe, write_records
+from sparse_model import format_of, pick_device
+from weights import QUANTIZED
+
+
+@torch.no_grad()
+def seconds(model: Transformer, prompt: torch.Tensor) -> float:
+    """From the call to the first token, as a user waits for it."""
+    started = time.perf_counter()
+    prefill(model, prompt).argmax().item()
+    return time.perf_counter() - started
+
+
+def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> list[dict]:
+    models = [model for model, _ in load(name, options, device)]
+    for model in models:
+        model.setup_caches(1, cache_length(model, max(options.tokens)))
+    cases = [(model, tokens) for tokens in options.tokens for model in models]
+    prompts = {n: torch.tensor([random_prompt(models[0].args.vocab_size, n)], device=device) for n in options.tokens}
+    timed = [lambda model=model, tokens=tokens: seconds(model, prompts[tokens]) for model, tokens in cases]
+    results = [rounds for rounds, _ in take_turns(timed, options.rounds, lambda: 0.0, "prompts")]
+    first = {tokens: rounds for (model, tokens), rounds in zip(cases, results, strict=True) if model is models[0]}
+    common = describe(name, device, format_of(models[0])) | {"benchmark": "prompts"}
+    return [
+        common
+        | {
+            "format": format_of(model),
+            "prompt_tokens": tokens,
+            "seconds": statistics.median(rounds),
+            "seconds_rounds": rounds,
+            "ratio": statistics.median(own / other for own, other in zip(rounds, first[tokens], strict=True)),
+        }
+        for (model, tokens), rounds in zip(cases, results, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", nargs="+", help="a model's converted checkpoints")
+    what.add_argument("--shapes", choices=SHAPES, help="random weights in this model's shapes")
+    parser.add_argument("--formats", nargs="+", choices=("dense", *QUANTIZED), default=["dense"], help="of these")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="computation type (default: the stored one; bf16)")
+    parser.add_argument("--tokens", type=positive_int, nargs="+", default=[12, 128, 512], help="prompt lengths")
+    parser.add_argument("--rounds", type=positive_int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the JSON records to this file")
+    options = parser.parse_args()
+    name = options.shapes or find_checkpoint(options.checkpoint[0]).resolve().name
+    records = benchmark(name, options, pick_device(options.device))
+    for record in records:
+        print(
+            f"{record['model']:<14} {record['format']:<5} {record['prompt_tokens']:>5} tokens  "
+            f"{record['seconds'] * 1e3:>8.1f} ms  {record['ratio']:.2f}x of {records[0]['format']}"
+        )
+    if options.out:
+        write_records(options.out, records)
+
+
+if __name__ == "__main__":
+    run(main)
