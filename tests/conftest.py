@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 
 import cli
 from checkpoint import ROOT, find_checkpoint
 from scripts.convert_hf_checkpoint import convert
+from tests.models import write_llama
 
 
 def pytest_collection_modifyitems(items):
@@ -31,26 +31,6 @@ def pytest_collection_modifyitems(items):
 def demo() -> Path:
     """The demo checkpoint's folder, prepared as a user's first `--checkpoint demo` prepares it."""
     return find_checkpoint("demo")
-
-
-def write_llama(folder: Path, demo: Path, hidden_size: int, intermediate_size: int) -> Path:
-    """A tiny random Llama in fp32, written by transformers, with the demo's tokenizer: a Hugging Face folder."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((demo / name).read_bytes())
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,10 @@
 """Small models for tests."""
 
+from pathlib import Path
+
+import torch
+import transformers
+
 TINY = {  # a config.json
     "model_type": "llama",
     "hidden_size": 128,
@@ -11,3 +16,25 @@ TINY = {  # a config.json
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
 }
+
+
+def write_llama(
+    folder: Path, demo: Path, hidden_size: int, intermediate_size: int, layers: int = 2, positions: int = 512
+) -> Path:
+    """A tiny random Llama in fp32, written by transformers, with the demo's tokenizer: a Hugging Face folder."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=49152,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo / name).read_bytes())
+    return folder

@@ -116,10 +116,10 @@ def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """The same words as a text file, as .jsonl and in a folder."""
+    """The same words as a text file, as .jsonl and in a folder, which is called as the file is."""
     text = " ".join(f"The {i}th sentence is about {i * i} whales and a harpoon." for i in range(60))
-    folder = tmp_path / "texts"
-    folder.mkdir()
+    folder = tmp_path / "folder" / "words.txt"
+    folder.mkdir(parents=True)
     for path in (tmp_path / "words.txt", folder / "inside.md"):
         path.write_text(text)
     (tmp_path / "words.jsonl").write_text(json.dumps({"text": text}))
@@ -133,30 +133,28 @@ def run_here(run_main):
 
 def test_command(command, run_here, tiny, corpus, tmp_path):
     def arguments(name, out):
-        words = ["--checkpoint", tiny, "--method", "measured", "--corpus", corpus / name, "--tokens", 500]
-        return [*words, "--context", 100, "--out", tmp_path / "out" / out]
+        words = ["--checkpoint", tiny, "--method", "measured", "--corpus", corpus / name, "--tokens", 200]
+        return [*words, "--context", 50, "--out", tmp_path / "out" / out]
 
     done = command("calibrate", *arguments("words.txt", "first"))
     assert done.returncode == 0, done.stderr
-    expected = f"wrote {tmp_path / 'out' / 'first'}: thresholds of 8 layers by the method measured over 500 tokens\n"
+    expected = f"wrote {tmp_path / 'out' / 'first'}: thresholds of 8 layers by the method measured over 200 tokens\n"
     assert done.stdout == expected
     assert "costs at 30%" in done.stderr
     calibration = Calibration.load(tmp_path / "out" / "first")
     calibration.check(tiny)
-    sizes = {"tokens": "500", "pass_tokens": "4096", "context": "100", "seed": "1234"}
+    sizes = {"tokens": "200", "pass_tokens": "4096", "context": "50", "seed": "1234"}
     assert calibration.origin == {"corpus": "words.txt", "method": "measured"} | sizes
 
-    assert run_here(*arguments("words.txt", "again"))[0] == 0
     assert run_here(*arguments("words.jsonl", "jsonl"))[0] == 0
-    assert run_here(*arguments("texts", "folder"))[0] == 0
-    assert (tmp_path / "out" / "again").read_bytes() == (tmp_path / "out" / "first").read_bytes()
-    for name in ("jsonl", "folder"):  # the same text
-        other = Calibration.load(tmp_path / "out" / name).curves
-        assert all(torch.equal(other[layer], points) for layer, points in calibration.curves.items())
+    assert run_here(*arguments("folder/words.txt", "folder"))[0] == 0
+    assert (tmp_path / "out" / "folder").read_bytes() == (tmp_path / "out" / "first").read_bytes()  # the same text
+    other = Calibration.load(tmp_path / "out" / "jsonl").curves
+    assert all(torch.equal(other[layer], points) for layer, points in calibration.curves.items())
     assert run_here(*arguments("words.txt", "seed"), "--seed", 5)[0] == 0
     assert (tmp_path / "out" / "seed").read_bytes() != (tmp_path / "out" / "first").read_bytes()
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"first", "again", "jsonl", "folder", "seed"}
+    assert written == {"first", "jsonl", "folder", "seed"}
 
 
 def test_command_writes_beside_the_checkpoint_and_says_when_text_runs_out(run_here, tiny, corpus, tmp_path):

@@ -122,7 +122,7 @@ def test_calibrating_adds_little_memory(demo):
         from checkpoint import find_checkpoint
         from sparse_model import load_model
         model = load_model(find_checkpoint("demo"))
-        sequences = torch.randint(3, 40_000, (2, 1024), generator=torch.Generator().manual_seed(0)).tolist()
+        sequences = torch.randint(3, 40_000, (2, 512), generator=torch.Generator().manual_seed(0)).tolist()
         if sys.argv[1] == "measure":
             measure(model, sequences)
         else:

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+import eval
+import quantize
 from pruning import outputs, prune, pruned, zeros_by_kind
 from sparse_model import load_model, sparse_layers, watch_inputs
 
@@ -80,11 +82,11 @@ def test_command(command, tiny, tmp_path, method):
     assert sparse["perplexity"] != dense["perplexity"]
 
 
-def test_quantized_weights_are_refused(command, even, tmp_path):
-    done = command("quantize", "--checkpoint", even, "--mode", "int8", "--out", tmp_path / "int8")
-    assert done.returncode == 0, done.stderr
-    done = command(
-        "eval", "--checkpoint", tmp_path / "int8", "--context", 64, "--sparsity", 0.5, "--baseline", "magnitude"
+def test_quantized_weights_are_refused(run_main, even, tmp_path):
+    code, _, err = run_main(quantize.main, "--checkpoint", even, "--mode", "int8", "--out", tmp_path / "int8")
+    assert code == 0, err
+    code, _, err = run_main(
+        eval.main, "--checkpoint", tmp_path / "int8", "--context", 64, "--sparsity", 0.5, "--baseline", "magnitude"
     )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: --baseline prunes bf16, fp16 and fp32 weights, these are int8"
+    assert code == 1
+    assert err.splitlines()[-1] == "error: --baseline prunes bf16, fp16 and fp32 weights, these are int8"

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.quality import row
+import calibrate
+from benchmarks.quality import main, row
 from eval import Score
 
 
@@ -23,13 +24,13 @@ def test_row_compares_in_pairs():
     assert found["standard_error"] == pytest.approx(0, abs=1e-9)  # windows differ, pairs do not
 
 
-def test_command(command, tiny, tmp_path):
+def test_command(command, run_main, tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"The {i}th whale has {i * i} harpoons." for i in range(150)))
     words = ("--checkpoint", tiny, "--corpus", text, "--tokens", 300, "--context", 100)
     made = [tmp_path / f"{method}.safetensors" for method in ("uniform", "global")]
     for path in made:
-        assert command("calibrate", *words, "--method", path.stem, "--out", path).returncode == 0
+        assert run_main(calibrate.main, *words, "--method", path.stem, "--out", path)[0] == 0
     arguments = ("--checkpoint", tiny, "--text", text, "--context", 100, "--windows", 3, "--sparsity", 0.5)
     out = tmp_path / "out.json"
     done = command("benchmarks.quality", *arguments, "--calibration", *made, "--out", out)
@@ -38,8 +39,7 @@ def test_command(command, tiny, tmp_path):
     assert [record["calibration"]["method"] for record in records] == ["uniform", "global"]
     assert records[0]["loss_share"] == pytest.approx(1) and records[0]["difference"] == 0
     assert all(abs(record["achieved_sparsity"] - 0.5) < 0.05 for record in records)
-    half = command("benchmarks.quality", *arguments, "--calibration", made[0], "--prefill", "half", "--out", out)
-    assert half.returncode == 0
+    assert run_main(main, *arguments, "--calibration", made[0], "--prefill", "half", "--out", out)[0] == 0
     assert len(json.loads(out.read_text())) == 3  # added
-    wrong = command("benchmarks.quality", *arguments[:4], "--context", 1, "--calibration", made[0])
-    assert wrong.returncode == 1 and "--context 1: expected 2 to" in wrong.stderr
+    code, _, err = run_main(main, *arguments[:4], "--context", 1, "--calibration", made[0])
+    assert code == 1 and "--context 1: expected 2 to" in err

@@ -5,7 +5,7 @@ from torch.utils import _pytree as pytree
 from kernels.arrivals import arrivals
 from kernels.backend import triton
 from kernels.gate_up import _gate_up_cuda, gate_up, gate_up_reference
-from tests.kernels.compacted import DEVICE, compact, expand, normal
+from tests.kernels.compacted import DEVICE, REPEATS, compact, expand, normal
 from tests.kernels.quantized import poison, quantized
 
 pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
@@ -50,7 +50,7 @@ def check(inputs, tolerance: float) -> None:
 
 
 # exact slots; ragged both ways; one column
-@pytest.mark.parametrize("K, F", [(256, 128), (300, 200), (65, 1)])
+@pytest.mark.parametrize("K, F", [(256, 128), (300, 100), (65, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_reference(dtype, K, F):
     check(make(K, F, dtype), TOLERANCE[dtype])
@@ -80,37 +80,38 @@ def test_quantized_reference(group):
 
 
 def test_all_and_nothing_kept():
-    assert _gate_up_cuda(*make(300, 200, torch.float32, limit=-1.0))[2].tolist() == [32, 32, 32, 32, 32, 32, 8]
-    assert _gate_up_cuda(*make(300, 200, torch.float32, limit=100.0))[2].tolist() == [0] * 7
-    h = expand(*_gate_up_cuda(*make(300, 200, torch.float32, limit=-1.0, kept=100.0)), 200)
+    assert _gate_up_cuda(*make(150, 70, torch.float32, limit=-1.0))[2].tolist() == [32, 32, 6]
+    assert _gate_up_cuda(*make(150, 70, torch.float32, limit=100.0))[2].tolist() == [0] * 3
+    h = expand(*_gate_up_cuda(*make(150, 70, torch.float32, limit=-1.0, kept=100.0)), 70)
     assert h.eq(0).all()  # an empty list
 
 
 @pytest.mark.parametrize("group, counts", [(0, [128, 64]), (64, [192]), (192, [64, 64, 64])])
 def test_quantized_all_and_nothing_kept(group, counts):
-    inputs = make_quantized(150, 192, group, torch.float32, limit=-1.0)
-    assert _gate_up_cuda(*inputs)[2].tolist() == counts
-    assert _gate_up_cuda(*make_quantized(150, 192, group, torch.float32, limit=100.0))[2].sum() == 0
-    h = expand(*_gate_up_cuda(*make_quantized(150, 192, group, torch.float32, limit=-1.0, kept=100.0)), 192)
+    assert _gate_up_cuda(*make_quantized(70, 192, group, torch.float32, limit=100.0))[2].sum() == 0
+    h = expand(*_gate_up_cuda(*make_quantized(70, 192, group, torch.float32, limit=-1.0, kept=100.0)), 192)
     assert h.eq(0).all()
-    every = make_quantized(150, 192, group, torch.float32, limit=-1.0, kept=-1.0)
-    found, wanted = (expand(*function(*every), 192) for function in (_gate_up_cuda, gate_up_reference))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=QUANTIZED_TOLERANCE[torch.float32])
+    every = make_quantized(70, 192, group, torch.float32, limit=-1.0, kept=-1.0)
+    found, wanted = _gate_up_cuda(*every), gate_up_reference(*every)
+    assert found[2].tolist() == counts
+    torch.testing.assert_close(
+        expand(*found, 192), expand(*wanted, 192), rtol=0, atol=QUANTIZED_TOLERANCE[torch.float32]
+    )
 
 
 def test_nan_travels_and_dropped_rows_are_not_read():
-    index, value, count, weight, *rest = make(300, 200, torch.float32)
-    weight[dropped_rows(index, count, 300)] = torch.nan
-    assert expand(*_gate_up_cuda(index, value, count, weight, *rest), 200).isfinite().all()
+    index, value, count, weight, *rest = make(150, 70, torch.float32)
+    weight[dropped_rows(index, count, 150)] = torch.nan
+    assert expand(*_gate_up_cuda(index, value, count, weight, *rest), 70).isfinite().all()
     value[0, 0] = torch.nan
-    assert _gate_up_cuda(index, value, count, weight, *rest)[2].sum() == 200
+    assert _gate_up_cuda(index, value, count, weight, *rest)[2].sum() == 70
 
 
 @pytest.mark.parametrize("group, bad", [(0, torch.nan), (0, torch.inf), (64, torch.nan), (192, -torch.inf)])
 def test_nan_travels_and_dropped_quantized_rows_are_not_read(group, bad):
-    index, value, count, rows, *rest = make_quantized(150, 192, group, torch.float32)
+    index, value, count, rows, *rest = make_quantized(70, 192, group, torch.float32)
     h = expand(*_gate_up_cuda(index, value, count, rows, *rest), 192)
-    poisoned = poison(rows, dropped_rows(index, count, 150))
+    poisoned = poison(rows, dropped_rows(index, count, 70))
     assert torch.equal(expand(*_gate_up_cuda(index, value, count, poisoned, *rest), 192), h)
     value[0, 0] = bad
     found = expand(*_gate_up_cuda(index, value, count, rows, *rest), 192)
@@ -121,7 +122,7 @@ def test_nan_travels_and_dropped_quantized_rows_are_not_read(group, bad):
 def test_same_bits_every_time(group):
     inputs = make_quantized(150, 128, group, torch.bfloat16)
     first = expand(*_gate_up_cuda(*inputs), 128)
-    assert all(torch.equal(expand(*_gate_up_cuda(*inputs), 128), first) for _ in range(3))
+    assert all(torch.equal(expand(*_gate_up_cuda(*inputs), 128), first) for _ in range(REPEATS))
 
 
 @pytest.mark.parametrize("group", [None, 0, 64])

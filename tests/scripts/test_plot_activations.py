@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from scripts.plot_activations import VERSION, activation_sections
+from scripts.plot_activations import VERSION, activation_sections, main
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +14,9 @@ def folder(tiny, tmp_path_factory):
 
 
 def fails(done, message):
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr.splitlines()[-1]
+    code, _, err = done
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1]
 
 
 def test_record_and_figures(folder, command, tmp_path):
@@ -37,7 +38,7 @@ def test_record_and_figures(folder, command, tmp_path):
     assert {"histogram-0-qkv", "histogram-1-gate-up-small", "fit-o", "activity-down", "hot-50"} <= drawn
 
 
-def test_bad_input_is_one_line(folder, command):
-    base = ("scripts.plot_activations", "--checkpoint", folder)
-    fails(command(*base, "--tokens", 1), "fewer than 2 tokens")
-    fails(command(*base, "--out", folder / "config.json" / "x"), "cannot write")
+def test_bad_input_is_one_line(folder, run_main):
+    base = (main, "--checkpoint", folder)
+    fails(run_main(*base, "--tokens", 1), "fewer than 2 tokens")
+    fails(run_main(*base, "--out", folder / "config.json" / "x"), "cannot write")

