@@ -30,7 +30,7 @@ struct Int4Rows {
         int64_t last = (begin + columns) / group;
         for (int64_t tile = begin / group / TILE * TILE; tile < last; tile += TILE) {
             weigh(row, x, count, tile, factors);
-            for (int r = 0; r < ROWS; r++) __builtin_prefetch(next[r] + N / 2 + 2 * tile);
+            for (int r = 0; r < ROWS; r++) fetch(next[r] + N / 2 + 2 * tile);
             for (int64_t g = std::max(begin / group, tile); g < std::min(tile + TILE, last); g++)
                 for (int64_t n = g * group; n < (g + 1) * group; n += UNIT)
                     add_unit(row, next, n, factors, g - tile, sums + n - begin);
@@ -69,7 +69,7 @@ struct Int4Rows {
     static void add_unit(const uint8_t* const* row, const uint8_t* const* next, int64_t n, const Factors& f, int64_t g,
                          float* sums) {
         if (n % (2 * LINE) == 0)
-            for (int r = 0; r < ROWS; r++) __builtin_prefetch(next[r] + n / 2);
+            for (int r = 0; r < ROWS; r++) fetch(next[r] + n / 2);
 #if defined(__AVX2__)
         const __m256i nibble = _mm256_set1_epi8(15);
         __m256i acc[4];  // of values 0, 8, 16 and 24 on, and beside them 32 more: 16-bit sums hold 8 rows
@@ -134,7 +134,7 @@ inline float dot(const int8_t* w, const int16_t* x, int64_t K) {
         end = std::min(k + BLOCK, K / 32 * 32);
         __m256i a = _mm256_setzero_si256(), b = a;
         for (int64_t i = k; i < end; i += 32) {
-            if (i % LINE == 0) __builtin_prefetch(w + i + AHEAD);
+            if (i % LINE == 0) fetch(w + i + AHEAD);
             __m256i u = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + i)));
             __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + i + 16)));
             a = _mm256_add_epi32(a, _mm256_madd_epi16(u, _mm256_loadu_si256((const __m256i*)(x + i))));

@@ -19,6 +19,9 @@ constexpr int64_t LINE = 64;     // bytes
 constexpr int64_t GRAIN = 32;    // columns that threads do not share: a line of bf16, and whole pairs
 static_assert(GRAIN % PAIR == 0, "else sums would depend on the number of threads");
 
+// Into L2: of lines on their way to L1 a core has fewer. A quarter faster on Zen 4 (docs/cpu_log.md).
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 #define UNROLL _Pragma("GCC unroll 8")  // else small arrays of vectors live in memory
 
 // An array on lines of its own, with room for whole vectors at its end.
@@ -70,7 +73,7 @@ inline void add_rows(const T* const* row, const float* x, const T* const* next, 
     int64_t n = 0;
     for (; n + PAIR <= columns; n += PAIR) {
         if (next && n * int64_t(sizeof(T)) % LINE == 0)
-            for (int r = 0; r < R; r++) __builtin_prefetch(next[r] + n);
+            for (int r = 0; r < R; r++) fetch(next[r] + n);
         vf s = load(sums + n), t = load(sums + n + LANES);
         UNROLL for (int r = 0; r < R; r++) {
             vf a, b;
@@ -105,7 +108,7 @@ template <class W> struct Rows {
 };
 
 // sums [columns] = entries `first` to `last` of the list times their rows, `columns` of them from `begin` on; entries up
-// to `end` follow and are fetched ahead.
+// to `end` follow and are fetched two steps ahead.
 template <class Weight>
 inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, const Weight& weight, int64_t begin,
                      int64_t columns, float* sums) {
@@ -115,7 +118,7 @@ inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, co
         const typename Weight::Element *row[ROWS], *next[ROWS];
         for (int r = 0; r < ROWS; r++) {
             row[r] = weight.row(x.index[std::min(i + r, last - 1)]);
-            next[r] = weight.row(x.index[std::min(i + count + r, end - 1)]);
+            next[r] = weight.row(x.index[std::min(i + 2 * ROWS + r, end - 1)]);
         }
         weight.add(row, x.value + i, count, next, begin, columns, sums);
     }
@@ -159,8 +162,8 @@ inline void dot_rows(const T* rows, const float* x, int64_t K, int64_t count, fl
         int64_t k = 0;
         for (; k + PAIR <= K; k += PAIR) {
             if (k * int64_t(sizeof(T)) % LINE == 0) {
-                __builtin_prefetch((const char*)(rows + k) + AHEAD);
-                if (also) __builtin_prefetch(also + i * K + k);
+                fetch((const char*)(rows + k) + AHEAD);
+                if (also) fetch(also + i * K + k);
             }
             vf a, b;
             load_pair(rows + k, a, b);
