@@ -82,8 +82,11 @@ class QuantizedWeight(nn.Module):
         return widen(self.rows, self.scale, self.group)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The weight is widened for it: a tile at a time for few tokens on CUDA, else a copy of one layer's."""
-        if x.is_cuda and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
+        """The weight is widened for it: a tile at a time for few tokens on CUDA, else a copy of one layer's.
+
+        The former has no gradient; where one is wanted (probe.py) it is not used.
+        """
+        if x.is_cuda and not x.requires_grad and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
             tokens = x.reshape(-1, x.shape[-1])
             return quantized_gemm(tokens, self.rows, self.scale, bias, self.group).view(*x.shape[:-1], -1)
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype

@@ -167,22 +167,22 @@ def print_record(record: dict) -> None:
 
 def benchmark(name: str, options: argparse.Namespace, device: torch.device, common: dict) -> list[dict]:
     """The records of one model in all its forms and, where asked for, of the peers on its weights."""
-    loaded = load(name, options, device)
-    model = loaded[0][0]
+    models = load(name, options, device)
+    model = models[0]
     prompts = [random_prompt(model.args.vocab_size, tokens) for tokens in options.prompt_tokens]
     rows = []
-    for model, calibration in loaded:
+    for model, calibration in zip(models, calibrations_of(models, options, device), strict=True):
         model.setup_caches(1, cache_length(model, max(options.prompt_tokens) + options.new_tokens))
         rows += [decoder.row() for decoder in make_decoders(model, calibration, prompts, options)]
     about = describe(name, device, format_of(model)) | common
     weights = options.gguf or COMMON | SHAPES.get(name, {})
-    task = Task(weights, model.args.vocab_size, prompts, options.new_tokens, device, dtype_name(loaded[0][0]))
+    task = Task(weights, model.args.vocab_size, prompts, options.new_tokens, device, dtype_name(models[0]))
     meter = bandwidth_meter(device)
     others, cuda, memory = [], device.type == "cuda", {}
     if cuda:
         torch.cuda.reset_peak_memory_stats()  # calibration and models before this one do not count
         measure(rows, options.rounds, meter)
-        if len(loaded) == 1:
+        if len(models) == 1:
             memory["max_memory_bytes"] = torch.cuda.max_memory_allocated()
     else:
         others += peer_rows(options.peers, task)
@@ -191,28 +191,32 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device, comm
         with profiler(options.profile):
             rows[-1].decode()
     records = [about | row.record() | memory for row in rows]
-    del model, loaded, rows  # peers on CUDA need the memory
+    del model, models, rows  # peers on CUDA need the memory
     for row in peer_rows(options.peers, task) if cuda else ():
         measure([row], options.rounds, meter)  # alone: its one cache would grow with the other prompts
         others.append(row)
     return records + [about | row.record() for row in others]
 
 
-def load(name: str, options: argparse.Namespace, device: torch.device) -> list[tuple[Transformer, Calibration]]:
-    """The model called `name` in every form asked for, each with its calibration."""
+def load(name: str, options: argparse.Namespace, device: torch.device) -> list[Transformer]:
+    """The model called `name` in every form asked for."""
     if options.checkpoint:
-        folders = list(map(find_checkpoint, options.checkpoint))
-        calibrations = [load_calibration(folder, device=device) for folder in folders]
-        models = [load_model(folder, device, DTYPES.get(options.dtype)) for folder in folders]
+        models = [
+            load_model(find_checkpoint(folder), device, DTYPES.get(options.dtype)) for folder in options.checkpoint
+        ]
         if any(model.args != models[0].args for model in models):
             raise ValueError("--checkpoint takes forms of one model, got several models: run them one by one")
-    else:
-        config, dtype = COMMON | SHAPES[name], DTYPES[options.dtype or "bf16"]
-        groups = {"int4": 128 if config["hidden_size"] % 128 == 0 else 64}  # outputs a scale
-        forms = [Form(form, groups.get(form, 0)) if form in QUANTIZED else None for form in options.formats]
-        models = [random_model(config, device, dtype, form=form) for form in forms]
-        calibrations = list(map(calibrate_on_random_tokens, models))
-    return list(zip(models, calibrations, strict=True))
+        return models
+    config, dtype = COMMON | SHAPES[name], DTYPES[options.dtype or "bf16"]
+    groups = {"int4": 128 if config["hidden_size"] % 128 == 0 else 64}  # outputs a scale
+    forms = [Form(form, groups.get(form, 0)) if form in QUANTIZED else None for form in options.formats]
+    return [random_model(config, device, dtype, form=form) for form in forms]
+
+
+def calibrations_of(models: list[Transformer], options: argparse.Namespace, device: torch.device) -> list[Calibration]:
+    if options.checkpoint:
+        return [load_calibration(find_checkpoint(folder), device=device) for folder in options.checkpoint]
+    return list(map(calibrate_on_random_tokens, models))
 
 
 def parse_arguments() -> argparse.Namespace:

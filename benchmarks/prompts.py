@@ -37,7 +37,7 @@ def seconds(model: Transformer, prompt: torch.Tensor) -> float:
 
 
 def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> list[dict]:
-    models = [model for model, _ in load(name, options, device)]
+    models = load(name, options, device)
     for model in models:
         model.setup_caches(1, cache_length(model, max(options.tokens)))
     cases = [(model, tokens) for tokens in options.tokens for model in models]

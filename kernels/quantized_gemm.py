@@ -3,19 +3,19 @@
 x [M, K] in fp32, bf16 or fp16; rows [K, N] int8, or uint8 [K, row_bytes] in groups of `group` (kernels/int4.py); scale
 [N] fp32; bias [N] in x's dtype, or none. y [M, N] in x's dtype, accumulated in fp32. A tile of the weight becomes
 floats of x's dtype on its way to the product: a short prompt is bound by reading weights and by launches, and widening
-a weight first (kernels/widen.py) moves five times the bytes in one launch more.
+a weight first (kernels/widen.py) moves at least five times the bytes in one launch more.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, jit, tl, triton
+from kernels.backend import INTERPRETED, has_pdl, jit, tl, triton
 from kernels.rows import bits, check_rows, load_rows, to_float
 
 MOST_TOKENS = 128
 SMALLEST_TILE = 16  # tokens that tl.dot wants at least
 NARROW, WIDE = 32, 64  # columns a program, so that a weight of 4,096 outputs makes a program for each multiprocessor
-BLOCK_K = 128
+BLOCK_K, STAGES = 128, 4  # what fits Hopper's 228 KB of shared memory at 128 tokens; half of both fits 99 KB
 
 
 def quantized_gemm_reference(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
@@ -50,9 +50,10 @@ def _quantized_gemm_cuda(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | 
     (M, K), N = x.shape, len(scale)
     block_m = max(SMALLEST_TILE, triton.next_power_of_2(M))
     block_n = NARROW if N <= 8192 else WIDE
+    block_k, stages = (BLOCK_K, STAGES) if has_pdl(x.device.index) else (BLOCK_K // 2, STAGES // 2)
     _quantized_gemm_kernel[(triton.cdiv(N, block_n),)](
-        x, rows, scale, bias, y, M, K, N, block_m, block_n, BLOCK_K, bits(rows), group, bias is not None, INTERPRETED,
-        num_warps=4 if block_m < 64 else 8, num_stages=4 if x.element_size() == 2 else 2,
+        x, rows, scale, bias, y, M, K, N, block_m, block_n, block_k, bits(rows), group, bias is not None, INTERPRETED,
+        num_warps=4 if block_m < 64 else 8, num_stages=stages if x.element_size() == 2 else stages // 2,
     )  # fmt: skip
     return y
 

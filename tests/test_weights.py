@@ -164,3 +164,17 @@ def test_int8_output(dtype, shape):
 def test_output_weight_of_a_plain_layer():
     linear = nn.Linear(8, 5, bias=False, dtype=torch.bfloat16)
     assert torch.equal(output_weight(linear), linear.weight.float()) and output_weight(linear).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 12), (2, 64), (1, 129)])  # up to 128 tokens take another way than more
+def test_prompts_on_cuda(name, shape):
+    weight, x = make(name).cuda(), draw(*shape, K, seed=1).cuda()
+    expected = x @ weight.dequantize()
+    assert_near(weight.matmul(x), expected, 1e-5)
+    x.requires_grad_()
+    found = weight.matmul(x)
+    assert_near(found, expected, 1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert_near(gradient, weight.dequantize().sum(1).expand_as(x), 1e-5)

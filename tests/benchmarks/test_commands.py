@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import kernels
+import quantize
+from benchmarks import kernels, prompts
 from benchmarks.kernels import make_cases, make_ops, time_cases, to_record
 from benchmarks.shapes import COMMON
 from kernels.native import library
@@ -52,6 +53,20 @@ def test_decode_counts_what_is_skipped_and_what_python_costs(decoded):
 def test_decode_wants_the_gguf_file_of_another_checkpoint_for_peers(tiny, command):
     done = command("benchmarks.decode", "--checkpoint", tiny, "--device", "cpu", "--peers", "transformers")
     assert done.returncode == 1 and "--gguf" in done.stderr.splitlines()[-1]
+
+
+def test_prompts_compares_forms_at_each_length(even, tmp_path, run_main):
+    quantized, out = tmp_path / "even-int8", tmp_path / "prompts.json"
+    assert run_main(quantize.main, "--checkpoint", even, "--mode", "int8", "--out", quantized)[0] == 0
+    words = ["--checkpoint", even, quantized, "--device", "cpu", "--tokens", 5, 40, "--rounds", 2, "--out", out]
+    code, printed, _ = run_main(prompts.main, *words)
+    records = json.loads(out.read_text())
+    assert code == 0 and "40 tokens" in printed
+    assert [(r["format"], r["prompt_tokens"]) for r in records] == [
+        ("fp32", 5), ("int8", 5), ("fp32", 40), ("int8", 40)
+    ]  # fmt: skip
+    assert all(len(r["seconds_rounds"]) == 2 and r["seconds"] > 0 and r["ratio"] > 0 for r in records)
+    assert records[0]["ratio"] == records[2]["ratio"] == 1
 
 
 def test_kernels_counts_the_rows_really_kept(monkeypatch):
