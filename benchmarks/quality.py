@@ -56,7 +56,7 @@ def row(scores: list[Score], dense: torch.Tensor, first: torch.Tensor) -> dict:
         "dense_perplexity": dense_perplexity,
         "loss_share": (perplexity - dense_perplexity) / lost if lost else None,
         "difference": (own - first).mean().item(),
-        "standard_error": (own - first).std().item() / math.sqrt(len(own)) if len(own) > 1 else None,
+        "difference_error": (own - first).std().item() / math.sqrt(len(own)) if len(own) > 1 else None,
     }
 
 

@@ -21,7 +21,7 @@ def test_row_compares_in_pairs():
     assert found["loss_share"] == pytest.approx(0.5)
     assert found["achieved_sparsity"] == pytest.approx(0.5)
     assert found["achieved_by_kind"] == {"qkv": pytest.approx(0.5)}
-    assert found["standard_error"] == pytest.approx(0, abs=1e-9)  # windows differ, pairs do not
+    assert found["difference_error"] == pytest.approx(0, abs=1e-9)  # windows differ, pairs do not
 
 
 def test_command(command, run_main, tiny, tmp_path):
