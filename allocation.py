@@ -56,6 +56,14 @@ class Sizes:
         return cls(*torch.tensor(sizes, dtype=torch.float64).unbind(1))
 
 
+def bracket(levels: list[float], at: float) -> tuple[int, int, float]:
+    """Which of the ascending levels lie around `at`, and its share of the way between them, 0 or 1 beyond the ends."""
+    high = next((i for i, level in enumerate(levels) if level >= at), len(levels) - 1)
+    low = max(high - 1, 0)
+    width = levels[high] - levels[low]
+    return low, high, min(max((at - levels[low]) / width, 0.0), 1.0) if width else 0.0
+
+
 @dataclass(frozen=True)
 class Costs:
     """What dropping costs in each layer [layers], by the model's sparsity at which it was found, ascending."""
@@ -64,12 +72,9 @@ class Costs:
 
     def at(self, sparsity: float) -> Tensor:
         """Costs [layers] at any sparsity: between those found, or the nearest."""
-        levels = list(self.found)
-        high = next((i for i, level in enumerate(levels) if level >= sparsity), len(levels) - 1)
-        low = max(high - 1, 0)
-        width = levels[high] - levels[low]
-        share = min(max((sparsity - levels[low]) / width, 0), 1) if width else 0.0
-        return torch.lerp(self.found[levels[low]].log(), self.found[levels[high]].log(), share).exp()
+        costs = [cost.log() for cost in self.found.values()]
+        low, high, share = bracket(list(self.found), sparsity)
+        return torch.lerp(costs[low], costs[high], share).exp()
 
 
 Rule = Costs | Tensor  # how a sparsity is shared out: by costs, or by shares [layers, steps] at targets from 0 to 1
@@ -89,11 +94,8 @@ def spend(spread: Spread, sizes: Sizes, cost: Tensor, target: float) -> Tensor:
 
 def between(spreads: list[Spread], target: float) -> Spread:
     """The spread at a sparsity between those measured, or the last one beyond them."""
-    above = next((i for i, spread in enumerate(spreads) if spread.sparsity >= target), len(spreads) - 1)
-    low, high = spreads[max(above - 1, 0)], spreads[above]
-    width = high.sparsity - low.sparsity
-    share = min((target - low.sparsity) / width, 1) if width else 0.0
-    return Spread(target, torch.lerp(low.quantiles, high.quantiles, share))
+    low, high, share = bracket([spread.sparsity for spread in spreads], target)
+    return Spread(target, torch.lerp(spreads[low].quantiles, spreads[high].quantiles, share))
 
 
 def curves(spreads: list[Spread], sizes: Sizes, rule: Rule, points: int) -> Tensor:

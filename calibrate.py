@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from allocation import Costs, Sizes, Spread, correct, curves, thresholds
+from allocation import Costs, Sizes, Spread, correct, curves, spend, thresholds
 from blockwise import blockwise_shares
 from checkpoint import DTYPES, ROOT, check_writable, find_checkpoint, fingerprint, new_file, open_safetensors
 from cli import add_model_arguments, positive_int, run
@@ -135,7 +135,7 @@ def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) ->
         return Costs({0.0: cost}), flat
     corrected = {}
     for level in CORRECTED:
-        found = thresholds(Spread(level, torch.stack(column(seen, "quantiles"))), sizes, Costs({level: cost}), level)
+        found = spend(Spread(level, torch.stack(column(seen, "quantiles"))), sizes, cost, level)
         seen = passes.next(f"costs at {level:.0%}", found, flat, "divergence")
         corrected[level] = cost = correct(cost, torch.stack(column(seen, "cost")))
     return Costs(corrected), flat

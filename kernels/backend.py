@@ -30,6 +30,12 @@ def has_pdl(device: int | None) -> bool:
     return device is not None and not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def has_large_shared_memory(device: int | None) -> bool:
+    """Whether a program can have 227 KB of shared memory (compute capability 9 and 10), where most GPUs allow 99 KB."""
+    return device is not None and not INTERPRETED and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def launch_options(x: Tensor) -> dict[str, bool]:
     """Keywords of a launch on x's device: the kernel's PDL argument and, where it is true, the launch attribute."""
     pdl = has_pdl(x.device.index)

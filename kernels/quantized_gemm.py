@@ -9,13 +9,13 @@ a weight first (kernels/widen.py) moves at least five times the bytes in one lau
 import torch
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, has_pdl, jit, tl, triton
-from kernels.rows import bits, check_rows, load_rows, to_float
+from kernels.backend import INTERPRETED, has_large_shared_memory, jit, tl, triton
+from kernels.rows import bits, check_bias, check_rows, load_rows, to_float
 
 MOST_TOKENS = 128
 SMALLEST_TILE = 16  # tokens that tl.dot wants at least
 NARROW, WIDE = 32, 64  # columns a program, so that a weight of 4,096 outputs makes a program for each multiprocessor
-BLOCK_K, STAGES = 128, 4  # what fits Hopper's 228 KB of shared memory at 128 tokens; half of both fits 99 KB
+BLOCK_K, STAGES = 128, 4  # what fits 227 KB of shared memory at 128 tokens; half of both fits 99 KB
 
 
 def quantized_gemm_reference(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
@@ -50,7 +50,8 @@ def _quantized_gemm_cuda(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | 
     (M, K), N = x.shape, len(scale)
     block_m = max(SMALLEST_TILE, triton.next_power_of_2(M))
     block_n = NARROW if N <= 8192 else WIDE
-    block_k, stages = (BLOCK_K, STAGES) if has_pdl(x.device.index) else (BLOCK_K // 2, STAGES // 2)
+    large = has_large_shared_memory(x.device.index)
+    block_k, stages = (BLOCK_K, STAGES) if large else (BLOCK_K // 2, STAGES // 2)
     _quantized_gemm_kernel[(triton.cdiv(N, block_n),)](
         x, rows, scale, bias, y, M, K, N, block_m, block_n, block_k, bits(rows), group, bias is not None, INTERPRETED,
         num_warps=4 if block_m < 64 else 8, num_stages=stages if x.element_size() == 2 else stages // 2,
@@ -73,8 +74,7 @@ def quantized_gemm(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None =
     if x.ndim != 2 or x.shape[1] != len(rows) or not 0 < len(x) <= MOST_TOKENS or not x.is_floating_point():
         expected = f"floats [M, {len(rows)}] of 1 to {MOST_TOKENS} tokens"
         raise ValueError(f"quantized_gemm takes x of {expected}, got {list(x.shape)} {x.dtype}")
-    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
-        raise ValueError(f"quantized_gemm takes bias [N] in x's type, got {list(bias.shape)}, {bias.dtype}")
+    check_bias("quantized_gemm", x, bias, N)
     if not all(tensor is None or tensor.is_contiguous() for tensor in (x, rows, scale, bias)):
         raise ValueError("quantized_gemm takes contiguous tensors, got a strided view")
     return torch.ops.teal.quantized_gemm(x, rows, scale, bias, group)

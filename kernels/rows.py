@@ -51,6 +51,12 @@ def check_rows(op: str, value: Tensor, weight: Tensor, scale: Tensor | None, gro
     return N
 
 
+def check_bias(op: str, value: Tensor, bias: Tensor | None, N: int) -> None:
+    """Raises ValueError naming `op` when there is a bias that does not fit N outputs in value's type."""
+    if bias is not None and (bias.shape != (N,) or bias.dtype != value.dtype):
+        raise ValueError(f"{op} takes bias [N] in x's type, got {list(bias.shape)}, {bias.dtype}")
+
+
 @jit
 def load_rows(weight_ptr, k, inside, column, N, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
     """fp32 [BLOCK_K, BLOCK_N]: columns from `column` on of the rows k that are inside, zero elsewhere.

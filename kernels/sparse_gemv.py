@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.backend import jit, tl, triton
 from kernels.native import TYPES, library, pointer
-from kernels.rows import bits, check_rows, load_rows, outputs, to_float
+from kernels.rows import bits, check_bias, check_rows, load_rows, outputs, to_float
 
 BLOCK_K, BLOCK_N = 32, 128  # untuned
 CPU_BAGS = 4  # partial sums without C++, in x's dtype; not the number of threads, on which no result may depend
@@ -129,8 +129,7 @@ def sparse_gemv(
     if not x.is_floating_point() or threshold.dtype != torch.float32:
         raise ValueError(f"sparse_gemv takes floating x and an fp32 threshold, got {x.dtype}, {threshold.dtype}")
     N = check_rows("sparse_gemv", x, weight, scale, group)
-    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
-        raise ValueError(f"sparse_gemv takes bias [N] in x's type, got {list(bias.shape)}, {bias.dtype}")
+    check_bias("sparse_gemv", x, bias, N)
     if not all(tensor is None or tensor.is_contiguous() for tensor in (x, weight, threshold, bias, scale)):
         raise ValueError("sparse_gemv takes contiguous tensors, got a strided view")
     return torch.ops.teal.sparse_gemv(x, weight, threshold, bias, scale, group)

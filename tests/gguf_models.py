@@ -7,6 +7,8 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 from tokenizers import pre_tokenizers
 
+from tests.models import LLAMA3_ROPE
+
 MERGES = ["t h", "th e", "i n"]
 VOCABULARY = sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES] + ["<end>"]
 SIZES = {
@@ -18,14 +20,6 @@ SIZES = {
     "vocab_size": len(VOCABULARY),
     "max_position_embeddings": 128,
     "initializer_range": 0.15,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",

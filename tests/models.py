@@ -17,6 +17,15 @@ TINY = {  # a config.json
     "rms_norm_eps": 1e-5,
 }
 
+LLAMA3_ROPE = {  # of a config.json
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 
 def write_llama(
     folder: Path, demo: Path, hidden_size: int, intermediate_size: int, layers: int = 2, positions: int = 512

@@ -51,7 +51,7 @@ def test_demo_achieves_what_is_asked_for_on_other_text(demo):
     assert DEFAULT_TEXT != DEFAULT_CORPUS
     score = evaluate(model, cut_windows(ids, 256, 256, 2), 1, 0.5, tqdm(disable=True))
     assert 0.47 < score.achieved_sparsity < 0.53
-    assert all(0.3 < share < 0.8 for share in score.achieved_by_kind.values())
+    assert all(0.3 < share < 0.7 for share in score.achieved_by_kind.values())
 
 
 def passes(folder, path, tokens=512):

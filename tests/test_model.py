@@ -14,6 +14,7 @@ from torch import Tensor
 from model import ModelArgs, Transformer, rotary_frequencies
 from scripts.convert_hf_checkpoint import convert
 from sparse_model import load_model
+from tests.models import LLAMA3_ROPE
 
 TOKENS, TOLERANCE = 64, 1e-4  # fp32 sums in another order
 SIZES = {
@@ -25,14 +26,6 @@ SIZES = {
     "vocab_size": 200,
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
