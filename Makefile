@@ -27,7 +27,7 @@ bench: $(READY)
 		--out benchmarks/results/kernels-cpu.json
 
 table: $(READY)
-	test -d checkpoints/demo-int4 || $(PYTHON) quantize.py --checkpoint demo --mode int4 --calibrated
+	test -d checkpoints/demo-int4 || $(PYTHON) quantize.py --checkpoint demo --mode int4 --calibrated --tune
 	test -d checkpoints/demo-int8 || $(PYTHON) quantize.py --checkpoint demo --mode int8
 	$(PYTHON) -m benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8 \
 		--out benchmarks/results/demo-table.json

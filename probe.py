@@ -88,7 +88,7 @@ class Observed:
 
 
 @contextmanager
-def _gradients(model: Transformer) -> Iterator[None]:
+def gradients(model: Transformer) -> Iterator[None]:
     """In the block, gradients reach the layers' inputs; weights have none."""
     hook = model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
     try:
@@ -98,7 +98,7 @@ def _gradients(model: Transformer) -> Iterator[None]:
         hook.remove()
 
 
-def _backward(hidden: Tensor, output: Tensor, tokens: Tensor, dense: Tensor | None) -> None:
+def backward(hidden: Tensor, output: Tensor, tokens: Tensor, dense: Tensor | None) -> None:
     """Gradients of the loss on a text's tokens [T], or of the divergence from the dense model's hidden states."""
     leaf = hidden.detach().requires_grad_()
     for start in range(0, len(tokens) - 1, LOGIT_ROWS):  # of the last token nothing is known
@@ -148,9 +148,9 @@ def observe(
             dense = model.hidden(tokens)[0] if loss == "divergence" else None
             with watch_inputs(model, mask):
                 if loss:
-                    with _gradients(model):
+                    with gradients(model):
                         hidden = model.hidden(tokens)[0]
-                        _backward(hidden, output, tokens[0], dense)
+                        backward(hidden, output, tokens[0], dense)
                 else:
                     hidden = model.hidden(tokens)[0]
             if not hidden.isfinite().all():

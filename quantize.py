@@ -8,8 +8,9 @@ attention's weights are int8, and the output layer is in both; embeddings and no
 
 Without `--calibrated` weights are rounded to nearest; with it, so that what layers give on a corpus changes least
 (GPTQ: arXiv:2210.17323), for inputs as they are and with half of their channels dropped, and each layer makes up for
-the layers before it (GPTAQ: arXiv:2504.02692). One block at a time is held in memory. The calibration of thresholds is
-carried over.
+the layers before it (GPTAQ: arXiv:2504.02692). One block at a time is held in memory. `--tune` then moves scales for
+what the whole model gives, dense and half dropped (tuning.py), with both models in memory.
+The calibration of thresholds is carried over.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from checkpoint import (
     WEIGHTS,
     find_checkpoint,
     fingerprint,
+    new_file,
     new_folder,
     open_safetensors,
     read_config,
@@ -51,11 +53,13 @@ from sparse_model import (
     stored_as,
 )
 from tokenizer import Tokenizer
+from tuning import tune_scales
 from weights import QUANTIZED, Form, Int8Output, Weight
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 DROPPED = 0.5  # the sparsity of the inputs that count besides the dense ones
 CONTEXT = 1024  # tokens a sequence
+TUNED = 512  # of these, the leading ones that a step of --tune looks at
 Function = Callable[[Tensor], Tensor]
 
 
@@ -175,9 +179,31 @@ def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], 
             if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):
                 shutil.copyfile(path, out / path.name)
         write_safetensors(out / WEIGHTS, layout, read, METADATA | form.metadata())
-        if (folder / CALIBRATION).exists():
-            calibration = Calibration.load(folder / CALIBRATION)
-            replace(calibration, model=fingerprint(out)).save(out / CALIBRATION)
+    carry_calibration(folder, out)
+
+
+def carry_calibration(folder: Path, out: Path) -> None:
+    """Copies the calibration, if there is one, of one checkpoint to another, as that one's."""
+    if (folder / CALIBRATION).exists():
+        calibration = Calibration.load(folder / CALIBRATION)
+        replace(calibration, model=fingerprint(out)).save(out / CALIBRATION)
+
+
+def tune(folder: Path, out: Path, form: Form, sequences: list[list[int]], device: torch.device) -> None:
+    """Tunes the scales of the checkpoint `out` in that form, made from the one in `folder`, to be like that one."""
+    calibration = load_calibration(folder, device=device)
+    models = (load_model(place, device, torch.float32) for place in (out, folder))
+    factors = tune_scales(*models, calibration, sequences)
+    with open_safetensors(out / WEIGHTS) as file, new_file(out / WEIGHTS) as temporary:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict); memory-mapped
+        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+
+        def read(name: str) -> Tensor:
+            tensor, layer = stored[name], name.removesuffix(".scale")
+            return tensor * factors[layer].cpu() if name.endswith(".scale") and layer in factors else tensor
+
+        write_safetensors(temporary, layout, read, METADATA | form.metadata())
+    carry_calibration(folder, out)
 
 
 def check_dense(folder: Path, form: Form) -> None:
@@ -193,7 +219,7 @@ def check_dense(folder: Path, form: Form) -> None:
 
 
 def read_sequences(folder: Path, corpus: list[Path], tokens: int, seed: int) -> list[list[int]]:
-    """Token sequences of the corpus for `Calibrated`."""
+    """Token sequences of the corpus, of at most CONTEXT tokens each."""
     tokenizer, args = Tokenizer.load(folder), ModelArgs.from_config(read_config(folder))
     documents = [tokenizer.encode(text) for text in read_corpus(corpus)]
     if sequences := cut_sequences(documents, min(CONTEXT, args.max_position), tokens, seed):
@@ -207,16 +233,15 @@ def main() -> None:
     parser.add_argument("--mode", choices=QUANTIZED, default="int8", help="form of the weights (default: %(default)s)")
     parser.add_argument("--group", type=positive_int, help="outputs a scale in int4 (default: 64)")
     parser.add_argument("--calibrated", action="store_true", help="round for the least change of what layers give")
-    parser.add_argument("--corpus", type=Path, nargs="+", help="text for --calibrated (default: data/calibration)")
+    parser.add_argument("--tune", action="store_true", help="then move scales for what the whole model gives")
+    parser.add_argument("--corpus", type=Path, nargs="+", help="text for either (default: data/calibration)")
     parser.add_argument("--tokens", type=positive_int, default=65536, help="of it to read (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="draws the text (default: %(default)s)")
-    parser.add_argument(
-        "--device", help="where --calibrated computes: cpu, cuda or cuda:N (default: cuda if there is one)"
-    )
+    parser.add_argument("--device", help="where both compute: cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, help="folder to make (default: checkpoints/<name>-<mode>)")
     options = parser.parse_args()
-    if not options.calibrated and options.corpus:
-        parser.error("--corpus is text for --calibrated")
+    if not (options.calibrated or options.tune) and options.corpus:
+        parser.error("--corpus is text for --calibrated and --tune")
     if options.group and options.mode != "int4":
         parser.error("--group is for --mode int4")
 
@@ -224,12 +249,17 @@ def main() -> None:
     form = Form(options.mode, (options.group or 64) if options.mode == "int4" else 0)
     check_dense(folder, form)
     out = options.out or ROOT / "checkpoints" / f"{folder.resolve().name}-{options.mode}"
+    sequences, device = [], torch.device("cpu")
     with new_folder(out) as made:
-        if options.calibrated:
+        if options.calibrated or options.tune:
+            device = pick_device(options.device)
             sequences = read_sequences(folder, options.corpus or [DEFAULT_CORPUS], options.tokens, options.seed)
-            quantize(folder, made, form, Calibrated(folder, form, sequences, pick_device(options.device)))
+        if options.calibrated:
+            quantize(folder, made, form, Calibrated(folder, form, sequences, device))
         else:
             quantize(folder, made, form, lambda name, weight: form.within(name).pack(weight))
+        if options.tune:
+            tune(folder, made, form, [sequence[:TUNED] for sequence in sequences], device)
     before, after = ((place / WEIGHTS).stat().st_size / 1e6 for place in (folder, out))
     print(f"wrote {out}: {after:.0f} MB instead of {before:.0f} MB")
 

@@ -28,7 +28,7 @@ RANKS = [
     {"sparse_model", "record"},
     {"cpu_step", "tasks", "pruning", "sharing", "allocation", "probe", "blockwise"},
     {"decode"},
-    {"generate", "calibrate", "eval"},
+    {"generate", "calibrate", "eval", "tuning"},
     {"quantize"},
     {"scripts"},
     {"benchmarks"},

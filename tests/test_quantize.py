@@ -162,6 +162,37 @@ def test_calibrated_rounding_is_nearer_on_held_out_text(made, dense, mode):
 
 
 @each_mode
+def test_tuning_moves_scales_and_nothing_else(made, dense, tmp_path, mode):
+    written = []
+    for name in ("once", "again"):
+        code, _, err = run_here(*arguments(dense, mode, True), "--tune", "--tokens", 2048, "--out", tmp_path / name)
+        assert code == 0, err
+        written.append((tmp_path / name / WEIGHTS).read_bytes())
+    assert written[0] == written[1]
+    (tmp_path / "untuned").mkdir()
+    code, _, err = run_here(*arguments(dense, mode, True), "--tokens", 2048, "--out", tmp_path / "untuned" / "it")
+    before, after = load_file(tmp_path / "untuned" / "it" / WEIGHTS), load_file(tmp_path / "once" / WEIGHTS)
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differing == {f"{name}.scale" for name in sparse_layers(load_model(dense))} and before.keys() == after.keys()
+    for name in differing:
+        torch.testing.assert_close(after[name], before[name], rtol=0.2, atol=0)
+    with safe_open(tmp_path / "once" / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == METADATA | FORMS[mode].metadata()
+    assert {path.name for path in (tmp_path / "once").iterdir()} == {path.name for path in dense.iterdir()}
+    load_calibration(tmp_path / "once")  # is that of the scales as they are now
+
+
+def test_tuning_needs_no_calibrated_rounding(made, dense, tmp_path):
+    code, _, err = run_here(
+        *arguments(dense, "int8"), "--tune", "--corpus", dense.parent / "text.txt", "--out", tmp_path / "out"
+    )
+    assert code == 0, err
+    before, after = (load_file(folder / WEIGHTS) for folder in (made["int8", False][0], tmp_path / "out"))
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert len(same) == len(before) - 8
+
+
+@each_mode
 def test_load_model_in_another_type(made, mode):
     folder = made[mode, False][0]
     model, exact = load_model(folder, dtype=torch.bfloat16), load_model(folder)
@@ -357,6 +388,9 @@ def test_a_folder_that_exists_is_left_alone(even, tmp_path, calibrated):
         (["--calibrated", "--tokens", "1"], 1, "fewer than 2 tokens"),
         (["--calibrated", "--device", "tpu"], 1, "--device tpu is not known here"),
         (["--calibrated", "--corpus", "none.txt"], 1, "none.txt does not exist"),
+        (["--corpus", "none.txt"], 2, "--corpus is text for --calibrated and --tune"),
+        (["--tune", "--tokens", "1"], 1, "fewer than 2 tokens"),
+        (["--tune", "--device", "tpu"], 1, "--device tpu is not known here"),
     ],
     ids=repr,
 )

@@ -1,0 +1,78 @@
+"""Fits a quantized model's scales to what the original gives in the end, by gradient steps.
+
+Rounding looks at one layer at a time: what the errors of all layers do together, and to a model that drops channels
+besides, shows in the logits only. Here every output's scale moves so that the quantized model's logits, dense and with
+half of its channels dropped, diverge less from the dense original's. Rows stay as they are, and nothing is added that a
+token would read. Source: the end-to-end phase of EfficientQAT, arXiv:2407.11062, which tunes dense models' scales.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from model import Transformer
+from probe import backward, gradients
+from sparse_model import Calibration, SparseLinear, leading_dense, set_sparsity, sparse_layers
+from weights import output_weight
+
+SPARSITIES = (0.0, 0.5)  # at which the model shall be like the original; both count alike
+RATE = 3e-3  # of a factor, a step, at first; down to 0 by half a cosine
+BETAS = (0.9, 0.95)  # Adam's: there are few steps, so that its memory is short
+
+
+@contextmanager
+def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
+    """In the block, what a layer's weight gives is times its factors [N]; a bias is not."""
+
+    def times(factor: Tensor, layer: SparseLinear, y: Tensor) -> Tensor:
+        return y * factor if layer.bias is None else (y - layer.bias) * factor + layer.bias
+
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, y, factor=factors[name]: times(factor, layer, y))
+        for name, layer in sparse_layers(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tune_scales(
+    model: Transformer, original: Transformer, calibration: Calibration, sequences: list[list[int]]
+) -> dict[str, Tensor]:
+    """What the scales of a quantized model are to be multiplied by, fp32 [N] by layer name; a step for each sequence.
+
+    Both models are on one device, in fp32; the quantized one is left at the last of SPARSITIES. Raises ValueError when
+    its hidden states are not finite.
+    """
+    layers, device = sparse_layers(model), model.norm.weight.device
+    factors = {name: Parameter(torch.ones(layer.weight.out_features, device=device)) for name, layer in layers.items()}
+    optimizer = torch.optim.Adam(factors.values(), lr=RATE, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(sequences))
+    output = output_weight(model.output).detach()
+    with (
+        tqdm(total=sum(map(len, sequences)), desc="tuning scales", unit="token") as progress,
+        leading_dense(model, 1),
+        rescaled(model, factors),
+        gradients(model),
+    ):
+        for sequence in sequences:
+            tokens = torch.tensor([sequence], device=device)
+            with torch.no_grad():
+                dense = original.hidden(tokens)[0]
+            for sparsity in SPARSITIES:
+                set_sparsity(model, calibration, sparsity)
+                hidden = model.hidden(tokens)[0]
+                if not hidden.isfinite().all():
+                    raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
+                backward(hidden, output, tokens[0], dense)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress.update(len(sequence))
+    return {name: factor.detach() for name, factor in factors.items()}
