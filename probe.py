@@ -89,7 +89,7 @@ class Observed:
 
 @contextmanager
 def gradients(model: Transformer) -> Iterator[None]:
-    """In the block, gradients reach the layers' inputs; weights have none."""
+    """In the block, gradients reach the layers' inputs, for the embeddings ask for one; weights have none."""
     hook = model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
     try:
         with torch.enable_grad():
@@ -99,7 +99,10 @@ def gradients(model: Transformer) -> Iterator[None]:
 
 
 def backward(hidden: Tensor, output: Tensor, tokens: Tensor, dense: Tensor | None) -> None:
-    """Gradients of the loss on a text's tokens [T], or of the divergence from the dense model's hidden states."""
+    """Adds up gradients of the loss on a text's tokens [T] or, given its states, of the divergence from a dense model.
+
+    hidden, dense: final hidden states [T, dim]; output: the layer's weight, fp32 [vocab, dim], for both.
+    """
     leaf = hidden.detach().requires_grad_()
     for start in range(0, len(tokens) - 1, LOGIT_ROWS):  # of the last token nothing is known
         rows = slice(start, min(start + LOGIT_ROWS, len(tokens) - 1))

@@ -9,8 +9,8 @@ attention's weights are int8, and the output layer is in both; embeddings and no
 Without `--calibrated` weights are rounded to nearest; with it, so that what layers give on a corpus changes least
 (GPTQ: arXiv:2210.17323), for inputs as they are and with half of their channels dropped, and each layer makes up for
 the layers before it (GPTAQ: arXiv:2504.02692). One block at a time is held in memory. `--tune` then moves scales for
-what the whole model gives, dense and half dropped (tuning.py), with both models in memory.
-The calibration of thresholds is carried over.
+what the whole model gives, dense and with half of the channels dropped (tuning.py); it holds both models in memory. The
+calibration of thresholds is carried over.
 """
 
 import argparse
@@ -59,7 +59,7 @@ from weights import QUANTIZED, Form, Int8Output, Weight
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 DROPPED = 0.5  # the sparsity of the inputs that count besides the dense ones
 CONTEXT = 1024  # tokens a sequence
-TUNED = 512  # of these, the leading ones that a step of --tune looks at
+TUNED = 512  # of these, the leading ones that --tune looks at: on a CPU a step of so many takes 8 s
 Function = Callable[[Tensor], Tensor]
 
 
@@ -192,8 +192,11 @@ def carry_calibration(folder: Path, out: Path) -> None:
 def tune(folder: Path, out: Path, form: Form, sequences: list[list[int]], device: torch.device) -> None:
     """Tunes the scales of the checkpoint `out` in that form, made from the one in `folder`, to be like that one."""
     calibration = load_calibration(folder, device=device)
-    models = (load_model(place, device, torch.float32) for place in (out, folder))
-    factors = tune_scales(*models, calibration, sequences)
+    try:
+        models = (load_model(place, device, torch.float32) for place in (out, folder))
+        factors = tune_scales(*models, calibration, sequences)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"--tune holds both models in fp32, too much for {device}: try --device cpu") from error
     with open_safetensors(out / WEIGHTS) as file, new_file(out / WEIGHTS) as temporary:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict); memory-mapped
         layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
@@ -234,10 +237,15 @@ def main() -> None:
     parser.add_argument("--group", type=positive_int, help="outputs a scale in int4 (default: 64)")
     parser.add_argument("--calibrated", action="store_true", help="round for the least change of what layers give")
     parser.add_argument("--tune", action="store_true", help="then move scales for what the whole model gives")
-    parser.add_argument("--corpus", type=Path, nargs="+", help="text for either (default: data/calibration)")
-    parser.add_argument("--tokens", type=positive_int, default=65536, help="of it to read (default: %(default)s)")
+    parser.add_argument("--corpus", type=Path, nargs="+", help="text for these two (default: data/calibration)")
+    parser.add_argument(
+        "--tokens",
+        type=positive_int,
+        default=65536,
+        help="of the corpus, for --calibrated; --tune takes half of them (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="draws the text (default: %(default)s)")
-    parser.add_argument("--device", help="where both compute: cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--device", help="where these two compute: cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, help="folder to make (default: checkpoints/<name>-<mode>)")
     options = parser.parse_args()
     if not (options.calibrated or options.tune) and options.corpus:
@@ -249,10 +257,9 @@ def main() -> None:
     form = Form(options.mode, (options.group or 64) if options.mode == "int4" else 0)
     check_dense(folder, form)
     out = options.out or ROOT / "checkpoints" / f"{folder.resolve().name}-{options.mode}"
-    sequences, device = [], torch.device("cpu")
+    device = pick_device(options.device)
     with new_folder(out) as made:
-        if options.calibrated or options.tune:
-            device = pick_device(options.device)
+        if options.calibrated or options.tune:  # read first: bad text is refused before the work
             sequences = read_sequences(folder, options.corpus or [DEFAULT_CORPUS], options.tokens, options.seed)
         if options.calibrated:
             quantize(folder, made, form, Calibrated(folder, form, sequences, device))

@@ -2,8 +2,9 @@
 
 Rounding looks at one layer at a time: what the errors of all layers do together, and to a model that drops channels
 besides, shows in the logits only. Here every output's scale moves so that the quantized model's logits, dense and with
-half of its channels dropped, diverge less from the dense original's. Rows stay as they are, and nothing is added that a
-token would read. Source: the end-to-end phase of EfficientQAT, arXiv:2407.11062, which tunes dense models' scales.
+half of its channels dropped, diverge less from the dense original's, read out by the quantized output layer. Rows stay
+as they are, thresholds too, and nothing is added that a token would read. Source: the end-to-end phase of EfficientQAT,
+arXiv:2407.11062, which tunes dense models' scales.
 """
 
 from collections.abc import Iterator
@@ -22,17 +23,18 @@ from weights import output_weight
 SPARSITIES = (0.0, 0.5)  # at which the model shall be like the original; both count alike
 RATE = 3e-3  # of a factor, a step, at first; down to 0 by half a cosine
 BETAS = (0.9, 0.95)  # Adam's: there are few steps, so that its memory is short
+STEP = 512  # tokens a step, at least: a short sequence by itself would move scales as far as a long one
 
 
 @contextmanager
 def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
     """In the block, what a layer's weight gives is times its factors [N]; a bias is not."""
 
-    def times(factor: Tensor, layer: SparseLinear, y: Tensor) -> Tensor:
+    def rescale(layer: SparseLinear, factor: Tensor, y: Tensor) -> Tensor:
         return y * factor if layer.bias is None else (y - layer.bias) * factor + layer.bias
 
     hooks = [
-        layer.register_forward_hook(lambda layer, inputs, y, factor=factors[name]: times(factor, layer, y))
+        layer.register_forward_hook(lambda layer, inputs, y, factor=factors[name]: rescale(layer, factor, y))
         for name, layer in sparse_layers(model).items()
     ]
     try:
@@ -42,10 +44,20 @@ def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
             hook.remove()
 
 
+def cut_steps(sequences: list[list[int]]) -> list[list[list[int]]]:
+    """The sequences in groups of at least STEP tokens, the last of what is left."""
+    steps: list[list[list[int]]] = []
+    for sequence in sequences:
+        if not steps or sum(map(len, steps[-1])) >= STEP:
+            steps.append([])
+        steps[-1].append(sequence)
+    return steps
+
+
 def tune_scales(
     model: Transformer, original: Transformer, calibration: Calibration, sequences: list[list[int]]
 ) -> dict[str, Tensor]:
-    """What the scales of a quantized model are to be multiplied by, fp32 [N] by layer name; a step for each sequence.
+    """What the scales of a quantized model are to be multiplied by, fp32 [N] by layer name.
 
     Both models are on one device, in fp32; the quantized one is left at the last of SPARSITIES. Raises ValueError when
     its hidden states are not finite.
@@ -53,7 +65,8 @@ def tune_scales(
     layers, device = sparse_layers(model), model.norm.weight.device
     factors = {name: Parameter(torch.ones(layer.weight.out_features, device=device)) for name, layer in layers.items()}
     optimizer = torch.optim.Adam(factors.values(), lr=RATE, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(sequences))
+    steps = cut_steps(sequences)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
     output = output_weight(model.output).detach()
     with (
         tqdm(total=sum(map(len, sequences)), desc="tuning scales", unit="token") as progress,
@@ -61,18 +74,19 @@ def tune_scales(
         rescaled(model, factors),
         gradients(model),
     ):
-        for sequence in sequences:
-            tokens = torch.tensor([sequence], device=device)
-            with torch.no_grad():
-                dense = original.hidden(tokens)[0]
-            for sparsity in SPARSITIES:
-                set_sparsity(model, calibration, sparsity)
-                hidden = model.hidden(tokens)[0]
-                if not hidden.isfinite().all():
-                    raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
-                backward(hidden, output, tokens[0], dense)
+        for step in steps:
+            for sequence in step:
+                tokens = torch.tensor([sequence], device=device)
+                with torch.no_grad():
+                    dense = original.hidden(tokens)[0]
+                for sparsity in SPARSITIES:
+                    set_sparsity(model, calibration, sparsity)
+                    hidden = model.hidden(tokens)[0]
+                    if not hidden.isfinite().all():
+                        raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
+                    backward(hidden, output, tokens[0], dense)
+                progress.update(len(sequence))
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            progress.update(len(sequence))
     return {name: factor.detach() for name, factor in factors.items()}

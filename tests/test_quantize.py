@@ -169,9 +169,9 @@ def test_tuning_moves_scales_and_nothing_else(made, dense, tmp_path, mode):
         assert code == 0, err
         written.append((tmp_path / name / WEIGHTS).read_bytes())
     assert written[0] == written[1]
-    (tmp_path / "untuned").mkdir()
-    code, _, err = run_here(*arguments(dense, mode, True), "--tokens", 2048, "--out", tmp_path / "untuned" / "it")
-    before, after = load_file(tmp_path / "untuned" / "it" / WEIGHTS), load_file(tmp_path / "once" / WEIGHTS)
+    code, _, err = run_here(*arguments(dense, mode, True), "--tokens", 2048, "--out", tmp_path / "untuned")
+    assert code == 0, err
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("untuned", "once"))
     differing = {name for name in before if not torch.equal(before[name], after[name])}
     assert differing == {f"{name}.scale" for name in sparse_layers(load_model(dense))} and before.keys() == after.keys()
     for name in differing:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import tuning
 from checkpoint import fingerprint
 from probe import measure
 from sparse_model import (
@@ -16,8 +17,8 @@ from sparse_model import (
     set_sparsity,
     sparse_layers,
 )
-from tuning import SPARSITIES, rescaled, tune_scales
-from weights import Form
+from tuning import SPARSITIES, STEP, cut_steps, rescaled, tune_scales
+from weights import Form, Int8Output
 
 
 def draw_sequences(count, seed, length=32):
@@ -41,10 +42,17 @@ def calibration(even, original):
     return Calibration(measure(original, draw_sequences(8, 2)), fingerprint(even), {})
 
 
+@pytest.fixture
+def short_steps(monkeypatch):
+    """As many steps as sequences."""
+    monkeypatch.setattr(tuning, "STEP", 32)
+
+
 def quantized(even, form):
     model = load(even)
     for name, layer in sparse_layers(model).items():
         layer.weight = form.within(name).pack(layer.weight.rows)
+    model.output = Int8Output.pack(model.output.weight)
     return model
 
 
@@ -62,7 +70,7 @@ def apply(model, factors):
         layer.weight.scale.mul_(factors[name])
 
 
-def test_the_model_comes_nearer_on_other_tokens_too(even, original, calibration):
+def test_the_model_comes_nearer_on_other_tokens_too(even, original, calibration, short_steps):
     model, others = quantized(even, Form("int4", 64)), draw_sequences(8, 3)
 
     def measured():
@@ -79,7 +87,7 @@ def test_the_model_comes_nearer_on_other_tokens_too(even, original, calibration)
     assert sum(measured()) < 0.95 * sum(before)
 
 
-def test_scales_that_are_wrong_are_moved_back(even, original, calibration):
+def test_scales_that_are_wrong_are_moved_back(even, original, calibration, short_steps):
     model = quantized(even, Form("int8"))
     wrong = sparse_layers(model)["layers.0.feed_forward.w2"].weight.scale
     wrong[:64] *= 1.1
@@ -88,7 +96,7 @@ def test_scales_that_are_wrong_are_moved_back(even, original, calibration):
     assert factors[:64].mean() < 0.985 and factors[64:].mean() == pytest.approx(1, abs=0.005)
 
 
-def test_equal_runs_give_equal_factors(even, original, calibration):
+def test_equal_runs_give_equal_factors(even, original, calibration, short_steps):
     model, sequences = quantized(even, Form("int4", 64)), draw_sequences(3, 1)
     first, second = (tune_scales(model, original, calibration, sequences) for _ in range(2))
     assert first.keys() == sparse_layers(model).keys()
@@ -96,9 +104,14 @@ def test_equal_runs_give_equal_factors(even, original, calibration):
     assert all(factor.dtype == torch.float32 and not factor.requires_grad for factor in first.values())
 
 
+def draw_inputs():
+    generator = torch.Generator().manual_seed(5)
+    x, rows, bias = (torch.randn(shape, generator=generator) for shape in ((1, 3, 8), (8, 16), (16,)))
+    return x, rows, bias, torch.rand(16, generator=generator) + 0.5
+
+
 def test_factors_are_of_the_weight_and_not_of_the_bias():
-    x, rows, bias = torch.randn(1, 3, 8), torch.randn(8, 16), torch.randn(16)
-    factor = torch.rand(16) + 0.5
+    x, rows, bias, factor = draw_inputs()
     for given in (None, bias):
         layer = torch.nn.ModuleDict({"w": SparseLinear(DenseWeight(rows), given)})
         with rescaled(layer, {"w": factor}):
@@ -113,3 +126,18 @@ def test_hidden_states_that_are_not_finite_are_refused(even, original, calibrati
     model.norm.weight = torch.nn.Parameter(model.norm.weight * float("inf"), requires_grad=False)
     with pytest.raises(ValueError, match="NaN or inf"):
         tune_scales(model, original, calibration, draw_sequences(1, 1))
+
+
+def test_short_sequences_share_a_step():
+    lengths = [STEP, 36, STEP, STEP - 1, 2, 2]
+    steps = cut_steps([[1] * length for length in lengths])
+    assert [[len(sequence) for sequence in step] for step in steps] == [[STEP], [36, STEP], [STEP - 1, 2], [2]]
+
+
+@pytest.mark.gpu
+def test_tuning_on_cuda(even, original, calibration, short_steps):
+    sequences = draw_sequences(3, 1)
+    expected = tune_scales(quantized(even, Form("int4", 64)), original, calibration, sequences)
+    found = tune_scales(quantized(even, Form("int4", 64)).cuda(), load(even).cuda(), calibration, sequences)
+    for name, factors in expected.items():
+        torch.testing.assert_close(found[name].cpu(), factors, rtol=0, atol=2e-3)
