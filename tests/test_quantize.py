@@ -165,11 +165,11 @@ def test_calibrated_rounding_is_nearer_on_held_out_text(made, dense, mode):
 def test_tuning_moves_scales_and_nothing_else(made, dense, tmp_path, mode):
     written = []
     for name in ("once", "again"):
-        code, _, err = run_here(*arguments(dense, mode, True), "--tune", "--tokens", 2048, "--out", tmp_path / name)
+        code, _, err = run_here(*arguments(dense, mode, True), "--tune", "--tokens", 256, "--out", tmp_path / name)
         assert code == 0, err
         written.append((tmp_path / name / WEIGHTS).read_bytes())
     assert written[0] == written[1]
-    code, _, err = run_here(*arguments(dense, mode, True), "--tokens", 2048, "--out", tmp_path / "untuned")
+    code, _, err = run_here(*arguments(dense, mode, True), "--tokens", 256, "--out", tmp_path / "untuned")
     assert code == 0, err
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("untuned", "once"))
     differing = {name for name in before if not torch.equal(before[name], after[name])}
@@ -183,9 +183,8 @@ def test_tuning_moves_scales_and_nothing_else(made, dense, tmp_path, mode):
 
 
 def test_tuning_needs_no_calibrated_rounding(made, dense, tmp_path):
-    code, _, err = run_here(
-        *arguments(dense, "int8"), "--tune", "--corpus", dense.parent / "text.txt", "--out", tmp_path / "out"
-    )
+    text = ["--corpus", dense.parent / "text.txt", "--tokens", 256]
+    code, _, err = run_here(*arguments(dense, "int8"), "--tune", *text, "--out", tmp_path / "out")
     assert code == 0, err
     before, after = (load_file(folder / WEIGHTS) for folder in (made["int8", False][0], tmp_path / "out"))
     same = [name for name in before if torch.equal(before[name], after[name])]
