@@ -8,7 +8,7 @@ arXiv:2407.11062, which tunes dense models' scales.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -30,18 +30,15 @@ STEP = 512  # tokens a step, at least: a short sequence by itself would move sca
 def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
     """In the block, what a layer's weight gives is times its factors [N]; a bias is not."""
 
-    def rescale(layer: SparseLinear, factor: Tensor, y: Tensor) -> Tensor:
-        return y * factor if layer.bias is None else (y - layer.bias) * factor + layer.bias
+    def rescale(name: str, layer: SparseLinear, y: Tensor) -> Tensor:
+        return y * factors[name] if layer.bias is None else (y - layer.bias) * factors[name] + layer.bias
 
-    hooks = [
-        layer.register_forward_hook(lambda layer, inputs, y, factor=factors[name]: rescale(layer, factor, y))
-        for name, layer in sparse_layers(model).items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in sparse_layers(model).items():
+            hooks.enter_context(
+                layer.register_forward_hook(lambda layer, inputs, y, name=name: rescale(name, layer, y))
+            )
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def cut_steps(sequences: list[list[int]]) -> list[list[list[int]]]:
