@@ -91,11 +91,8 @@ class Observed:
 def gradients(model: Transformer) -> Iterator[None]:
     """In the block, gradients reach the layers' inputs, for the embeddings ask for one; weights have none."""
     hook = model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
+    with hook, torch.enable_grad():
+        yield
 
 
 def backward(hidden: Tensor, output: Tensor, tokens: Tensor, dense: Tensor | None) -> None:

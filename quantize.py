@@ -53,13 +53,12 @@ from sparse_model import (
     stored_as,
 )
 from tokenizer import Tokenizer
-from tuning import tune_scales
+from tuning import STEP, tune_scales
 from weights import QUANTIZED, Form, Int8Output, Weight
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 DROPPED = 0.5  # the sparsity of the inputs that count besides the dense ones
 CONTEXT = 1024  # tokens a sequence
-TUNED = 512  # of these, the leading ones that --tune looks at: on a CPU a step of so many takes 8 s
 Function = Callable[[Tensor], Tensor]
 
 
@@ -144,9 +143,9 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], Weight]) -> None:
-    """Fills the folder `out` with a checkpoint; `pack` quantizes the layer called so, of weight [K, N].
+    """Fills the folder `out` with a checkpoint, without calibration; `pack` quantizes the layer called so.
 
-    Raises ValueError on NaN and inf.
+    Weights are [K, N]. Raises ValueError on NaN and inf.
     """
     with torch.device("meta"):
         model = sparsify(Transformer(ModelArgs.from_config(read_config(folder))), form)
@@ -179,7 +178,6 @@ def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], 
             if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):
                 shutil.copyfile(path, out / path.name)
         write_safetensors(out / WEIGHTS, layout, read, METADATA | form.metadata())
-    carry_calibration(folder, out)
 
 
 def carry_calibration(folder: Path, out: Path) -> None:
@@ -206,7 +204,6 @@ def tune(folder: Path, out: Path, form: Form, sequences: list[list[int]], device
             return tensor * factors[layer].cpu() if name.endswith(".scale") and layer in factors else tensor
 
         write_safetensors(temporary, layout, read, METADATA | form.metadata())
-    carry_calibration(folder, out)
 
 
 def check_dense(folder: Path, form: Form) -> None:
@@ -266,7 +263,9 @@ def main() -> None:
         else:
             quantize(folder, made, form, lambda name, weight: form.within(name).pack(weight))
         if options.tune:
-            tune(folder, made, form, [sequence[:TUNED] for sequence in sequences], device)
+            # Half of each sequence is a step: on 2 cores one takes 8 s for the demo model.
+            tune(folder, made, form, [sequence[:STEP] for sequence in sequences], device)
+        carry_calibration(folder, made)
     before, after = ((place / WEIGHTS).stat().st_size / 1e6 for place in (folder, out))
     print(f"wrote {out}: {after:.0f} MB instead of {before:.0f} MB")
 

@@ -6,7 +6,7 @@ multiply is not read. Sparsity is the fraction dropped; 0 is exactly the dense m
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,15 +108,11 @@ def watch_inputs(model: nn.Module, observe: Callable[[str, SparseLinear, Tensor]
 
     When it returns a tensor, the layer computes from that instead.
     """
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: observe(name, layer, inputs[0]))
-        for name, layer in sparse_layers(model).items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in sparse_layers(model).items():
+            hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: observe(name, layer, inputs[0]))
+            hooks.enter_context(hook)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -35,9 +35,8 @@ def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for name, layer in sparse_layers(model).items():
-            hooks.enter_context(
-                layer.register_forward_hook(lambda layer, inputs, y, name=name: rescale(name, layer, y))
-            )
+            hook = layer.register_forward_hook(lambda layer, inputs, y, name=name: rescale(name, layer, y))
+            hooks.enter_context(hook)
         yield
 
 

@@ -104,14 +104,10 @@ def test_equal_runs_give_equal_factors(even, original, calibration, short_steps)
     assert all(factor.dtype == torch.float32 and not factor.requires_grad for factor in first.values())
 
 
-def draw_inputs():
+def test_factors_are_of_the_weight_and_not_of_the_bias():
     generator = torch.Generator().manual_seed(5)
     x, rows, bias = (torch.randn(shape, generator=generator) for shape in ((1, 3, 8), (8, 16), (16,)))
-    return x, rows, bias, torch.rand(16, generator=generator) + 0.5
-
-
-def test_factors_are_of_the_weight_and_not_of_the_bias():
-    x, rows, bias, factor = draw_inputs()
+    factor = torch.rand(16, generator=generator) + 0.5
     for given in (None, bias):
         layer = torch.nn.ModuleDict({"w": SparseLinear(DenseWeight(rows), given)})
         with rescaled(layer, {"w": factor}):
