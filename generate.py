@@ -9,16 +9,24 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, check_writable, find_checkpoint, new_file
-from cli import add_model_arguments, positive_int, probability, run, sparsity, temperature
-from decode import (
+from teal_fast.cli import (
+    add_model_arguments,
+    open_calibration,
+    open_checkpoint,
+    pick_device,
+    positive_int,
+    probability,
+    run,
+    sparsity,
+    temperature,
+)
+from teal_fast.engine.accounting import bytes_per_token
+from teal_fast.engine.decode import (
     Prefill,
     Sample,
     Step,
@@ -29,18 +37,16 @@ from decode import (
     fast_step,
     prefill,
 )
-from model import Transformer
-from record import describe
-from sampling import Sampling
-from sparse_model import (
-    bytes_per_token,
-    format_of,
-    load_calibration,
-    load_model,
-    pick_device,
-    set_sparsity,
-)
-from tokenizer import Tokenizer
+from teal_fast.engine.measure import cache_length, profiler
+from teal_fast.engine.sampling import Sampling
+from teal_fast.evaluation.record import describe
+from teal_fast.files.calibration import set_sparsity
+from teal_fast.files.load import load_model
+from teal_fast.files.store import check_writable
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import format_of
+from teal_fast.weights.formats import DTYPES
 
 
 @dataclass
@@ -69,11 +75,6 @@ class Session:
                 print(stream.push(token), end="", flush=True)
         finally:
             print(stream.flush(), flush=True)
-
-
-def cache_length(model: Transformer, tokens: int) -> int:
-    """A cache size for `tokens` tokens: a power of two, so that runs of similar length share compiled code."""
-    return min(max(256, 1 << (tokens - 1).bit_length()), model.args.max_position)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: list[dict[str, str]] | None) -> list[int]:
@@ -178,30 +179,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextmanager
-def profiler(path: Path | None) -> Iterator[None]:
-    """Profiles the block when there is a path: a chrome trace goes there, a table by operator to stderr."""
-    if path is None:
-        yield
-        return
-    with torch.profiler.profile() as profile:
-        yield
-    with new_file(path) as temporary:
-        profile.export_chrome_trace(str(temporary))
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profile.key_averages().table(sort_by=order, row_limit=15), file=sys.stderr)
-
-
 def main() -> None:
     options = parse_arguments()
-    folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
+    folder, device = open_checkpoint(options.checkpoint), pick_device(options.device)
     if options.profile:
         check_writable(options.profile)
     tokenizer = Tokenizer.load(folder)
     prompt = [] if options.interactive else encode_prompt(tokenizer, options.prompt, [] if options.chat else None)
     calibration = None
     if options.sparsity > 0:
-        calibration = load_calibration(folder, options.calibration, device)
+        calibration = open_calibration(folder, options.calibration, device)
     model = load_model(folder, device, DTYPES.get(options.dtype))
     if calibration is not None:
         set_sparsity(model, calibration, options.sparsity)

@@ -4,32 +4,19 @@ A channel of a linear layer's input is dropped when |x| does not exceed its thre
 multiply is not read. Sparsity is the fraction dropped; 0 is exactly the dense model. Source: TEAL, arXiv:2408.14690.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoint import (
-    DTYPES,
-    SPARSE_WEIGHT,
-    WEIGHTS,
-    fingerprint,
-    new_file,
-    open_safetensors,
-    read_config,
-    run_command,
-)
-from model import ModelArgs, Transformer
-from weights import DenseWeight, Form, Int8Output, Weight
+from teal_fast.model import Transformer
+from teal_fast.weights.dense import DenseWeight, Weight
+from teal_fast.weights.formats import DTYPES, Form
+from teal_fast.weights.output import Int8Output
 
-CALIBRATION = "calibration.safetensors"
-CALIBRATION_VERSION = "2"
-FACTOR = ".factor"  # what a layer's factors are called in the file, after its name
+SPARSE_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w13|w2))\.weight")
 KINDS = {"wqkv": "qkv", "wo": "o", "w13": "gate+up", "w2": "down"}
 KEEP_ALL = -1.0  # a threshold below every |x|
 
@@ -127,188 +114,3 @@ def leading_dense(model: nn.Module, tokens: int) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.dense_tokens = value
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Thresholds of every sparse layer for any sparsity of the model, by bytes of its sparse layers' rows.
-
-    curves: by module name, fp32 [points], ascending, the layer's threshold at model sparsities evenly spaced from 0 to
-    1. model: `checkpoint.fingerprint` of the model it belongs to. origin: what it was measured on (corpus, tokens,
-    seed) and how (method). factors: by module name, fp32 [K], what a layer's threshold is times for each channel;
-    layers without one have the same for all.
-    """
-
-    curves: dict[str, Tensor]
-    model: dict[str, str]
-    origin: dict[str, str]
-    factors: dict[str, Tensor] = field(default_factory=dict)
-
-    def threshold(self, name: str, sparsity: float) -> Tensor:
-        """Of layer `name` at a model sparsity: fp32 [K], or a scalar where channels share it; linear between points."""
-        if not 0 <= sparsity <= 1:
-            raise ValueError(f"sparsity {sparsity}: expected a fraction from 0 to 1")
-        if sparsity == 0:
-            return torch.tensor(KEEP_ALL)
-        points = self.curves[name]
-        position = sparsity * (len(points) - 1)
-        below = min(int(position), len(points) - 2)
-        threshold = torch.lerp(points[below], points[below + 1], position - below)
-        return threshold * self.factors[name] if name in self.factors else threshold
-
-    def save(self, path: Path) -> None:
-        """Writes the file whole or leaves what was there."""
-        about = {"version": CALIBRATION_VERSION, "model": self.model, "origin": self.origin}
-        tensors = self.curves | {name + FACTOR: factor for name, factor in self.factors.items()}
-        with new_file(path) as temporary:
-            # One entry of metadata: of several, safetensors shuffles the order, and equal files should be equal bytes.
-            temporary.write_bytes(save(tensors, {"calibration": json.dumps(about)}))
-
-    @classmethod
-    def load(cls, path: Path) -> "Calibration":
-        """Raises FileNotFoundError, or ValueError when the file is not a sound calibration of this version."""
-        with open_safetensors(path) as file:
-            about = json.loads((file.metadata() or {}).get("calibration", "{}"))
-            if about.get("version") != CALIBRATION_VERSION:
-                raise ValueError(f"{path} is no calibration of version {CALIBRATION_VERSION}: run calibrate.py again")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name, values in tensors.items():
-            row = values.dtype == torch.float32 and values.ndim == 1 and len(values) > 1 and values.isfinite().all()
-            if not (row and ((values >= 0) if name.endswith(FACTOR) else values.diff() >= 0).all()):
-                expected = "fp32 of at least 0" if name.endswith(FACTOR) else "ascending fp32"
-                raise ValueError(f"{path}: values of {name} are not {expected}: run calibrate.py again")
-        factors = {name.removesuffix(FACTOR): tensors.pop(name) for name in list(tensors) if name.endswith(FACTOR)}
-        return cls(tensors, about["model"], about["origin"], factors)
-
-    def check(self, folder: Path) -> None:
-        """Raises ValueError naming what differs when this is not the calibration of the checkpoint in `folder`."""
-        expected = fingerprint(folder)
-        if differing := [name for name in expected if self.model.get(name) != expected[name]]:
-            found = ", ".join(f"{name} {self.model.get(name)} (checkpoint: {expected[name]})" for name in differing)
-            raise ValueError(f"the calibration is another model's: it has {found}; run calibrate.py on {folder}")
-        with open_safetensors(folder / WEIGHTS) as file:
-            layers = {name.removesuffix(".weight") for name in file.keys() if SPARSE_WEIGHT.fullmatch(name)}  # noqa: SIM118
-        if differing := sorted(layers ^ self.curves.keys()):
-            side = "lacks" if differing[0] in layers else "has, unlike the model,"
-            raise ValueError(f"the calibration {side} layer {differing[0]}: run calibrate.py on {folder}")
-
-
-def set_sparsity(model: Transformer, calibration: Calibration, sparsity: float) -> None:
-    """Sets every layer's thresholds in place so that a share `sparsity` of the sparse layers' bytes is not read."""
-    for name, layer in sparse_layers(model).items():
-        layer.threshold.copy_(calibration.threshold(name, sparsity))
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, by default CUDA where there is one. Raises ValueError when it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not known here, expected cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and not 0 <= (device.index or 0) < count:
-        raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams, events and Triton's launches go by the current device
-    return device
-
-
-def load_calibration(folder: Path, path: Path | None = None, device: torch.device | str = "cpu") -> Calibration:
-    """The calibration at `path`, or the folder's own, made first when there is none. Raises when it does not fit."""
-    if path is None:
-        path = folder / CALIBRATION
-        if not path.exists():
-            run_command("calibrate", "--checkpoint", str(folder), "--device", str(device))
-    calibration = Calibration.load(path)
-    calibration.check(folder)
-    return calibration
-
-
-def stored_as(name: str) -> str:
-    """The name in model.safetensors of a parameter of the sparse model."""
-    return name.replace(".weight.rows", ".weight").replace(".weight.scale", ".scale")
-
-
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
-
-    Quantized weights stay so; `dtype` is of what is computed, and of all else. On the CPU tensors stay memory-mapped
-    unless it changes them.
-    """
-    args = ModelArgs.from_config(read_config(folder))
-    tensors = {}
-    with open_safetensors(folder / WEIGHTS) as file:
-        metadata, stored = file.metadata() or {}, set(file.keys())
-        if metadata.get("format") != "teal-fast":
-            raise ValueError(f"{folder} is not converted yet: run `python -m scripts.convert_hf_checkpoint {folder}`")
-        with torch.device("meta"):
-            model = sparsify(Transformer(args), Form.read(metadata))
-        for name, parameter in model.named_parameters():
-            stored_name = stored_as(name)
-            if stored_name not in stored:
-                raise ValueError(f"{folder / WEIGHTS} lacks {stored_name}, which its config.json calls for: remake it")
-            tensor = file.get_tensor(stored_name).to(device=device)
-            quantized = not tensor.is_floating_point() or name.endswith(".scale")
-            tensors[name] = tensor if quantized else tensor.to(dtype=dtype)
-            if tensor.shape != parameter.shape:
-                found, expected = list(tensor.shape), list(parameter.shape)
-                raise ValueError(f"{folder / WEIGHTS}: {stored_name} is {found}, config.json calls for {expected}")
-        if extra := sorted(stored - set(map(stored_as, tensors))):
-            raise ValueError(f"{folder / WEIGHTS} holds {extra[0]}, unknown to its config.json: make it again")
-    model.load_state_dict(tensors, strict=False, assign=True)
-    if isinstance(model.output, nn.Linear) and args.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-    for layer in sparse_layers(model).values():
-        layer.threshold = torch.full(layer.threshold.shape, KEEP_ALL, device=device)
-    return model.to(device).requires_grad_(False).eval()
-
-
-@dataclass
-class Tally:
-    """Entries seen and kept by each sparse layer, counted on the device: int64 scalars by module name."""
-
-    seen: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, Tensor] = field(default_factory=dict)
-
-    def by_kind(self, model: Transformer) -> dict[str, float]:
-        """Achieved sparsity by tensor kind and "all", weighted by the bytes of a channel's row; of what was counted."""
-        layers = sparse_layers(model)
-        read: dict[str, float] = {}
-        held: dict[str, float] = {}
-        for name, seen in self.seen.items():
-            for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
-                held[kind] = held.get(kind, 0) + seen * layers[name].weight.rows[0].nbytes
-                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.rows[0].nbytes
-        return {kind: 1 - read[kind] / held[kind] for kind in held if held[kind]}
-
-
-@contextmanager
-def tally_kept(model: Transformer) -> Iterator[Tally]:
-    """Counts, in the block, what every sparse layer keeps of the tokens that it does not compute densely."""
-    tally = Tally()
-
-    def count(name: str, layer: SparseLinear, x: Tensor) -> None:
-        decoded = x[:, layer.count_dense(x.shape[1]) :]
-        tally.seen[name] = tally.seen.get(name, 0) + decoded.numel()
-        tally.kept[name] = tally.kept.get(name, 0) + layer.dropped(decoded).logical_not().sum()
-
-    with watch_inputs(model, count):
-        yield tally
-
-
-def bytes_per_token(model: Transformer, sparsity: float, context: int = 0) -> int:
-    """Bytes that one decoded token reads when a share `sparsity` of the sparse layers' rows is skipped.
-
-    Weights, and the keys and values of `context` earlier tokens.
-    """
-    args, itemsize = model.args, model.norm.weight.element_size()
-    cached = 2 * args.n_layers * args.n_kv_heads * args.head_dim * itemsize * context
-    sparse = sum(layer.weight.rows.nbytes for layer in sparse_layers(model).values())
-    total = sum(parameter.nbytes for parameter in model.parameters())  # a tied output layer counts once …
-    if model.output.weight is not model.tok_embeddings.weight:
-        total -= model.tok_embeddings.weight.nbytes  # … and of an embedding table of its own one row is read
-    return total - round(sparse * sparsity) + cached

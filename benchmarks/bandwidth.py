@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import find_compiler
+from teal_fast.kernels.native import find_compiler
 
 SOURCE = Path(__file__).with_name("read_memory.cpp")
 

@@ -1,8 +1,9 @@
 """Times single-stream decoding at several sparsities, in one process and interleaved, so that ratios can be trusted.
 
-    python -m benchmarks.decode --checkpoint demo checkpoints/demo-int8 --sparsity 0 0.25 0.4 0.5
-    python -m benchmarks.decode --checkpoint demo --device cpu --peers llama.cpp bf16 q8_0 q4_0, transformers
-    python -m benchmarks.decode --shapes llama-3-8b --formats dense int8 int4 --compile --dense --peers transformers
+    python -m teal_fast.benchmarks.decode --checkpoint demo checkpoints/demo-int8 --sparsity 0 0.25 0.4 0.5
+    python -m teal_fast.benchmarks.decode --checkpoint demo --device cpu --peers llama.cpp bf16 q8_0 q4_0, transformers
+    python -m teal_fast.benchmarks.decode --shapes llama-3-8b --formats dense int8 int4 --dense \\
+        --peers transformers
 
 Each round decodes once in every configuration; the median over rounds is reported, with the extremes. The first round
 warms up. The read bandwidth that the shares refer to is measured in between. `--shapes` takes random weights, and
@@ -25,31 +26,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.bandwidth import bandwidth_meter
-from benchmarks.dense import cublas_step
-from benchmarks.peers import check_installed, parse_peers, peer_rows
-from benchmarks.rows import Row, Task, measure, random_prompt, ratios
-from benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_tokens, random_model
-from checkpoint import DTYPES, find_checkpoint
-from cli import positive_int, run, sparsity
-from cpu_step import CpuStep
-from decode import CapturedStep, Prefill, Sample, Step, achieved_sparsity, decode, decode_step, fast_step, prefill
-from generate import cache_length, profiler
-from model import Transformer
-from record import describe, write_records
-from sampling import Sampling
-from scripts.prepare_demo import find_gguf
-from sparse_model import (
-    Calibration,
-    bytes_per_token,
-    dtype_name,
-    format_of,
-    load_calibration,
-    load_model,
-    pick_device,
-    set_sparsity,
+from teal_fast.benchmarks.bandwidth import bandwidth_meter
+from teal_fast.benchmarks.dense import cublas_step
+from teal_fast.benchmarks.peers import check_installed, parse_peers, peer_rows
+from teal_fast.benchmarks.rows import Row, Task, measure, random_prompt, ratios
+from teal_fast.benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_tokens, random_model
+from teal_fast.cli import open_calibration, open_checkpoint, pick_device, positive_int, run, sparsity
+from teal_fast.engine.accounting import bytes_per_token
+from teal_fast.engine.cpu_step import CpuStep
+from teal_fast.engine.decode import (
+    CapturedStep,
+    Prefill,
+    Sample,
+    Step,
+    achieved_sparsity,
+    decode,
+    decode_step,
+    fast_step,
+    prefill,
 )
-from weights import QUANTIZED, Form
+from teal_fast.engine.measure import cache_length, profiler
+from teal_fast.engine.sampling import Sampling
+from teal_fast.evaluation.record import describe, write_records
+from teal_fast.files.calibration import Calibration, set_sparsity
+from teal_fast.files.demo import find_gguf
+from teal_fast.files.load import load_model
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import dtype_name, format_of
+from teal_fast.weights.formats import DTYPES, QUANTIZED, Form
 
 GREEDY = Sampling(0.0)
 
@@ -202,7 +206,7 @@ def load(name: str, options: argparse.Namespace, device: torch.device) -> list[T
     """The model called `name` in every form asked for."""
     if options.checkpoint:
         models = [
-            load_model(find_checkpoint(folder), device, DTYPES.get(options.dtype)) for folder in options.checkpoint
+            load_model(open_checkpoint(folder), device, DTYPES.get(options.dtype)) for folder in options.checkpoint
         ]
         if any(model.args != models[0].args for model in models):
             raise ValueError("--checkpoint takes forms of one model, got several models: run them one by one")
@@ -215,7 +219,7 @@ def load(name: str, options: argparse.Namespace, device: torch.device) -> list[T
 
 def calibrations_of(models: list[Transformer], options: argparse.Namespace, device: torch.device) -> list[Calibration]:
     if options.checkpoint:
-        return [load_calibration(find_checkpoint(folder), device=device) for folder in options.checkpoint]
+        return [open_calibration(open_checkpoint(folder), device=device) for folder in options.checkpoint]
     return list(map(calibrate_on_random_tokens, models))
 
 
@@ -270,7 +274,7 @@ def main() -> None:
     check_peers(options)
     common = {"benchmark": "decode", "run": uuid.uuid4().hex[:12], "new_tokens": options.new_tokens}
     records: list[dict] = []
-    for name in options.shapes or [find_checkpoint(options.checkpoint[0]).resolve().name]:
+    for name in options.shapes or [open_checkpoint(options.checkpoint[0]).resolve().name]:
         found = benchmark(name, options, device, common)
         for record in found:
             print_record(record)

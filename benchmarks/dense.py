@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.decode_attention import decode_attention
-from kernels.merge_attention import merge_attention
-from kernels.norm_compact import norm_compact
-from model import Transformer
-from sparse_model import KEEP_ALL
+from teal_fast.kernels.decode_attention import decode_attention
+from teal_fast.kernels.merge_attention import merge_attention
+from teal_fast.kernels.norm_compact import norm_compact
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import KEEP_ALL
 
 
 def cublas_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Times single ops on cold weights: the products of a layer, sparse at several sparsities and dense.
 
-    python -m benchmarks.kernels --shapes llama-3-8b --out benchmarks/results/kernels-h200.json
-    python -m benchmarks.kernels --shapes llama-3-8b --tune      # sweeps block sizes for the tables in kernels/
-    python -m benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75
+    python -m teal_fast.benchmarks.kernels --shapes llama-3-8b --out benchmarks/results/kernels-h200.json
+    python -m teal_fast.benchmarks.kernels --shapes llama-3-8b --tune# sweeps block sizes for kernels/
+    python -m teal_fast.benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75
 
 Every sparse op is compared with a plain fp32 product first. Weights rotate among copies that no cache holds. "layer" is
 qkv, o, gate+up and down one after another; "up", on the CPU, is half of gate+up. Microseconds, bytes really read, and
@@ -28,17 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.bandwidth import bandwidth_meter
-from benchmarks.rows import take_turns
-from benchmarks.shapes import COMMON, SHAPES
-from checkpoint import DTYPES
-from cli import run, sparsity
-from kernels import compact_gemv, gate_up, sparse_gemv
-from kernels.arrivals import arrivals
-from kernels.rows import bits
-from model import ModelArgs
-from record import describe, write_records
-from sparse_model import pick_device
+from teal_fast.benchmarks.bandwidth import bandwidth_meter
+from teal_fast.benchmarks.rows import take_turns
+from teal_fast.benchmarks.shapes import COMMON, SHAPES
+from teal_fast.cli import pick_device, run, sparsity
+from teal_fast.evaluation.record import describe, write_records
+from teal_fast.families.config import model_args
+from teal_fast.kernels import compact_gemv, gate_up, sparse_gemv
+from teal_fast.kernels.rows import bits
+from teal_fast.kernels.semaphore import arrivals
+from teal_fast.model import ModelArgs
+from teal_fast.weights.formats import DTYPES
 
 COLD_BYTES = {"cuda": 1 << 29, "cpu": 1 << 28}  # rotated through by each op: many times any cache
 ROUNDS = 20
@@ -263,7 +263,7 @@ def main() -> None:
     run_id = uuid.uuid4().hex[:12]
     records = []
     for name in options.shapes:
-        ops = make_ops(ModelArgs.from_config(COMMON | SHAPES[name]), device, dtype)
+        ops = make_ops(model_args(COMMON | SHAPES[name]), device, dtype)
         if options.tune:
             print(name)
             tune(ops)

@@ -15,9 +15,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from benchmarks.rows import Row, Task
-from checkpoint import new_file
-from kernels.native import cache_folder
+from teal_fast.benchmarks.rows import Row, Task
+from teal_fast.files.store import new_file
+from teal_fast.kernels.native import cache_folder
 
 BATCH = 512  # prompt tokens at once
 SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from benchmarks.rows import Row, Task
-from checkpoint import DTYPES
+from teal_fast.benchmarks.rows import Row, Task
+from teal_fast.weights.formats import DTYPES
 
 FEW = 8  # a short run of `generate`, to be subtracted with its prompt from a long one
 

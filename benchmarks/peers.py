@@ -3,8 +3,8 @@
 import importlib
 from collections.abc import Iterator
 
-from benchmarks import peer_llama, peer_transformers
-from benchmarks.rows import Row, Task
+from teal_fast.benchmarks import peer_llama, peer_transformers
+from teal_fast.benchmarks.rows import Row, Task
 
 FORMATS = {"llama.cpp": ("bf16", "q8_0", "q4_0"), "transformers": ("",)}  # the first is meant when none is named
 MODULES = {"llama.cpp": ("llama_cpp",), "transformers": ("transformers", "accelerate")}

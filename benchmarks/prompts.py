@@ -1,7 +1,7 @@
 """Times a prompt's way through a model in several forms of storage, in one process and interleaved.
 
-    python -m benchmarks.prompts --shapes llama-3-8b --formats dense int8 int4 --tokens 12 128 512 2048
-    python -m benchmarks.prompts --checkpoint demo checkpoints/demo-int8 --tokens 5 100 512
+    python -m teal_fast.benchmarks.prompts --shapes llama-3-8b --formats dense int8 int4 --tokens 12 128 512 2048
+    python -m teal_fast.benchmarks.prompts --checkpoint demo checkpoints/demo-int8 --tokens 5 100 512
 
 Prompts are computed densely, uncompiled, as generate.py does by default. Each round takes every form once at every
 length; the median over rounds is reported, and `ratio`, the median of a form's times over the first form's in the same
@@ -15,17 +15,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decode import load
-from benchmarks.rows import random_prompt, take_turns
-from benchmarks.shapes import SHAPES
-from checkpoint import DTYPES, find_checkpoint
-from cli import positive_int, run
-from decode import prefill
-from generate import cache_length
-from model import Transformer
-from record import describe, write_records
-from sparse_model import format_of, pick_device
-from weights import QUANTIZED
+from teal_fast.benchmarks.decode import load
+from teal_fast.benchmarks.rows import random_prompt, take_turns
+from teal_fast.benchmarks.shapes import SHAPES
+from teal_fast.cli import open_checkpoint, pick_device, positive_int, run
+from teal_fast.engine.decode import prefill
+from teal_fast.engine.measure import cache_length
+from teal_fast.evaluation.record import describe, write_records
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import format_of
+from teal_fast.weights.formats import DTYPES, QUANTIZED
 
 
 @torch.no_grad()
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=9, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
-    name = options.shapes or find_checkpoint(options.checkpoint[0]).resolve().name
+    name = options.shapes or open_checkpoint(options.checkpoint[0]).resolve().name
     records = benchmark(name, options, pick_device(options.device))
     for record in records:
         print(

@@ -1,6 +1,6 @@
 """What methods of calibration lose at equal bytes: perplexity at target sparsities, against uniform thresholds.
 
-    python -m benchmarks.quality --checkpoint demo --calibration uniform.safetensors measured.safetensors \\
+    python -m teal_fast.benchmarks.quality --checkpoint demo --calibration uniform.safetensors measured.safetensors \\
         --text wiki.test.raw --windows 20 --out quality.json
 
 The first calibration is what the others are compared with. `loss_share` is a method's loss of perplexity over the dense
@@ -17,15 +17,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import DTYPES, find_checkpoint
-from cli import add_model_arguments, positive_int, run, sparsity
-from corpus import read_corpus
-from eval import DEFAULT_TEXT, Score, cut_windows, evaluate
-from model import Transformer
-from record import describe, write_records
-from sparse_model import KEEP_ALL, format_of, load_calibration, load_model, pick_device, set_sparsity, sparse_layers
-from tasks import PREFILLS
-from tokenizer import Tokenizer
+from teal_fast.calibration.corpus import read_corpus
+from teal_fast.cli import (
+    add_model_arguments,
+    open_calibration,
+    open_checkpoint,
+    pick_device,
+    positive_int,
+    run,
+    sparsity,
+)
+from teal_fast.evaluation.perplexity import DEFAULT_TEXT, Score, cut_windows, evaluate
+from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.tasks import PREFILLS
+from teal_fast.files.calibration import set_sparsity
+from teal_fast.files.load import load_model
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import KEEP_ALL, format_of, sparse_layers
+from teal_fast.weights.formats import DTYPES
 
 
 def losses(scores: list[Score]) -> torch.Tensor:
@@ -80,10 +90,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of records, to which these are added")
     options = parser.parse_args()
 
-    folder, device = find_checkpoint(options.checkpoint), pick_device(options.device)
+    folder, device = open_checkpoint(options.checkpoint), pick_device(options.device)
     tokenizer = Tokenizer.load(folder)
     ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
-    calibrations = [load_calibration(folder, path) for path in options.calibration]
+    calibrations = [open_calibration(folder, path) for path in options.calibration]
     model = load_model(folder, device, DTYPES.get(options.dtype))
     if not 2 <= options.context <= model.args.max_position:
         raise ValueError(f"--context {options.context}: expected 2 to this model's {model.args.max_position}")

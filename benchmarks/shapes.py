@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from calibrate import cut_sequences
-from kernels.int4 import pack_int4
-from model import ModelArgs, Transformer, rotary_frequencies
-from probe import measure
-from sparse_model import KEEP_ALL, Calibration, sparse_layers, sparsify
-from weights import Form
+from teal_fast.calibration.passes import cut_sequences
+from teal_fast.calibration.probe import measure
+from teal_fast.families.config import model_args
+from teal_fast.files.calibration import Calibration
+from teal_fast.kernels.int4 import pack_int4
+from teal_fast.model import Transformer, rotary_frequencies
+from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
+from teal_fast.weights.formats import Form
 
 # config.json of the published models, as far as shapes go.
 SHAPES = {
@@ -71,7 +73,7 @@ def random_model(
 ) -> Transformer:
     """A model of this config.json with normally distributed weights, sparse at sparsity 0, quantized with a form."""
     with torch.device("meta"):
-        model = sparsify(Transformer(ModelArgs.from_config(config)), form)
+        model = sparsify(Transformer(model_args(config)), form)
     model.to_empty(device=device)
     model.frequencies = rotary_frequencies(model.args.rope, model.args.head_dim).to(device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,6 +1,6 @@
 """One table of what sparsity and bits cost and bring: perplexity, achieved sparsity, bits, tokens/s and GB/s.
 
-    python -m benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8
+    python -m teal_fast.benchmarks.table --checkpoint demo checkpoints/demo-int8 checkpoints/demo-int4 --windows 8
 
 Perplexity as eval.py computes it with `--prefill full`: all tokens of a window but the first are sparsified. Speed as
 benchmarks/decode.py measures it: all rows take turns, and the median counts. Thresholds are the checkpoints' own.
@@ -15,26 +15,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.bandwidth import bandwidth_meter
-from benchmarks.decode import Decoder, KeptPrefill
-from benchmarks.rows import measure
-from checkpoint import find_checkpoint, read_config
-from cli import positive_int, run, sparsity
-from corpus import read_corpus
-from decode import fast_step, prefill
-from eval import DEFAULT_TEXT, cut_windows, evaluate
-from generate import cache_length
-from model import ModelArgs, Transformer
-from record import describe, write_records
-from sparse_model import (
-    format_of,
-    load_calibration,
-    load_model,
-    pick_device,
-    set_sparsity,
-    sparse_layers,
-)
-from tokenizer import Tokenizer
+from teal_fast.benchmarks.bandwidth import bandwidth_meter
+from teal_fast.benchmarks.decode import Decoder, KeptPrefill
+from teal_fast.benchmarks.rows import measure
+from teal_fast.calibration.corpus import read_corpus
+from teal_fast.cli import open_calibration, open_checkpoint, pick_device, positive_int, run, sparsity
+from teal_fast.engine.decode import fast_step, prefill
+from teal_fast.engine.measure import cache_length
+from teal_fast.evaluation.perplexity import DEFAULT_TEXT, cut_windows, evaluate
+from teal_fast.evaluation.record import describe, write_records
+from teal_fast.families.config import model_args
+from teal_fast.files.calibration import set_sparsity
+from teal_fast.files.checkpoint import read_config
+from teal_fast.files.load import load_model
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import format_of, sparse_layers
 
 COLUMNS = ("format", "bits", "sparsity", "achieved", "perplexity", "tokens/s", "MB a token", "GB/s")
 
@@ -78,10 +74,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
 
-    device, folders = pick_device(options.device), list(map(find_checkpoint, options.checkpoint))
+    device, folders = pick_device(options.device), list(map(open_checkpoint, options.checkpoint))
     tokenizer = Tokenizer.load(folders[0])
     ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
-    if not 2 <= options.context <= ModelArgs.from_config(read_config(folders[0])).max_position:
+    if not 2 <= options.context <= model_args(read_config(folders[0])).max_position:
         raise ValueError(f"--context {options.context} exceeds what this model was made for, or is below 2")
     windows = cut_windows(ids, options.context, options.context, options.windows)
     if not windows:
@@ -90,7 +86,7 @@ def main() -> None:
     rows, scores = [], []
     with tqdm(total=len(windows) * options.context * len(options.sparsity) * len(folders), unit="token") as progress:
         for folder in folders:
-            model, calibration = load_model(folder, device), load_calibration(folder, device=device)
+            model, calibration = load_model(folder, device), open_calibration(folder, device=device)
             for nominal in options.sparsity:
                 set_sparsity(model, calibration, nominal)
                 scores.append((evaluate(model, windows, 1, nominal, progress), bits_a_weight(model)))

@@ -12,10 +12,10 @@ bits are the same always. arrived counts them: kernels/arrivals.py.
 import torch
 from torch import Tensor
 
-from kernels.arrivals import check_arrived, is_last
-from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
-from kernels.rows import as_loaded, bits, check_rows, outputs, to_float
-from kernels.walk import plan, walk
+from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
+from teal_fast.kernels.gather_gemv_loop import plan, walk
+from teal_fast.kernels.rows import as_loaded, bits, check_rows, outputs, to_float
+from teal_fast.kernels.semaphore import check_arrived, is_last
 
 # (K, N, bits a weight): splits, columns a program, warps, depth (kernels/walk.py). From a sweep on an H200, 2026-11-24.
 TUNED = {(14336, 4096, 16): (16, 64, 2, 1), (14336, 4096, 8): (28, 128, 1, 4)}

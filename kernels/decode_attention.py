@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, launch_options, tl
+from teal_fast.kernels.backend import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, launch_options, tl
 
 BLOCK_T = 32  # positions a step; with 2 warps and 16 or 32 shares the best of a sweep on an H200, 2026-11-24
 PROGRAMS = 128  # about one a multiprocessor

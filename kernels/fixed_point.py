@@ -8,7 +8,7 @@ Rows are int32 words: the bytes of two are interleaved, so that those of a colum
 Accumulators are tuples of int32 tensors, one for each byte of a word, of four-bit weights one for each half byte.
 """
 
-from kernels.backend import INTERPRETED, jit, tl
+from teal_fast.kernels.backend import INTERPRETED, jit, tl
 
 # What rounds to whole numbers: added to |x| < 2 ** 22 it leaves x in the lowest bits of a float.
 ROUNDING = tl and tl.constexpr(1.5 * 2.0**23)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arrivals import check_arrived, is_last
-from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
-from kernels.rows import as_loaded, bits, check_rows, to_float
-from kernels.walk import block_columns, plan, walk
+from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
+from teal_fast.kernels.gather_gemv_loop import block_columns, plan, walk
+from teal_fast.kernels.rows import as_loaded, bits, check_rows, to_float
+from teal_fast.kernels.semaphore import check_arrived, is_last
 
 # (F, bits a weight): splits, channels of h a program (the slots' width), warps, depth (kernels/walk.py). From a sweep
 # on an H200, 2026-11-24.

@@ -8,7 +8,7 @@ Returns the output in slots, one a head, as kernels/compact_gemv.py takes them: 
 import torch
 from torch import Tensor
 
-from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl
+from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl
 
 
 def merge_attention_reference(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
+from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
 
 SLICE = 128  # channels a program writes
 

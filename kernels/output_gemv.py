@@ -9,8 +9,8 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
-from kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
-from kernels.native import TYPES, library, pointer
+from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, offset_type, tl, triton
+from teal_fast.kernels.native import TYPES, library, pointer
 
 BLOCK_V, BLOCK_K, WARPS = 8, 2048, 4  # 128,256 x 4,096 on an H200: 84 % of the read rate, as (4, 4096, 4) and others
 

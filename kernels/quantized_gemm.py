@@ -9,8 +9,8 @@ a weight first (kernels/widen.py) moves at least five times the bytes in one lau
 import torch
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, has_large_shared_memory, jit, tl, triton
-from kernels.rows import bits, check_bias, check_rows, load_rows, to_float
+from teal_fast.kernels.backend import INTERPRETED, has_large_shared_memory, jit, tl, triton
+from teal_fast.kernels.rows import bits, check_bias, check_rows, load_rows, to_float
 
 MOST_TOKENS = 128
 SMALLEST_TILE = 16  # tokens that tl.dot wants at least

@@ -6,8 +6,8 @@ BITS 16 or 32: floats. 8: int8, whose scales are the caller's. 4: rows of kernel
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, tl
-from kernels.int4 import row_bytes, unpack_int4
+from teal_fast.kernels.backend import jit, tl
+from teal_fast.kernels.int4 import row_bytes, unpack_int4
 
 ALIGNMENT = 16  # bytes that a thread loads at once
 

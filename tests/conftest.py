@@ -2,6 +2,8 @@
 
 import os
 
+from teal_fast.files.paths import ROOT
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make tests 20x slower on a busy machine
 
 import torch
@@ -15,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-import cli
-from checkpoint import ROOT, find_checkpoint
-from scripts.convert_hf_checkpoint import convert
-from tests.models import write_llama
+from teal_fast import cli
+from teal_fast.files.huggingface import convert
+from teal_fast.tests.models import write_llama
 
 
 def pytest_collection_modifyitems(items):
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The demo checkpoint's folder, prepared as a user's first `--checkpoint demo` prepares it."""
-    return find_checkpoint("demo")
+    return cli.open_checkpoint("demo")
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +58,10 @@ def even(demo, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def command():
-    """Runs `python -m module arguments…` from the repository's root; the finished process, its output as text."""
+    """Runs `python -m teal_fast.module arguments…` from the repository's root; its output is text."""
 
     def run(module: str, *arguments, **options) -> subprocess.CompletedProcess:
-        words = [sys.executable, "-m", module, *map(str, arguments)]
+        words = [sys.executable, "-m", f"teal_fast.{module}", *map(str, arguments)]
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, **options)
 
     return run

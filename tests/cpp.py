@@ -7,7 +7,7 @@ import platform
 import pytest
 import torch
 
-from kernels.native import build, find_compiler
+from teal_fast.kernels.native import build, find_compiler
 
 ARM = platform.machine() in ("arm64", "aarch64")
 WIDER = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}

@@ -7,7 +7,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 from tokenizers import pre_tokenizers
 
-from tests.models import LLAMA3_ROPE
+from teal_fast.tests.models import LLAMA3_ROPE
 
 MERGES = ["t h", "th e", "i n"]
 VOCABULARY = sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES] + ["<end>"]

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from checkpoint import ROOT
+from teal_fast.files.paths import ROOT
 
 SCRIPT = """
 from pathlib import Path

@@ -10,21 +10,19 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import calibrate
-from calibrate import DEFAULT_CORPUS, METHODS, Journal, Passes, cut_sequences, main
-from checkpoint import WEIGHTS
-from corpus import read_corpus
-from eval import DEFAULT_TEXT, cut_windows, evaluate
-from sparse_model import (
-    Calibration,
-    leading_dense,
-    load_calibration,
-    load_model,
-    set_sparsity,
-    sparse_layers,
-    tally_kept,
-)
-from tokenizer import Tokenizer
+from teal_fast import calibrate
+from teal_fast.calibrate import main
+from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.make import DEFAULT_CORPUS
+from teal_fast.calibration.methods import METHODS
+from teal_fast.calibration.passes import Journal, Passes, cut_sequences
+from teal_fast.engine.accounting import tally_kept
+from teal_fast.evaluation.perplexity import DEFAULT_TEXT, cut_windows, evaluate
+from teal_fast.files.calibration import Calibration, load_calibration, set_sparsity
+from teal_fast.files.checkpoint import WEIGHTS
+from teal_fast.files.load import load_model
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.sparse_model import leading_dense, sparse_layers
 
 
 def test_cut_sequences():

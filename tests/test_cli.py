@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-import cli
-from checkpoint import ROOT
+from teal_fast import cli
+from teal_fast.files.paths import ROOT
 
 
 def finish(body: str) -> subprocess.CompletedProcess:
     """Runs `cli.run` on a main made of `body`."""
-    code = f"import cli\ndef main():\n    {body}\ncli.run(main)"
+    code = f"from teal_fast import cli\ndef main():\n    {body}\ncli.run(main)"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -47,8 +47,3 @@ def test_argument_types(parse, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="expected"):
             parse(text)
-
-
-def test_importing_it_is_quick():
-    code = "import sys, cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

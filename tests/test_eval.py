@@ -11,11 +11,14 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from checkpoint import WEIGHTS, fingerprint
-from eval import Score, cut_windows, evaluate, main, print_table
-from probe import measure
-from sparse_model import CALIBRATION, Calibration, leading_dense, load_model, set_sparsity, watch_inputs
-from tokenizer import Tokenizer
+from teal_fast.calibration.probe import measure
+from teal_fast.eval import main, print_table
+from teal_fast.evaluation.perplexity import Score, cut_windows, evaluate
+from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
+from teal_fast.files.checkpoint import WEIGHTS, fingerprint
+from teal_fast.files.load import load_model
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.sparse_model import leading_dense, watch_inputs
 
 IDS = torch.randint(3, 40_000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
 SILENT = tqdm(disable=True)

@@ -10,13 +10,15 @@ import pytest
 import torch
 import transformers
 
-import generate
-from checkpoint import ROOT
-from decode import Sample, achieved_sparsity, decode, decode_step, prefill
-from generate import cache_length
-from sampling import Sampling
-from sparse_model import leading_dense, load_calibration, load_model, set_sparsity, sparse_layers
-from tokenizer import Tokenizer
+from teal_fast import generate
+from teal_fast.engine.decode import Sample, achieved_sparsity, decode, decode_step, prefill
+from teal_fast.engine.measure import cache_length
+from teal_fast.engine.sampling import Sampling
+from teal_fast.files.calibration import load_calibration, set_sparsity
+from teal_fast.files.load import load_model
+from teal_fast.files.paths import ROOT
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.sparse_model import leading_dense, sparse_layers
 
 PROMPT = [504, 2217, 282, 260]
 NOBODY = frozenset({-1})
@@ -171,7 +173,7 @@ def test_command_compiles(calibrated, command):
 
 def test_ctrl_c_ends_cleanly(calibrated):
     arguments = ("--checkpoint", calibrated, "--prompt", "Once", "--max_new_tokens", "500")
-    words = [sys.executable, "-m", "generate", *map(str, arguments)]
+    words = [sys.executable, "-m", "teal_fast.generate", *map(str, arguments)]
     # A shell's background jobs ignore SIGINT, and so would their children: this one is to obey it wherever it runs.
     with subprocess.Popen(
         words,

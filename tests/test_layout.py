@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import ROOT
+from teal_fast.files.paths import ROOT
 
 OPS = (
     "compact_gemv",

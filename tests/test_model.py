@@ -11,10 +11,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from model import ModelArgs, Transformer, rotary_frequencies
-from scripts.convert_hf_checkpoint import convert
-from sparse_model import load_model
-from tests.models import LLAMA3_ROPE
+from teal_fast.families.config import model_args
+from teal_fast.files.huggingface import convert
+from teal_fast.files.load import load_model
+from teal_fast.model import Transformer, rotary_frequencies
+from teal_fast.tests.models import LLAMA3_ROPE
 
 TOKENS, TOLERANCE = 64, 1e-4  # fp32 sums in another order
 SIZES = {
@@ -162,9 +163,9 @@ LLAMA = {
 
 
 def test_absent_and_null_fields_mean_what_transformers_takes_them_for():
-    expected = ModelArgs.from_config(LLAMA)
+    expected = model_args(LLAMA)
     names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias")
-    assert ModelArgs.from_config(LLAMA | dict.fromkeys((*names, "hidden_act", "quantization_config"))) == expected
+    assert model_args(LLAMA | dict.fromkeys((*names, "hidden_act", "quantization_config"))) == expected
     theirs = transformers.LlamaConfig(**LLAMA)
     assert (expected.n_kv_heads, expected.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
     assert expected.rope == theirs.rope_parameters
@@ -174,20 +175,20 @@ def test_absent_and_null_fields_mean_what_transformers_takes_them_for():
 def test_mistral_without_the_field_has_the_window_of_transformers():
     config = LLAMA | {"model_type": "mistral", "num_key_value_heads": 2}
     window = transformers.MistralConfig(**config).sliding_window
-    assert ModelArgs.from_config(config).sliding_windows == (window, window)
-    assert ModelArgs.from_config(config | {"sliding_window": None}).sliding_windows == (None, None)
+    assert model_args(config).sliding_windows == (window, window)
+    assert model_args(config | {"sliding_window": None}).sliding_windows == (None, None)
 
 
 def test_qwen3_without_the_field_has_the_head_dim_of_transformers():
     config = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 2}
-    assert ModelArgs.from_config(config).head_dim == transformers.Qwen3Config(**config).head_dim
+    assert model_args(config).head_dim == transformers.Qwen3Config(**config).head_dim
 
 
 def test_rope_of_former_spelling_is_the_same():
     scaling = {name: value for name, value in LLAMA3_ROPE.items() if name not in ("rope_type", "rope_theta")}
     former = {"rope_theta": 10000.0, "rope_scaling": scaling | {"type": "llama3"}}
-    assert ModelArgs.from_config(LLAMA | former).rope == LLAMA3_ROPE
-    assert ModelArgs.from_config(LLAMA | {"rope_parameters": LLAMA3_ROPE}).rope == LLAMA3_ROPE
+    assert model_args(LLAMA | former).rope == LLAMA3_ROPE
+    assert model_args(LLAMA | {"rope_parameters": LLAMA3_ROPE}).rope == LLAMA3_ROPE
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_rope_of_former_spelling_is_the_same():
 )
 def test_config_errors_name_the_field(fields, message):
     with pytest.raises(ValueError) as error:
-        ModelArgs.from_config(LLAMA | fields)
+        model_args(LLAMA | fields)
     assert str(error.value).startswith("config.json: ")
     assert message in str(error.value)
 
@@ -252,11 +253,11 @@ def test_config_errors_name_the_field(fields, message):
 def test_unknown_layer_types_are_refused(fields):
     qwen = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True}
     with pytest.raises(ValueError, match="layer_types"):
-        ModelArgs.from_config(qwen | fields)
+        model_args(qwen | fields)
 
 
 def test_context_beyond_the_model_is_refused():
     with torch.device("meta"):
-        model = Transformer(ModelArgs.from_config(LLAMA))
+        model = Transformer(model_args(LLAMA))
     with pytest.raises(ValueError, match="513 tokens exceeds this model's 512"):
         model.setup_caches(1, 513)

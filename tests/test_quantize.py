@@ -14,17 +14,18 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import cli
-import eval as evaluation
-import generate
-import quantize
-from checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
-from model import Transformer
-from probe import measure
-from scripts.convert_hf_checkpoint import convert
-from sparse_model import CALIBRATION, Calibration, load_calibration, load_model, set_sparsity, sparse_layers
-from tokenizer import Tokenizer
-from weights import Form, Int8Output
+from teal_fast import cli, generate, quantize
+from teal_fast import eval as evaluation
+from teal_fast.calibration.probe import measure
+from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
+from teal_fast.files.checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
+from teal_fast.files.huggingface import convert
+from teal_fast.files.load import load_model
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import sparse_layers
+from teal_fast.weights.formats import Form
+from teal_fast.weights.output import Int8Output
 
 MODES = ["int8", "int4"]
 FORMS = {"int8": Form("int8"), "int4": Form("int4", 64)}
@@ -344,7 +345,7 @@ def test_tensors_that_do_not_fit_the_config_are_one_error(dense, tmp_path):
 
 def test_unconverted_folder_says_what_to_run(tiny_hf, tmp_path):
     answer = run_here(*arguments(tiny_hf, "int8"), "--out", tmp_path / "out")
-    refused(answer, tmp_path, [], "is not converted yet: run `python -m scripts.convert_hf_checkpoint")
+    refused(answer, tmp_path, [], "is not converted yet: run `python -m teal_fast.scripts.convert_hf_checkpoint")
 
 
 @each_mode

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import ROOT
-from scripts.convert_hf_checkpoint import convert
-from tests.gguf_models import make_model, write_gguf
-from tests.hub import serve
-from tests.models import write_llama
+from teal_fast.files.huggingface import convert
+from teal_fast.files.paths import ROOT
+from teal_fast.tests.gguf_models import make_model, write_gguf
+from teal_fast.tests.hub import serve
+from teal_fast.tests.models import write_llama
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

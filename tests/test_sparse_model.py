@@ -12,29 +12,27 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from checkpoint import DTYPES, SPARSE_WEIGHT, WEIGHTS, fingerprint, read_config
-from decode import decode_step, prefill
-from model import ModelArgs, Transformer
-from probe import POINTS, measure
-from scripts.convert_hf_checkpoint import convert
-from sparse_model import (
-    CALIBRATION,
+from teal_fast.calibration.probe import POINTS, measure
+from teal_fast.cli import pick_device
+from teal_fast.engine.accounting import Tally, bytes_per_token, tally_kept
+from teal_fast.engine.decode import decode_step, prefill
+from teal_fast.families.config import model_args
+from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
+from teal_fast.files.checkpoint import WEIGHTS, fingerprint, read_config
+from teal_fast.files.huggingface import convert
+from teal_fast.files.load import load_model
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import (
     KEEP_ALL,
     KINDS,
-    Calibration,
+    SPARSE_WEIGHT,
     SparseLinear,
-    Tally,
-    bytes_per_token,
     leading_dense,
-    load_calibration,
-    load_model,
-    pick_device,
-    set_sparsity,
     sparse_layers,
-    tally_kept,
     watch_inputs,
 )
-from weights import DenseWeight
+from teal_fast.weights.dense import DenseWeight
+from teal_fast.weights.formats import DTYPES
 
 TOKENS = torch.arange(3, 300, 17)[None]  # [1, 18]
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # fp32, sums of up to 172 products in another order, through two layers
@@ -77,7 +75,7 @@ def calibration(tiny):
 
 def load_dense(folder):
     """The checkpoint in a Transformer whose linear layers are plain nn.Linear."""
-    model = Transformer(ModelArgs.from_config(read_config(folder)))
+    model = Transformer(model_args(read_config(folder)))
     weights = {n: t.t() if SPARSE_WEIGHT.fullmatch(n) else t for n, t in load_file(folder / WEIGHTS).items()}
     model.load_state_dict(weights, strict=False, assign=True)
     if model.args.tie_embeddings:

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-import quantize
-from benchmarks import kernels, prompts
-from benchmarks.kernels import make_cases, make_ops, time_cases, to_record
-from benchmarks.shapes import COMMON
-from kernels.native import library
-from model import ModelArgs
+from teal_fast import quantize
+from teal_fast.benchmarks import kernels, prompts
+from teal_fast.benchmarks.kernels import make_cases, make_ops, time_cases, to_record
+from teal_fast.benchmarks.shapes import COMMON
+from teal_fast.families.config import model_args
+from teal_fast.kernels.native import library
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_kernels_counts_the_rows_really_kept(monkeypatch):
     monkeypatch.setattr(kernels, "ROUNDS", 2)
     monkeypatch.setattr(kernels, "bandwidth_meter", lambda device: lambda: 1e9)
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    args = ModelArgs.from_config(COMMON | sizes | {"num_hidden_layers": 1, "vocab_size": 10})
+    args = model_args(COMMON | sizes | {"num_hidden_layers": 1, "vocab_size": 10})
     ops = make_ops(args, torch.device("cpu"), torch.bfloat16)
     cases = make_cases(ops, [0.0, 0.5])
     time_cases(cases, torch.device("cpu"))

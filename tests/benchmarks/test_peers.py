@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks.peers import check_installed, parse_peers, peer_rows
-from benchmarks.rows import Task, random_prompt
-from benchmarks.shapes import COMMON
+from teal_fast.benchmarks.peers import check_installed, parse_peers, peer_rows
+from teal_fast.benchmarks.rows import Task, random_prompt
+from teal_fast.benchmarks.shapes import COMMON
 
 CONFIG = COMMON | {
     "hidden_size": 64,

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-import calibrate
-from benchmarks.quality import main, row
-from eval import Score
+from teal_fast import calibrate
+from teal_fast.benchmarks.quality import main, row
+from teal_fast.evaluation.perplexity import Score
 
 
 def score(perplexity, achieved=0.5):

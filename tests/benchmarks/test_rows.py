@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from benchmarks.rows import Row, measure, random_prompt, ratios
+from teal_fast.benchmarks.rows import Row, measure, random_prompt, ratios
 
 
 def make(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.backend import INTERPRETED
+from teal_fast.kernels.backend import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 1 if INTERPRETED else 3  # of what must give the same bits: the interpreter runs programs in one order only

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import compact_gemv, gate_up
-from kernels.backend import INTERPRETED
+from teal_fast.kernels import compact_gemv, gate_up
+from teal_fast.kernels.backend import INTERPRETED
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.int4 import pack_int4
-from tests.kernels.compacted import DEVICE
+from teal_fast.kernels.int4 import pack_int4
+from teal_fast.tests.kernels.compacted import DEVICE
 
 
 class Quantized(NamedTuple):

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from kernels.arrivals import arrivals
-from kernels.backend import triton
-from kernels.compact_gemv import _compact_gemv_cuda, compact_gemv, compact_gemv_reference
-from tests.kernels.compacted import DEVICE, REPEATS, compact, expand, normal
-from tests.kernels.quantized import fixed, order, poison, quantized
+from teal_fast.kernels.backend import triton
+from teal_fast.kernels.compact_gemv import _compact_gemv_cuda, compact_gemv, compact_gemv_reference
+from teal_fast.kernels.semaphore import arrivals
+from teal_fast.tests.kernels.compacted import DEVICE, REPEATS, compact, expand, normal
+from teal_fast.tests.kernels.quantized import fixed, order, poison, quantized
 
 pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from kernels.backend import triton
-from kernels.decode_attention import _decode_attention_cuda, decode_attention, decode_attention_reference
-from kernels.merge_attention import _merge_attention_cuda, merge_attention, merge_attention_reference
-from tests.kernels.compacted import DEVICE, expand, normal
+from teal_fast.kernels.backend import triton
+from teal_fast.kernels.decode_attention import _decode_attention_cuda, decode_attention, decode_attention_reference
+from teal_fast.kernels.merge_attention import _merge_attention_cuda, merge_attention, merge_attention_reference
+from teal_fast.tests.kernels.compacted import DEVICE, expand, normal
 
 pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 # Outputs are averages of values of size 1; half precision rounds scores' inputs, weights and the output.

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from kernels.arrivals import arrivals
-from kernels.backend import triton
-from kernels.gate_up import _gate_up_cuda, gate_up, gate_up_reference
-from tests.kernels.compacted import DEVICE, REPEATS, compact, expand, normal
-from tests.kernels.quantized import poison, quantized
+from teal_fast.kernels.backend import triton
+from teal_fast.kernels.gate_up import _gate_up_cuda, gate_up, gate_up_reference
+from teal_fast.kernels.semaphore import arrivals
+from teal_fast.tests.kernels.compacted import DEVICE, REPEATS, compact, expand, normal
+from teal_fast.tests.kernels.quantized import poison, quantized
 
 pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 # h is rounded once and reaches 8 here; the order of summation moves it by one last place. In fp32 it is all there is,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.int4 import ALIGNMENT, pack_int4, row_bytes, unpack_int4
+from teal_fast.kernels.int4 import ALIGNMENT, pack_int4, row_bytes, unpack_int4
 
 
 def make(K: int, N: int, group: int):

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrate import cut_sequences
-from checkpoint import ROOT, fingerprint
-from kernels import native
-from kernels.native import INSTRUCTIONS, build, cache_folder, instruction_set, library
-from probe import measure
-from sparse_model import Calibration, load_model
+from teal_fast.calibration.passes import cut_sequences
+from teal_fast.calibration.probe import measure
+from teal_fast.files.calibration import Calibration
+from teal_fast.files.checkpoint import fingerprint
+from teal_fast.files.load import load_model
+from teal_fast.files.paths import ROOT
+from teal_fast.kernels import native
+from teal_fast.kernels.native import INSTRUCTIONS, build, cache_folder, instruction_set, library
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
 load = library.__wrapped__  # anew, whatever the session has loaded

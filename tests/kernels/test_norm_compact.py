@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kernels.backend import triton
-from kernels.norm_compact import _norm_compact_cuda, norm_compact, norm_compact_reference
-from tests.kernels.compacted import DEVICE, expand, normal
+from teal_fast.kernels.backend import triton
+from teal_fast.kernels.norm_compact import _norm_compact_cuda, norm_compact, norm_compact_reference
+from teal_fast.tests.kernels.compacted import DEVICE, expand, normal
 
 pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 # Values up to 4, rounded once; in half precision the order of summation moves a few of them by one last place.

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-import kernels.output_gemv
-from kernels.backend import triton
-from kernels.native import library
-from kernels.output_gemv import _output_gemv_cpu, _output_gemv_cuda, output_gemv, output_gemv_reference
-from tests.cpp import RUNNABLE, compiled
-from tests.kernels.compacted import DEVICE, normal
+import teal_fast.kernels.output_gemv
+from teal_fast.kernels.backend import triton
+from teal_fast.kernels.native import library
+from teal_fast.kernels.output_gemv import _output_gemv_cpu, _output_gemv_cuda, output_gemv, output_gemv_reference
+from teal_fast.tests.cpp import RUNNABLE, compiled
+from teal_fast.tests.kernels.compacted import DEVICE, normal
 
 # ragged both ways, more than a block of K, the demo model's width, one entry, less than a vector, many blocks
 SIZES = [(37, 100), (5, 2100), (300, 576), (1, 64), (9, 7), (3, 8200)]
@@ -25,7 +25,7 @@ def impl(request, monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("runs on the CPU")
     native = compiled(request.param)
-    monkeypatch.setattr(kernels.output_gemv, "library", lambda: native)
+    monkeypatch.setattr(teal_fast.kernels.output_gemv, "library", lambda: native)
     return _output_gemv_cpu
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from kernels.backend import triton
-from kernels.quantized_gemm import _quantized_gemm_cuda, quantized_gemm, quantized_gemm_reference
-from tests.kernels.compacted import DEVICE, normal
-from tests.kernels.quantized import quantized
+from teal_fast.kernels.backend import triton
+from teal_fast.kernels.quantized_gemm import _quantized_gemm_cuda, quantized_gemm, quantized_gemm_reference
+from teal_fast.tests.kernels.compacted import DEVICE, normal
+from teal_fast.tests.kernels.quantized import quantized
 
 pytestmark = pytest.mark.skipif(triton is None, reason="no Triton here")
 # Of sums of 100 to 600 products of size 1: rows' scales and the output are rounded to the type.

@@ -1,19 +1,19 @@
 import pytest
 import torch
 
-import kernels.sparse_gemv
-from kernels.backend import triton
-from kernels.native import library
-from kernels.sparse_gemv import (
+import teal_fast.kernels.sparse_gemv
+from teal_fast.kernels.backend import triton
+from teal_fast.kernels.native import library
+from teal_fast.kernels.sparse_gemv import (
     _sparse_gemv_cpu,
     _sparse_gemv_cuda,
     _sparse_gemv_torch,
     sparse_gemv,
     sparse_gemv_reference,
 )
-from tests.cpp import RUNNABLE, compiled
-from tests.kernels.compacted import DEVICE
-from tests.kernels.quantized import factors, order, poison, quantized
+from teal_fast.tests.cpp import RUNNABLE, compiled
+from teal_fast.tests.kernels.compacted import DEVICE
+from teal_fast.tests.kernels.quantized import factors, order, poison, quantized
 
 # Against the reference's sum in fp32, of up to ~600 terms of size 1: (relative, absolute). fp32 differs by the order of
 # summation, the reference itself from fp64 by 5e-5. Triton and C++ round once, by half the last bit. Plain PyTorch
@@ -49,7 +49,7 @@ def impl(request, monkeypatch):
     if request.param == "torch":
         return _sparse_gemv_torch
     native = compiled(request.param)
-    monkeypatch.setattr(kernels.sparse_gemv, "library", lambda: native)
+    monkeypatch.setattr(teal_fast.kernels.sparse_gemv, "library", lambda: native)
 
     return in_cpp_poisoned
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts import download
-from tests.hub import TOKEN, Hub
+from teal_fast.scripts import download
+from teal_fast.tests.hub import TOKEN, Hub
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -32,7 +32,7 @@ def start(tmp_path: Path, url: str, *args: str, **env: str) -> subprocess.Popen:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     ours = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "scripts.download", *args],
+        [sys.executable, "-m", "teal_fast.scripts.download", *args],
         env=clean | ours | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"} | env,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -57,7 +57,9 @@ def test_fetches_what_a_conversion_reads(tmp_path):
     repo = make_repo(tmp_path / "repo", *TEXTS, *SHARDS, *BINS, *OTHERS)
     with Hub({"meta/tiny": repo}) as hub:
         code, out, err = finish(start(tmp_path, hub.url, "meta/tiny"))
-    assert (code, out) == (0, "next: python -m scripts.convert_hf_checkpoint checkpoints/hf/meta--tiny\n"), err
+    assert (code, out) == (0, "next: python -m teal_fast.scripts.convert_hf_checkpoint checkpoints/hf/meta--tiny\n"), (
+        err
+    )
     folder = tmp_path / "checkpoints/hf/meta--tiny"
     assert files_in(folder) == {*TEXTS, *SHARDS}
     assert all((folder / name).read_bytes() == (repo / name).read_bytes() for name in (*TEXTS, *SHARDS))
@@ -76,7 +78,7 @@ def test_fetches_one_gguf_and_nothing_else(tmp_path):
     with Hub({"meta/tiny": make_repo(tmp_path / "repo", *TEXTS, *SHARDS, *OTHERS)}) as hub:
         args = ("meta/tiny", "--out", "out dir", "--gguf", "m-q8_0.gguf", "--revision", "main")
         code, out, err = finish(start(tmp_path, hub.url, *args))
-    assert (code, out) == (0, "next: python -m scripts.convert_gguf 'out dir/m-q8_0.gguf'\n"), err
+    assert (code, out) == (0, "next: python -m teal_fast.scripts.convert_gguf 'out dir/m-q8_0.gguf'\n"), err
     assert files_in(tmp_path / "out dir") == {"m-q8_0.gguf"}
 
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import CONFIG, METADATA, SPARSE_WEIGHT, WEIGHTS, read_config
-from model import ModelArgs, Transformer
-from probe import POINTS
-from scripts import import_teal
-from scripts.import_teal import INPUTS, Histogram, check_realised, read_histogram, read_table
-from sparse_model import CALIBRATION, Calibration, load_calibration
+from teal_fast.calibration.probe import POINTS
+from teal_fast.families.config import model_args
+from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration
+from teal_fast.files.checkpoint import CONFIG, METADATA, WEIGHTS, read_config
+from teal_fast.model import Transformer
+from teal_fast.scripts import import_teal
+from teal_fast.scripts.import_teal import INPUTS, Histogram, check_realised, read_histogram, read_table
+from teal_fast.sparse_model import SPARSE_WEIGHT
 
 RELEASE = os.environ.get("TEAL_RELEASE", "")  # folder with Llama-2-7B, Llama-3-8B, Mistral-7B, layers 0, 15 and 31
 WIDTHS = {"attention.wqkv": 64, "attention.wo": 64, "feed_forward.w13": 64, "feed_forward.w2": 172}  # of `tiny`
@@ -100,7 +102,7 @@ def test_greedy_thresholds_drop_what_the_table_says(run_here, release, checkpoin
     code, _, err = run_here(release, "--checkpoint", checkpoint)
     assert code == 0, err
     calibration = load_calibration(checkpoint)
-    args = ModelArgs.from_config(read_config(checkpoint))
+    args = model_args(read_config(checkpoint))
     sizes = {"attention.wqkv": 64 * 128, "attention.wo": 64 * 64, "feed_forward.w13": 128 * 172}
     sizes["feed_forward.w2"] = 64 * 172
     for number in range(2):
@@ -117,7 +119,7 @@ def test_greedy_thresholds_drop_what_the_table_says(run_here, release, checkpoin
 
 def test_tables_are_read_with_the_sizes_of_the_model(tiny, tmp_path):
     """By hand: q and o are 64 x 64, k and v 64 x 32, gate, up and down 64 x 172."""
-    args = ModelArgs.from_config(read_config(tiny))
+    args = model_args(read_config(tiny))
     write_table(tmp_path / "results.csv", [[0.2, 0.4, 0.6, 0.1, 0.3, 0.5, 0.7]])
     effective, curves = read_table(tmp_path / "results.csv", args)
     assert curves["attention.wqkv"].tolist() == pytest.approx([0, (64 * 0.2 + 32 * 0.4 + 32 * 0.6) / 128])
@@ -231,7 +233,7 @@ def write_hollow(folder: Path, config: dict) -> Path:
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config))
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Transformer(ModelArgs.from_config(config)).named_parameters()}
+        shapes = {name: p.shape for name, p in Transformer(model_args(config)).named_parameters()}
     header, end = {"__metadata__": METADATA}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * shape.numel()

@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from scripts.prepare_tasks import TASKS, main
-from tasks import Request, read_task
+from teal_fast.evaluation.tasks import Request, read_task
+from teal_fast.scripts.prepare_tasks import TASKS, main
 
 
 def request(doc, idx, context, continuation, label):

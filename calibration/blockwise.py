@@ -1,0 +1,66 @@
+"""Greedy allocation within each block of a model: TEAL's method, arXiv:2408.14690, Algorithm 1.
+
+Every block gets the same sparsity by bytes. Starting dense, a step's worth of bytes is dropped again and again from
+that layer of the block whose loss of it moves the block's output least, on the dense model's hidden states.
+"""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from teal_fast.model import Transformer
+from teal_fast.sparse_model import KEEP_ALL, leading_dense, sparse_layers
+
+STEPS = 20  # of a block's bytes: 5 % each
+
+
+@torch.no_grad()
+def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[str, Tensor]) -> Tensor:
+    """What share of its entries each layer drops, fp64 [layers, STEPS + 1], at sparsities evenly from 0 to 1.
+
+    quantiles: of |x|, by layer name, at levels evenly spaced from 0 to 1. Leaves thresholds at sparsity 0.
+    """
+    device = model.norm.weight.device
+    x = model.tok_embeddings(torch.tensor([sequence], device=device))
+    positions = torch.arange(len(sequence), device=device)
+    shares = []
+    with leading_dense(model, 1), tqdm(total=STEPS * len(model.layers), desc="allocating", unit="step") as progress:
+        for index, block in enumerate(model.layers):
+            mask = model.mask(positions, None, model.args.sliding_windows[index])
+            inputs = (*model.rotary(positions, x.dtype), None, mask)
+            layers = sparse_layers(block)
+            points = [quantiles[f"layers.{index}.{name}"] for name in layers]
+            weights = torch.tensor([layer.weight.rows.nbytes for layer in layers.values()], dtype=torch.float64)
+            step = weights.sum() / weights / STEPS
+            found = [torch.zeros_like(step)]
+            expected = block(x, *inputs)
+            for _ in range(STEPS):
+                found.append(_next(block, x, inputs, expected, found[-1], step, points))
+                progress.update()
+            for layer in layers.values():
+                layer.threshold.fill_(KEEP_ALL)
+            shares.append(torch.stack(found, dim=1))
+            x = expected
+    return torch.cat(shares)
+
+
+def _next(
+    block: torch.nn.Module,
+    x: Tensor,
+    inputs: tuple,
+    expected: Tensor,
+    shares: Tensor,
+    step: Tensor,
+    points: list[Tensor],
+) -> Tensor:
+    """The shares [layers of the block] after one more step, taken where it moves the output least."""
+    candidates = [shares + one for one in torch.diag(step) if ((shares + one) <= 1).all()]
+    if not candidates:  # it fits nowhere whole: to all, in proportion to what they have left
+        left = 1 - shares
+        return (shares + left / (left / step).sum().clamp(min=1)).clamp(max=1)
+    errors = []
+    for tried in candidates:
+        for layer, share, quantiles in zip(sparse_layers(block).values(), tried.tolist(), points, strict=True):
+            layer.threshold.fill_(quantiles[round(share * (len(quantiles) - 1))] if share else KEEP_ALL)
+        errors.append((block(x, *inputs).float() - expected.float()).norm().item())
+    return candidates[errors.index(min(errors))]

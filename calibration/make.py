@@ -1,0 +1,66 @@
+"""Makes the calibration of a checkpoint: what calibrate.py does, for other commands too."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.methods import fit_curves
+from teal_fast.calibration.passes import Journal, Passes, cut_sequences
+from teal_fast.files.calibration import CALIBRATION_VERSION, Calibration
+from teal_fast.files.checkpoint import fingerprint
+from teal_fast.files.load import load_model
+from teal_fast.files.paths import DATA
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.weights.formats import DTYPES
+
+DEFAULT_CORPUS = DATA / "calibration"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a calibration is made: the method (methods.py), the text, how many tokens of it and in what pieces."""
+
+    method: str = "measured"
+    corpus: tuple[Path, ...] = (DEFAULT_CORPUS,)
+    tokens: int = 16384
+    pass_tokens: int = 4096  # of them for each pass
+    context: int = 1024  # longest sequence
+    seed: int = 1234  # draws the sequences
+
+
+def make_calibration(
+    folder: Path, out: Path, device: torch.device, dtype: str | None = None, settings: Settings | None = None
+) -> Calibration:
+    """Calibrates the checkpoint in `folder` into the file `out`; dtype: bf16, fp16, fp32, or None for the stored one.
+
+    Finished passes are kept beside `out`, so that a run that was cut off goes on. Raises ValueError on text too short.
+    """
+    settings = settings or Settings()
+    tokenizer = Tokenizer.load(folder)
+    documents = [tokenizer.encode(text) for text in read_corpus(list(settings.corpus))]
+    model = load_model(folder, device, DTYPES.get(dtype))
+    context = min(settings.context, model.args.max_position)
+    sequences = cut_sequences(documents, context, settings.tokens, settings.seed)
+    if not sequences:
+        raise ValueError("the corpus has fewer than 2 tokens to calibrate on: give more text, or a larger --tokens")
+    tokens = sum(map(len, sequences))
+    if tokens < settings.tokens:
+        print(f"the corpus holds {tokens} tokens, fewer than the {settings.tokens} asked for", file=sys.stderr)
+    origin = {
+        "corpus": ", ".join(path.name for path in settings.corpus),
+        "tokens": str(tokens),
+        "pass_tokens": str(settings.pass_tokens),
+        "context": str(context),
+        "seed": str(settings.seed),
+        "method": settings.method,
+    }
+    about = {"version": CALIBRATION_VERSION, "model": fingerprint(folder), "dtype": dtype} | origin
+    journal = Journal(out.with_name(f"{out.name}.partial"), about)
+    curves, factors = fit_curves(Passes(model, sequences, settings.pass_tokens, journal), settings.method)
+    calibration = Calibration(curves, fingerprint(folder), origin, factors)
+    calibration.save(out)
+    journal.path.unlink(missing_ok=True)
+    return calibration

@@ -1,0 +1,112 @@
+"""The decode step on the CPU: one call into C++ a token (kernels/csrc/decode_step.cpp), on a model's tensors in place.
+
+Weights, thresholds and cache are handed over by address, so that thresholds change in place between two tokens.
+"""
+
+import ctypes
+from ctypes import c_double, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from teal_fast.kernels.native import TYPES, library, pointer
+from teal_fast.kernels.rows import bits
+from teal_fast.model import Block, Transformer
+
+
+class CpuLayer(ctypes.Structure):
+    """`Layer` of decode_step.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention_norm", "wqkv", "wqkv_bias", "q_norm", "k_norm", "wo", "wo_bias")),
+        *((name, c_void_p) for name in ("ffn_norm", "w13", "w13_bias", "w2", "w2_bias")),
+        *((name, c_void_p) for name in ("wqkv_scale", "wo_scale", "w13_scale", "w2_scale")),
+        *((name, c_void_p) for name in ("wqkv_threshold", "wo_threshold", "w13_threshold", "w2_threshold")),
+        *((name, c_void_p) for name in ("k_cache", "v_cache")),
+        ("window", c_int64),
+    ]
+
+
+class CpuModel(ctypes.Structure):
+    """`Model` of decode_step.cpp."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("dim", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab_size")),
+        *((name, c_int64) for name in ("max_seq_length", "layers", "attention_bits", "ffn_bits", "group")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("embeddings", "norm", "output", "output_scale", "frequencies")),
+        ("layer", ctypes.POINTER(CpuLayer)),
+    ]
+
+
+class CpuStep:
+    """`decode.decode_step` in C++, the same up to rounding; made of a model whose cache is set up.
+
+    It holds on to the model's tensors of that moment: a cache set up later needs a step of its own.
+    """
+
+    def __init__(self, model: Transformer):
+        args, block = model.args, model.layers[0]
+        self.tensors: list[Tensor] = []
+        self.logits = torch.empty(args.vocab_size)
+        self.type = TYPES[model.norm.weight.dtype]
+        self.native = library().teal_decode_step
+        self.model = CpuModel(
+            dim=args.dim,
+            heads=args.n_heads,
+            kv_heads=args.n_kv_heads,
+            head_dim=args.head_dim,
+            ffn_dim=args.ffn_dim,
+            vocab_size=args.vocab_size,
+            max_seq_length=model.max_seq_length,
+            layers=args.n_layers,
+            attention_bits=bits(block.attention.wqkv.weight.rows),
+            ffn_bits=bits(block.feed_forward.w13.weight.rows),
+            group=getattr(block.feed_forward.w13.weight, "group", 0),
+            eps=args.norm_eps,
+            embeddings=self._address(model.tok_embeddings.weight),
+            norm=self._address(model.norm.weight),
+            output=self._address(model.output.weight),
+            output_scale=self._address(getattr(model.output, "scale", None)),
+            frequencies=self._address(model.frequencies),
+            layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, args.sliding_windows)),
+        )
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        assert tensor is None or tensor.is_contiguous()
+        self.tensors.append(tensor)
+        return pointer(tensor).value
+
+    def _layer(self, block: Block, window: int | None) -> CpuLayer:
+        attention, ffn = block.attention, block.feed_forward
+        tensors = {
+            "attention_norm": block.attention_norm.weight,
+            "ffn_norm": block.ffn_norm.weight,
+            "q_norm": getattr(attention.q_norm, "weight", None),
+            "k_norm": getattr(attention.k_norm, "weight", None),
+            "k_cache": attention.kv_cache.k,
+            "v_cache": attention.kv_cache.v,
+        }
+        for name, linear in (("wqkv", attention.wqkv), ("wo", attention.wo), ("w13", ffn.w13), ("w2", ffn.w2)):
+            tensors |= {name: linear.weight.rows, f"{name}_scale": linear.weight.scale}
+            tensors |= {f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
+        return CpuLayer(window=window or 0, **{name: self._address(tensor) for name, tensor in tensors.items()})
+
+    def __call__(self, model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
+        """Logits [vocab] fp32 after token [1, 1] at input_pos [1], in the same tensor each time.
+
+        Raises ValueError outside vocabulary or cache.
+        """
+        token, position = int(token), int(input_pos)
+        if not (0 <= token < self.model.vocab_size and 0 <= position < self.model.max_seq_length):
+            raise ValueError(f"token {token} at position {position} is outside the vocabulary or the cache")
+        with torch.profiler.record_function("teal::decode_step"):
+            self.native(
+                ctypes.byref(self.model),
+                self.type,
+                c_int64(token),
+                c_int64(position),
+                pointer(self.logits),
+                torch.get_num_threads(),
+            )
+        return self.logits

