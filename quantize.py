@@ -24,13 +24,13 @@ from teal_fast.files.store import new_folder
 from teal_fast.quantization.calibrated import Calibrated
 from teal_fast.quantization.checkpoint import carry_calibration, check_dense, quantize, read_sequences, tune
 from teal_fast.quantization.tuning import STEP
-from teal_fast.weights.formats import QUANTIZED, Form
+from teal_fast.weights.formats import QUANTIZED, Format
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER|demo", help="a converted checkpoint, or demo")
-    parser.add_argument("--mode", choices=QUANTIZED, default="int8", help="form of the weights (default: %(default)s)")
+    parser.add_argument("--mode", choices=QUANTIZED, default="int8", help="the weights' format (default: %(default)s)")
     parser.add_argument("--group", type=positive_int, help="outputs a scale in int4 (default: 64)")
     parser.add_argument("--calibrated", action="store_true", help="round for the least change of what layers give")
     parser.add_argument("--tune", action="store_true", help="then move scales for what the whole model gives")
@@ -51,20 +51,20 @@ def main() -> None:
         parser.error("--group is for --mode int4")
 
     folder = open_checkpoint(options.checkpoint)
-    form = Form(options.mode, (options.group or 64) if options.mode == "int4" else 0)
-    check_dense(folder, form)
+    format = Format(options.mode, (options.group or 64) if options.mode == "int4" else 0)
+    check_dense(folder, format)
     out = options.out or checkpoints_folder() / f"{folder.resolve().name}-{options.mode}"
     device = pick_device(options.device)
     with new_folder(out) as made:
         if options.calibrated or options.tune:  # read first: bad text is refused before the work
             sequences = read_sequences(folder, options.corpus or [DEFAULT_CORPUS], options.tokens, options.seed)
         if options.calibrated:
-            quantize(folder, made, form, Calibrated(folder, form, sequences, device))
+            quantize(folder, made, format, Calibrated(folder, format, sequences, device))
         else:
-            quantize(folder, made, form, lambda name, weight: form.within(name).pack(weight))
+            quantize(folder, made, format, lambda name, weight: format.within(name).pack(weight))
         if options.tune:
             # Half of each sequence is a step: on 2 cores one takes 8 s for the demo model.
-            tune(folder, made, form, [sequence[:STEP] for sequence in sequences], device)
+            tune(folder, made, format, [sequence[:STEP] for sequence in sequences], device)
         carry_calibration(folder, made)
     before, after = ((place / WEIGHTS).stat().st_size / 1e6 for place in (folder, out))
     print(f"wrote {out}: {after:.0f} MB instead of {before:.0f} MB")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from teal_fast.model import Transformer
 from teal_fast.weights.dense import DenseWeight, Weight
-from teal_fast.weights.formats import DTYPES, Form
+from teal_fast.weights.formats import DTYPES, Format
 from teal_fast.weights.output import Int8Output
 
 SPARSE_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w13|w2))\.weight")
@@ -32,7 +32,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        threshold = torch.full((weight.in_features,), KEEP_ALL, device=weight.rows.device)
+        threshold = torch.full((weight.in_features,), KEEP_ALL, device=weight.packed.device)
         self.register_buffer("threshold", threshold, persistent=False)
         self.dense_tokens: int | None = None
 
@@ -62,18 +62,18 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
-def sparsify(model: Transformer, form: Form | None = None) -> Transformer:
+def sparsify(model: Transformer, format: Format | None = None) -> Transformer:
     """Replaces the linear layers of the blocks by SparseLinear, at sparsity 0.
 
-    Their weights are shared, not copied; with a form they and the output layer are quantized ones, yet to be filled.
+    Their weights are shared, not copied; with a format they and the output layer are quantized ones, yet to be filled.
     """
     for name, linear in list(model.named_modules()):
         if SPARSE_WEIGHT.fullmatch(f"{name}.weight") and isinstance(linear, nn.Linear):
             K, N = reversed(linear.weight.shape)
-            weight = form.within(name).empty(K, N) if form else DenseWeight(linear.weight.t())
+            weight = format.within(name).empty(K, N) if format else DenseWeight(linear.weight.t())
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, SparseLinear(weight, linear.bias))
-    if form:
+    if format:
         model.output = Int8Output.empty(*model.output.weight.shape)
     return model
 
@@ -84,9 +84,9 @@ def dtype_name(model: Transformer) -> str:
 
 
 def format_of(model: Transformer) -> str:
-    """The form of the weights: bf16, fp16, fp32, int8 or int4."""
-    form = model.layers[0].feed_forward.w13.weight.form
-    return dtype_name(model) if form == "dense" else form
+    """The format of the weights: bf16, fp16, fp32, int8 or int4."""
+    format = model.layers[0].feed_forward.w13.weight.format
+    return dtype_name(model) if format == "dense" else format
 
 
 @contextmanager

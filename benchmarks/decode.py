@@ -53,7 +53,7 @@ from teal_fast.files.demo import find_gguf
 from teal_fast.files.load import load_model
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import dtype_name, format_of
-from teal_fast.weights.formats import DTYPES, QUANTIZED, Form
+from teal_fast.weights.formats import DTYPES, QUANTIZED, Format
 
 GREEDY = Sampling(0.0)
 
@@ -170,7 +170,7 @@ def print_record(record: dict) -> None:
 
 
 def benchmark(name: str, options: argparse.Namespace, device: torch.device, common: dict) -> list[dict]:
-    """The records of one model in all its forms and, where asked for, of the peers on its weights."""
+    """The records of one model in all its formats and, where asked for, of the peers on its weights."""
     models = load(name, options, device)
     model = models[0]
     prompts = [random_prompt(model.args.vocab_size, tokens) for tokens in options.prompt_tokens]
@@ -203,18 +203,18 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device, comm
 
 
 def load(name: str, options: argparse.Namespace, device: torch.device) -> list[Transformer]:
-    """The model called `name` in every form asked for."""
+    """The model called `name` in every format asked for."""
     if options.checkpoint:
         models = [
             load_model(open_checkpoint(folder), device, DTYPES.get(options.dtype)) for folder in options.checkpoint
         ]
         if any(model.args != models[0].args for model in models):
-            raise ValueError("--checkpoint takes forms of one model, got several models: run them one by one")
+            raise ValueError("--checkpoint takes formats of one model, got several models: run them one by one")
         return models
     config, dtype = COMMON | SHAPES[name], DTYPES[options.dtype or "bf16"]
     groups = {"int4": 128 if config["hidden_size"] % 128 == 0 else 64}  # outputs a scale
-    forms = [Form(form, groups.get(form, 0)) if form in QUANTIZED else None for form in options.formats]
-    return [random_model(config, device, dtype, form=form) for form in forms]
+    formats = [Format(format, groups.get(format, 0)) if format in QUANTIZED else None for format in options.formats]
+    return [random_model(config, device, dtype, format=format) for format in formats]
 
 
 def calibrations_of(models: list[Transformer], options: argparse.Namespace, device: torch.device) -> list[Calibration]:

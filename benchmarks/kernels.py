@@ -208,10 +208,10 @@ def run_dense(x: Tensor, weights: list[Tensor]) -> None:
 def tune(ops: list[Op]) -> None:
     """Prints the best block sizes at 50 %, in the form of the tables in kernels/."""
     for op in ops:
-        form = bits(op.weights[0])
-        table, key, configs = compact_gemv.TUNED, (op.K, op.N, form), GEMV_CONFIGS
+        format = bits(op.weights[0])
+        table, key, configs = compact_gemv.TUNED, (op.K, op.N, format), GEMV_CONFIGS
         if op.name == "gate+up":
-            table, key, configs = gate_up.TUNED, (op.N // 2, form), GATE_UP_CONFIGS
+            table, key, configs = gate_up.TUNED, (op.N // 2, format), GATE_UP_CONFIGS
         timed = []
         for config in configs:
             table[key] = config

@@ -1,10 +1,10 @@
-"""Times a prompt's way through a model in several forms of storage, in one process and interleaved.
+"""Times a prompt's way through a model in several formats of storage, in one process and interleaved.
 
     python -m teal_fast.benchmarks.prompts --shapes llama-3-8b --formats dense int8 int4 --tokens 12 128 512 2048
     python -m teal_fast.benchmarks.prompts --checkpoint demo checkpoints/demo-int8 --tokens 5 100 512
 
-Prompts are computed densely, uncompiled, as generate.py does by default. Each round takes every form once at every
-length; the median over rounds is reported, and `ratio`, the median of a form's times over the first form's in the same
+Prompts are computed densely, uncompiled, as generate.py does by default. Each round takes every format once at every
+length; the median over rounds is reported, and `ratio`, the median of a format's times over the first one's in the same
 round. The first round warms up.
 """
 

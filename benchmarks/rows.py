@@ -112,7 +112,7 @@ def _name(record: dict) -> str:
 
 
 def _is_baseline(record: dict, mine: dict) -> bool:
-    """Other programs, our own dense row, and the same sparsity in another form."""
+    """Other programs, our own dense row, and the same sparsity in another format."""
     same = record["format"] == mine["format"], record["sparsity"] == mine["sparsity"]
     return not _is_ours(record) or (
         record is not mine and (same == (False, True) or (same[0] and not record["sparsity"]))

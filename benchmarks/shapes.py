@@ -10,7 +10,7 @@ from teal_fast.files.calibration import Calibration
 from teal_fast.kernels.int4 import pack_int4
 from teal_fast.model import Transformer, rotary_frequencies
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 
 # config.json of the published models, as far as shapes go.
 SHAPES = {
@@ -69,11 +69,11 @@ def random_model(
     dtype: torch.dtype,
     seed: int = 0,
     std: float = 0.02,
-    form: Form | None = None,
+    format: Format | None = None,
 ) -> Transformer:
-    """A model of this config.json with normally distributed weights, sparse at sparsity 0, quantized with a form."""
+    """A model of this config.json with normally distributed weights, sparse at sparsity 0, quantized with a format."""
     with torch.device("meta"):
-        model = sparsify(Transformer(model_args(config)), form)
+        model = sparsify(Transformer(model_args(config)), format)
     model.to_empty(device=device)
     model.frequencies = rotary_frequencies(model.args.rope, model.args.head_dim).to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -95,7 +95,7 @@ def random_model(
         setattr(parent, leaf, torch.nn.Parameter(value, requires_grad=False))
     for layer in sparse_layers(model).values():
         layer.threshold.fill_(KEEP_ALL)
-    if model.args.tie_embeddings and form is None:
+    if model.args.tie_embeddings and format is None:
         model.output.weight = model.tok_embeddings.weight
     return model.eval()
 

@@ -30,7 +30,7 @@ def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[st
             inputs = (*model.rotary(positions, x.dtype), None, mask)
             layers = sparse_layers(block)
             points = [quantiles[f"layers.{index}.{name}"] for name in layers]
-            weights = torch.tensor([layer.weight.rows.nbytes for layer in layers.values()], dtype=torch.float64)
+            weights = torch.tensor([layer.weight.packed.nbytes for layer in layers.values()], dtype=torch.float64)
             step = weights.sum() / weights / STEPS
             found = [torch.zeros_like(step)]
             expected = block(x, *inputs)

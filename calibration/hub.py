@@ -167,8 +167,8 @@ def make_card(
     if records:
         rows = [["nominal", "achieved", "perplexity"]]
         rows += [[f"{r['sparsity']:.0%}", f"{r['achieved_sparsity']:.1%}", f"{r['perplexity']:.2f}"] for r in records]
-        text, protocol, form = ", ".join(records[0]["text"]), records[0]["protocol"], records[0]["format"]
-        perplexity = f"\nPerplexity on {text} ({protocol}; {form}):\n\n{_table(rows)}\n"
+        text, protocol, format = ", ".join(records[0]["text"]), records[0]["protocol"], records[0]["format"]
+        perplexity = f"\nPerplexity on {text} ({protocol}; {format}):\n\n{_table(rows)}\n"
     return CARD.format(
         model=folder.resolve().name,
         repo_id=repo_id,

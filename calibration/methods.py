@@ -51,7 +51,7 @@ def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) ->
 def fit_curves(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Curves and factors of a `Calibration`, by the method called so; leaves the model's thresholds at sparsity 0."""
     layers = sparse_layers(passes.model)
-    sizes = Sizes.of([layer.weight.rows for layer in layers.values()])
+    sizes = Sizes.of([layer.weight.packed for layer in layers.values()])
     factors = [torch.ones(layer.weight.in_features).double() for layer in layers.values()]
     if method in ("measured", "fisher", "global"):
         rule, factors = find_costs(passes, sizes, factors, method)

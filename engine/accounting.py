@@ -24,8 +24,8 @@ class Tally:
         held: dict[str, float] = {}
         for name, seen in self.seen.items():
             for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
-                held[kind] = held.get(kind, 0) + seen * layers[name].weight.rows[0].nbytes
-                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.rows[0].nbytes
+                held[kind] = held.get(kind, 0) + seen * layers[name].weight.packed[0].nbytes
+                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.packed[0].nbytes
         return {kind: 1 - read[kind] / held[kind] for kind in held if held[kind]}
 
 
@@ -50,7 +50,7 @@ def bytes_per_token(model: Transformer, sparsity: float, context: int = 0) -> in
     """
     args, itemsize = model.args, model.norm.weight.element_size()
     cached = 2 * args.n_layers * args.n_kv_heads * args.head_dim * itemsize * context
-    sparse = sum(layer.weight.rows.nbytes for layer in sparse_layers(model).values())
+    sparse = sum(layer.weight.packed.nbytes for layer in sparse_layers(model).values())
     total = sum(parameter.nbytes for parameter in model.parameters())  # a tied output layer counts once …
     if model.output.weight is not model.tok_embeddings.weight:
         total -= model.tok_embeddings.weight.nbytes  # … and of an embedding table of its own one row is read

@@ -60,8 +60,8 @@ class CpuStep:
             vocab_size=args.vocab_size,
             max_seq_length=model.max_seq_length,
             layers=args.n_layers,
-            attention_bits=bits(block.attention.wqkv.weight.rows),
-            ffn_bits=bits(block.feed_forward.w13.weight.rows),
+            attention_bits=bits(block.attention.wqkv.weight.packed),
+            ffn_bits=bits(block.feed_forward.w13.weight.packed),
             group=getattr(block.feed_forward.w13.weight, "group", 0),
             eps=args.norm_eps,
             embeddings=self._address(model.tok_embeddings.weight),
@@ -88,7 +88,7 @@ class CpuStep:
             "v_cache": attention.kv_cache.v,
         }
         for name, linear in (("wqkv", attention.wqkv), ("wo", attention.wo), ("w13", ffn.w13), ("w2", ffn.w2)):
-            tensors |= {name: linear.weight.rows, f"{name}_scale": linear.weight.scale}
+            tensors |= {name: linear.weight.packed, f"{name}_scale": linear.weight.scale}
             tensors |= {f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
         return CpuLayer(window=window or 0, **{name: self._address(tensor) for name, tensor in tensors.items()})
 

@@ -38,7 +38,7 @@ def pruned(rows: Tensor, score: Tensor, share: float, by_output: bool) -> Tensor
 def prune_layer(layer: SparseLinear, sizes: list[int], share: float, norms: Tensor | None) -> None:
     """Replaces a layer's weight by a pruned copy: by magnitude, or by Wanda's score with the input norms [K]."""
     parts = []
-    for rows in layer.weight.rows.split(sizes, dim=1):
+    for rows in layer.weight.packed.split(sizes, dim=1):
         score = rows.float().abs() if norms is None else rows.float().abs() * norms[:, None]
         parts.append(pruned(rows, score, share, norms is not None))
     layer.weight = DenseWeight(torch.cat(parts, dim=1))
@@ -67,7 +67,7 @@ def zeros_by_kind(model: Transformer) -> dict[str, float]:
     held: dict[str, int] = {}
     for name, layer in sparse_layers(model).items():
         for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
-            rows = layer.weight.rows
+            rows = layer.weight.packed
             zeros[kind] = zeros.get(kind, 0) + int((rows == 0).sum())
             held[kind] = held.get(kind, 0) + rows.numel()
     return {kind: zeros[kind] / held[kind] for kind in held}

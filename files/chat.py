@@ -31,7 +31,7 @@ def render_chat(template: str, messages: list[dict[str, str]], names: dict[str, 
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = tojson
     sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
     try:
         return sandbox.from_string(template).render(given | names)

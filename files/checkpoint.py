@@ -38,8 +38,8 @@ def find_checkpoint(name: str) -> Path:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {file}: expected a folder that "
-                "`python -m teal_fast.scripts.convert_hf_checkpoint` or `python -m teal_fast.scripts.convert_gguf` makes, or the name demo"
+                f"{folder} has no {file}: expected a folder made by python -m teal_fast.scripts.convert_hf_checkpoint "
+                "or python -m teal_fast.scripts.convert_gguf, or the name demo"
             )
     return folder
 

@@ -10,12 +10,12 @@ from teal_fast.files.checkpoint import WEIGHTS, read_config
 from teal_fast.files.store import open_safetensors
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 
 
 def stored_as(name: str) -> str:
     """The name in model.safetensors of a parameter of the sparse model."""
-    return name.replace(".weight.rows", ".weight").replace(".weight.scale", ".scale")
+    return name.replace(".weight.packed", ".weight").replace(".weight.scale", ".scale")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -33,7 +33,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
                 f"{folder} is not converted yet: run `python -m teal_fast.scripts.convert_hf_checkpoint {folder}`"
             )
         with torch.device("meta"):
-            model = sparsify(Transformer(args), Form.read(metadata))
+            model = sparsify(Transformer(args), Format.read(metadata))
         for name, parameter in model.named_parameters():
             stored_name = stored_as(name)
             if stored_name not in stored:

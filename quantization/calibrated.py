@@ -13,7 +13,7 @@ from teal_fast.files.load import load_model, stored_as
 from teal_fast.quantization.gptq import feed_back, make_up
 from teal_fast.sparse_model import SparseLinear, sparse_layers
 from teal_fast.weights.dense import Weight
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 
 DROPPED = 0.5  # the sparsity of the inputs that count besides the dense ones
 Function = Callable[[Tensor], Tensor]
@@ -27,8 +27,8 @@ class Calibrated:
     reading layer shall give what it gave the original model, an adding one bring back the original's hidden states.
     """
 
-    def __init__(self, folder: Path, form: Form, sequences: list[list[int]], device: torch.device):
-        self.form, self.device = form, device
+    def __init__(self, folder: Path, format: Format, sequences: list[list[int]], device: torch.device):
+        self.format, self.device = format, device
         self.calibration = load_calibration(folder)
         self.model = load_model(folder)  # memory-mapped: a block is read when its turn comes
         self.hidden = [self.model.tok_embeddings(torch.tensor([ids])).to(device, torch.float32) for ids in sequences]
@@ -89,8 +89,8 @@ class Calibrated:
             missing = missing + x.t() @ lack
         try:
             weight = make_up(linear.weight.dequantize(), hessian, missing)
-            form = self.form.within(name)
-            linear.weight = form.pack(weight, hessian.diagonal(), partial(feed_back, hessian=hessian))
+            format = self.format.within(name)
+            linear.weight = format.pack(weight, hessian.diagonal(), partial(feed_back, hessian=hessian))
         except torch.linalg.LinAlgError as error:
             raise ValueError(f"{name}: too few or too large inputs to round by: more --tokens?") from error
 

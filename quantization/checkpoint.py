@@ -21,20 +21,20 @@ from teal_fast.quantization.calibrated import check_finite
 from teal_fast.quantization.tuning import tune_scales
 from teal_fast.sparse_model import format_of, sparse_layers, sparsify
 from teal_fast.weights.dense import Weight
-from teal_fast.weights.formats import QUANTIZED, Form
+from teal_fast.weights.formats import QUANTIZED, Format
 from teal_fast.weights.output import Int8Output
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 CONTEXT = 1024  # tokens a sequence
 
 
-def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], Weight]) -> None:
+def quantize(folder: Path, out: Path, format: Format, pack: Callable[[str, Tensor], Weight]) -> None:
     """Fills the folder `out` with a checkpoint, without calibration; `pack` quantizes the layer called so.
 
     Weights are [K, N]. Raises ValueError on NaN and inf.
     """
     with torch.device("meta"):
-        model = sparsify(Transformer(model_args(read_config(folder))), form)
+        model = sparsify(Transformer(model_args(read_config(folder))), format)
     with open_safetensors(folder / WEIGHTS) as file:
         names = set(file.keys())
         parts: dict[str, Tensor] = {}  # of the weight being written
@@ -51,19 +51,19 @@ def quantize(folder: Path, out: Path, form: Form, pack: Callable[[str, Tensor], 
                 made_of = Int8Output.pack(weight) if f"{module}.weight" == OUTPUT else pack(module, weight)
                 parts.clear()
                 for part, tensor in made_of.named_parameters():
-                    parts[f"{module}.{'weight' if part == 'rows' else part}"] = tensor.data.cpu()
+                    parts[f"{module}.{'weight' if part == 'packed' else part}"] = tensor.data.cpu()
             return parts[name] if name in quantized else load(name)
 
         layout, quantized = {}, set()
         for name, parameter in model.named_parameters():
             stored = stored_as(name)
-            if name.endswith((".rows", ".scale")) or name == OUTPUT:
+            if name.endswith((".packed", ".scale")) or name == OUTPUT:
                 quantized.add(stored)
             layout[stored] = (parameter.dtype if stored in quantized else file.get_tensor(name).dtype, parameter.shape)
         for path in folder.iterdir():
             if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):
                 shutil.copyfile(path, out / path.name)
-        write_safetensors(out / WEIGHTS, layout, read, METADATA | form.metadata())
+        write_safetensors(out / WEIGHTS, layout, read, METADATA | format.metadata())
 
 
 def carry_calibration(folder: Path, out: Path) -> None:
@@ -73,8 +73,8 @@ def carry_calibration(folder: Path, out: Path) -> None:
         replace(calibration, model=fingerprint(out)).save(out / CALIBRATION)
 
 
-def tune(folder: Path, out: Path, form: Form, sequences: list[list[int]], device: torch.device) -> None:
-    """Tunes the scales of the checkpoint `out` in that form, made from the one in `folder`, to be like that one."""
+def tune(folder: Path, out: Path, format: Format, sequences: list[list[int]], device: torch.device) -> None:
+    """Tunes the scales of the checkpoint `out` in that format, made from the one in `folder`, to be like that one."""
     calibration = load_calibration(folder)
     try:
         models = (load_model(place, device, torch.float32) for place in (out, folder))
@@ -89,17 +89,17 @@ def tune(folder: Path, out: Path, form: Form, sequences: list[list[int]], device
             tensor, layer = stored[name], name.removesuffix(".scale")
             return tensor * factors[layer].cpu() if name.endswith(".scale") and layer in factors else tensor
 
-        write_safetensors(temporary, layout, read, METADATA | form.metadata())
+        write_safetensors(temporary, layout, read, METADATA | format.metadata())
 
 
-def check_dense(folder: Path, form: Form) -> None:
-    """Raises ValueError when the checkpoint is unsound or quantized already, or does not fit the form."""
+def check_dense(folder: Path, format: Format) -> None:
+    """Raises ValueError when the checkpoint is unsound or quantized already, or does not fit the format."""
     model = load_model(folder)  # memory-mapped
     if format_of(model) in QUANTIZED:
         raise ValueError(f"{folder} is in {format_of(model)} already: quantize the checkpoint that it was made from")
     for name, layer in sparse_layers(model).items():
         parts = 2 if name.endswith("w13") else 1  # gate and up share no group
-        form.within(name).empty(layer.weight.in_features, layer.weight.out_features // parts)
+        format.within(name).empty(layer.weight.in_features, layer.weight.out_features // parts)
     if (folder / CALIBRATION).exists():
         Calibration.load(folder / CALIBRATION).check(folder)
 

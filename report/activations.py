@@ -176,7 +176,7 @@ def measure(
                 achieved[name].append(1 - kept.item() / tally.seen[name])
     return [
         {"name": name, "layer": int(name.split(".")[1]), "kind": KINDS[name.rsplit(".", 1)[1]]}
-        | {"row_bytes": sparse_layers(model)[name].weight.rows[0].nbytes}
+        | {"row_bytes": sparse_layers(model)[name].weight.packed[0].nbytes}
         | layer.summary()
         | {"achieved": achieved[name]}
         for name, layer in statistics.items()

@@ -29,7 +29,7 @@ UNCONDITIONAL = 1_000_000  # added to the ids of items whose choices are scored 
 
 
 def convert(lines: list[bytes]) -> list[dict[str, Any]]:
-    """Items in the form of tasks.py from requests, of which each asks for one continuation of one context."""
+    """Items as evaluation/tasks.py reads them, from requests that ask for one continuation of one context each."""
     items: dict[int, list[dict[str, Any]]] = {}
     for record in map(json.loads, lines):
         if record["doc_id"] < UNCONDITIONAL:

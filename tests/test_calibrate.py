@@ -77,7 +77,7 @@ def test_targets_are_hit_by_every_method(tiny, tmp_path, method):
 def test_layers_that_matter_less_are_dropped_more(tiny, tmp_path):
     made = passes(tiny, tmp_path / "journal")
     quiet = made.model.layers[1].feed_forward.w2
-    quiet.weight.rows = torch.nn.Parameter(quiet.weight.rows * 0.01, requires_grad=False)
+    quiet.weight.packed = torch.nn.Parameter(quiet.weight.packed * 0.01, requires_grad=False)
     for method in ("global", "measured"):
         curves, _ = calibrate.calibrate(passes_of(made, tmp_path / method), method)
         set_sparsity(made.model, Calibration(curves, {}, {}), 0.2)

@@ -24,11 +24,11 @@ from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import sparse_layers
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
 
 MODES = ["int8", "int4"]
-FORMS = {"int8": Form("int8"), "int4": Form("int4", 64)}
+FORMATS = {"int8": Format("int8"), "int4": Format("int4", 64)}
 # Off the dense model's logits, as a share of their norm: rounding adds 0.9 % and 9 % to a weight, and eight layers in a
 # row about twice that.
 LOGIT_ERROR = {"int8": 0.02, "int4": 0.2}
@@ -100,7 +100,7 @@ def widened(folder, dense) -> Transformer:
     """The dense model with the weights that the quantized one stands for."""
     model, source = load_model(dense), load_model(folder)
     for name, layer in sparse_layers(model).items():
-        layer.weight.rows.data = sparse_layers(source)[name].weight.dequantize()
+        layer.weight.packed.data = sparse_layers(source)[name].weight.dequantize()
     model.output.weight = torch.nn.Parameter(source.output.weight * source.output.scale[:, None])
     return model
 
@@ -117,7 +117,7 @@ def test_the_file_holds_what_it_should(made, dense, mode, calibrated):
     assert {path.name for path in folder.iterdir()} == {path.name for path in dense.iterdir()}
     assert (folder / CONFIG).read_bytes() == (dense / CONFIG).read_bytes()
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == METADATA | FORMS[mode].metadata()
+        assert file.metadata() == METADATA | FORMATS[mode].metadata()
     before, after = load_file(dense / WEIGHTS), load_file(folder / WEIGHTS)
     same = [name for name in before if "norm" in name or name == "tok_embeddings.weight"]
     assert len(same) == 6 and all(torch.equal(after[name], before[name]) for name in same)
@@ -131,9 +131,9 @@ def test_the_file_holds_what_it_should(made, dense, mode, calibrated):
 def test_load_model_gives_the_weights_as_they_were_packed(made, dense, mode):
     model, source = load_model(made[mode, False][0]), load_model(dense)
     for name, layer in sparse_layers(model).items():
-        form = FORMS[mode].within(name)
-        expected = form.pack(sparse_layers(source)[name].weight.rows)
-        assert layer.weight.form == form.name
+        format = FORMATS[mode].within(name)
+        expected = format.pack(sparse_layers(source)[name].weight.packed)
+        assert layer.weight.format == format.name
         for attribute in ("rows", "scale"):
             assert torch.equal(getattr(layer.weight, attribute), getattr(expected, attribute))
     assert len(sparse_layers(model)) == 8
@@ -178,7 +178,7 @@ def test_tuning_moves_scales_and_nothing_else(made, dense, tmp_path, mode):
     for name in differing:
         torch.testing.assert_close(after[name], before[name], rtol=0.2, atol=0)
     with safe_open(tmp_path / "once" / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == METADATA | FORMS[mode].metadata()
+        assert file.metadata() == METADATA | FORMATS[mode].metadata()
     assert {path.name for path in (tmp_path / "once").iterdir()} == {path.name for path in dense.iterdir()}
     load_calibration(tmp_path / "once")  # is that of the scales as they are now
 
@@ -199,7 +199,7 @@ def test_load_model_in_another_type(made, mode):
     assert model.norm.weight.dtype == torch.bfloat16
     for name, layer in sparse_layers(model).items():
         assert torch.equal(layer.weight.scale, sparse_layers(exact)[name].weight.scale)
-        assert layer.weight.rows.dtype == {"int8": torch.int8, "int4": torch.uint8}[FORMS[mode].within(name).name]
+        assert layer.weight.packed.dtype == {"int8": torch.int8, "int4": torch.uint8}[FORMATS[mode].within(name).name]
     tokens = held_out(folder)
     assert off(logits(model, tokens), logits(exact, tokens)) < 4 * 2**-8  # a rounding a layer
 
@@ -417,9 +417,9 @@ def test_a_full_disk_leaves_nothing_behind(dense, command, tmp_path, megabytes):
 def test_sequences_are_no_longer_than_the_model_takes(dense, monkeypatch, tmp_path):
     seen, init = [], quantize.Calibrated.__init__
 
-    def watch(self, folder, form, sequences, device):
+    def watch(self, folder, format, sequences, device):
         seen.extend(map(len, sequences))
-        init(self, folder, form, sequences, device)
+        init(self, folder, format, sequences, device)
 
     monkeypatch.setattr(quantize.Calibrated, "__init__", watch)
     assert run_here(*arguments(dense, "int8", True), "--out", tmp_path / "out")[0] == 0

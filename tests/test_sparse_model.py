@@ -110,7 +110,7 @@ def masked_by_hand(layer, x, dense):
     for b, t in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
         for k, value in enumerate(x[b, t]):
             if t < dense or abs(value) > layer.threshold[k]:
-                y[b, t] += value * layer.weight.rows[k]
+                y[b, t] += value * layer.weight.packed[k]
     return y if layer.bias is None else y + layer.bias
 
 
@@ -207,7 +207,7 @@ def test_nan_and_inf_travel_as_in_a_dense_layer(value, tokens):
     layer = make_layer(threshold=2.0)
     x = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(7))
     x[..., 10] = value
-    expected = F.linear(x, layer.weight.rows.t())
+    expected = F.linear(x, layer.weight.packed.t())
     assert not expected.isfinite().any()
     with leading_dense(layer, 0):
         y = layer(x)
@@ -252,8 +252,8 @@ def test_tally_counts_what_is_kept(tiny, calibration):
         flat = [value for x in inputs[name] for value in x.abs().flatten().tolist()]
         assert tally.seen[name] == len(flat) == (TOKENS.shape[1] - 2 + 1) * layer.weight.in_features
         assert tally.kept[name].item() == sum(value > layer.threshold[0].item() for value in flat)
-        seen += tally.seen[name] * layer.weight.rows[0].nbytes
-        kept += tally.kept[name].item() * layer.weight.rows[0].nbytes
+        seen += tally.seen[name] * layer.weight.packed[0].nbytes
+        kept += tally.kept[name].item() * layer.weight.packed[0].nbytes
     achieved = tally.by_kind(model)
     assert list(achieved) == ["qkv", "all", "o", "gate+up", "down"]
     assert achieved["all"] == pytest.approx(1 - kept / seen)

@@ -14,11 +14,11 @@ Kept = tuple[Tensor, Tensor, Tensor]  # index, value, count of a vector's kept c
 
 
 class Weight(Protocol):
-    rows: Tensor
+    packed: Tensor
     scale: Tensor | None  # fp32 [N], times what the rows give
     in_features: int
     out_features: int
-    form: str
+    format: str
 
     def dequantize(self) -> Tensor: ...  # [K, N]
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [..., K] -> [..., N], every channel
@@ -33,32 +33,32 @@ class Weight(Protocol):
 class DenseWeight(nn.Module):
     """Rows [K, N] in fp32, bf16 or fp16."""
 
-    form, scale = "dense", None
+    format, scale = "dense", None
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, packed: Tensor):
         super().__init__()
-        self.rows = nn.Parameter(rows.contiguous(), requires_grad=False)
-        self.in_features, self.out_features = rows.shape
+        self.packed = nn.Parameter(packed.contiguous(), requires_grad=False)
+        self.in_features, self.out_features = packed.shape
 
     def dequantize(self) -> Tensor:
-        return self.rows
+        return self.packed
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _linear(x, self.rows, bias)
+        return _linear(x, self.packed, bias)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.rows, threshold, bias)
+        return sparse_gemv(x, self.packed, threshold, bias)
 
     def compact_matvec(self, kept: Kept, arrived: Tensor) -> Tensor:
-        return compact_gemv(*kept, self.rows, None, 0, arrived)
+        return compact_gemv(*kept, self.packed, None, 0, arrived)
 
     def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept:
-        return gate_up(*kept, self.rows, threshold, None, 0, arrived)
+        return gate_up(*kept, self.packed, threshold, None, 0, arrived)
 
 
-def _linear(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times rows [K, N], plus bias, in x's type."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times weight [K, N], plus bias, in x's type."""
     if x.device.type == "cpu" and x.dtype != torch.float32:
         # A CPU without bf16 matrix instructions multiplies bf16 9x slower than fp32 (512x576x1536 on Zen 3).
-        return F.linear(x.float(), rows.float().t(), None if bias is None else bias.float()).to(x.dtype)
-    return F.linear(x, rows.t(), bias)
+        return F.linear(x.float(), weight.float().t(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, weight.t(), bias)

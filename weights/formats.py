@@ -14,8 +14,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Form:
-    """A form of storage as a checkpoint's metadata name it; `group`: outputs that share a scale in int4.
+class Format:
+    """A format of storage as a checkpoint's metadata name it; `group`: outputs that share a scale in int4.
 
     A checkpoint in int4 has attention's weights in int8: they are a quarter, and in int4 they lose more than the
     others.
@@ -25,8 +25,8 @@ class Form:
     group: int = 0
 
     @classmethod
-    def read(cls, metadata: dict[str, str]) -> "Form | None":
-        """The form of quantized weights, None of others. Raises ValueError on an unknown one."""
+    def read(cls, metadata: dict[str, str]) -> "Format | None":
+        """The format of quantized weights, None of others. Raises ValueError on an unknown one."""
         name = metadata.get("weights")
         if name == "int4" and metadata.get("row_scales") != "at most 1":
             raise ValueError("the checkpoint's int4 weights are of an earlier version: quantize it again")
@@ -37,12 +37,12 @@ class Form:
     def metadata(self) -> dict[str, str]:
         return {"weights": self.name} | ({"group": str(self.group), "row_scales": "at most 1"} if self.group else {})
 
-    def within(self, name: str) -> "Form":
-        """The form of the layer called so."""
-        return Form("int8") if ".attention." in name else self
+    def within(self, name: str) -> "Format":
+        """The format of the layer called so."""
+        return Format("int8") if ".attention." in name else self
 
     def empty(self, K: int, N: int) -> Weight:
-        """A weight [K, N] of this form that is yet to be filled."""
+        """A weight [K, N] of this format that is yet to be filled."""
         return QUANTIZED[self.name].empty(K, N, self.group)
 
     def pack(

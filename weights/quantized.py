@@ -15,18 +15,18 @@ from teal_fast.weights.grids import TINY, Int4Grid, Int8Grid
 
 
 class QuantizedWeight(nn.Module):
-    """What int8 and int4 share: a scale [N] fp32, and products by kernels that know a form by the type of its rows."""
+    """What int8 and int4 share: a scale [N] fp32, and products by kernels that tell formats by their dtype."""
 
-    form: str
+    format: str
 
-    def __init__(self, rows: Tensor, scale: Tensor, group: int = 0):
+    def __init__(self, packed: Tensor, scale: Tensor, group: int = 0):
         super().__init__()
-        self.rows = nn.Parameter(rows.contiguous(), requires_grad=False)
+        self.packed = nn.Parameter(packed.contiguous(), requires_grad=False)
         self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
-        self.in_features, self.out_features, self.group = len(rows), len(scale), group
+        self.in_features, self.out_features, self.group = len(packed), len(scale), group
 
     def dequantize(self) -> Tensor:
-        return widen(self.rows, self.scale, self.group)
+        return widen(self.packed, self.scale, self.group)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The weight is widened for it: a tile at a time for few tokens on CUDA, else a copy of one layer's.
@@ -35,24 +35,24 @@ class QuantizedWeight(nn.Module):
         """
         if x.is_cuda and not x.requires_grad and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
             tokens = x.reshape(-1, x.shape[-1])
-            return quantized_gemm(tokens, self.rows, self.scale, bias, self.group).view(*x.shape[:-1], -1)
+            return quantized_gemm(tokens, self.packed, self.scale, bias, self.group).view(*x.shape[:-1], -1)
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        return _linear(x, widen(self.rows, self.scale, self.group, dtype), bias)
+        return _linear(x, widen(self.packed, self.scale, self.group, dtype), bias)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.rows, threshold, bias, self.scale, self.group)
+        return sparse_gemv(x, self.packed, threshold, bias, self.scale, self.group)
 
     def compact_matvec(self, kept: Kept, arrived: Tensor) -> Tensor:
-        return compact_gemv(*kept, self.rows, self.scale, self.group, arrived)
+        return compact_gemv(*kept, self.packed, self.scale, self.group, arrived)
 
     def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept:
-        return gate_up(*kept, self.rows, threshold, self.scale, self.group, arrived)
+        return gate_up(*kept, self.packed, threshold, self.scale, self.group, arrived)
 
 
 class Int8Weight(QuantizedWeight):
-    """Rows [K, N] of int8, symmetric, with one fp32 scale [N] an output channel: w[k, n] = rows[k, n] scale[n]."""
+    """Rows [K, N] of int8, symmetric, with one fp32 scale [N] an output channel: w[k, n] = packed[k, n] scale[n]."""
 
-    form = "int8"
+    format = "int8"
 
     @staticmethod
     def grid(weight: Tensor, group: int, importance: Tensor | None = None) -> Int8Grid:
@@ -77,7 +77,7 @@ class Int4Weight(QuantizedWeight):
     skipped channel skips them too; those of the outputs even out what would else be a group of large and small weights.
     """
 
-    form = "int4"
+    format = "int4"
 
     @staticmethod
     def grid(weight: Tensor, group: int, importance: Tensor | None = None) -> Int4Grid:

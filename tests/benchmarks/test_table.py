@@ -25,7 +25,7 @@ def test_a_row_for_every_form_and_sparsity(folders, command, tmp_path):
     records = json.loads(out.read_text())
     assert json.loads(last) == records and len(table) == 2 + 4
     assert [(r["format"], r["sparsity"]) for r in records] == [
-        (form, sparsity) for form in ("fp32", "int8") for sparsity in (0, 0.5)
+        (format, sparsity) for format in ("fp32", "int8") for sparsity in (0, 0.5)
     ]
     assert records[0]["bits"] == 32 and 8 < records[2]["bits"] < 8.5
     for record, line in zip(records, table[2:], strict=True):

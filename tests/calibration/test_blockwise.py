@@ -13,7 +13,7 @@ SEQUENCE = torch.randint(3, 40_000, (40,), generator=torch.Generator().manual_se
 def test_blocks_drop_equal_bytes_and_what_costs_least_first(tiny):
     model = load_model(tiny)
     free = model.layers[1].attention.wo
-    free.weight.rows = torch.nn.Parameter(torch.zeros_like(free.weight.rows), requires_grad=False)
+    free.weight.packed = torch.nn.Parameter(torch.zeros_like(free.weight.packed), requires_grad=False)
     quantiles = measure(model, [SEQUENCE])
     shares = blockwise_shares(model, SEQUENCE, quantiles)
     assert shares.shape == (8, STEPS + 1)
@@ -21,7 +21,7 @@ def test_blocks_drop_equal_bytes_and_what_costs_least_first(tiny):
     assert (shares.diff(dim=1) >= -1e-9).all()
     assert (shares[:, 0] == 0).all() and torch.allclose(shares[:, -1], torch.ones(8).double())
     layers = sparse_layers(model)
-    bytes_ = torch.tensor([layer.weight.rows.nbytes for layer in layers.values()]).double().view(2, 4, 1)
+    bytes_ = torch.tensor([layer.weight.packed.nbytes for layer in layers.values()]).double().view(2, 4, 1)
     dropped = (shares.view(2, 4, -1) * bytes_).sum(1) / bytes_.sum(1)
     torch.testing.assert_close(dropped, torch.linspace(0, 1, STEPS + 1).double().expand(2, -1))
     whole = int(

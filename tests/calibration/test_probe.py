@@ -105,9 +105,9 @@ def test_first_tokens_are_not_counted(tiny):
 
 def test_nan_in_the_model_is_an_error(tiny):
     model = load_model(tiny)
-    rows = model.layers[1].feed_forward.w13.weight.rows.clone()
+    rows = model.layers[1].feed_forward.w13.weight.packed.clone()
     rows[0, 0] = torch.nan
-    model.layers[1].feed_forward.w13.weight.rows = torch.nn.Parameter(rows)
+    model.layers[1].feed_forward.w13.weight.packed = torch.nn.Parameter(rows)
     with pytest.raises(ValueError, match="NaN or inf on this corpus: is the checkpoint sound"):
         measure(model, [[5, 6, 7]])
     assert not any(layer._forward_pre_hooks for layer in sparse_layers(model).values())

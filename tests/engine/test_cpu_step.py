@@ -21,7 +21,7 @@ from teal_fast.sparse_model import sparse_layers, watch_inputs
 from teal_fast.tests.cpp import RUNNABLE, compiled
 from teal_fast.tests.models import TINY
 from teal_fast.weights.dense import DenseWeight
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output, output_weight
 
 LENGTH = 260
@@ -58,7 +58,7 @@ QUANTIZED = {
     "qwen2_tied": EVEN | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": EVEN | {"model_type": "qwen3"},
 }
-FORMS = {"int8": Form("int8"), "int4": Form("int4", 64), "int4_128": Form("int4", 128)}
+FORMATS = {"int8": Format("int8"), "int4": Format("int4", 64), "int4_128": Format("int4", 128)}
 TOLERANCE = 2e-5  # fp32, logits of size 1: another order of summation, another exp, sin and cos
 # Off the plain step of the same weights in fp32, as a share of the logits' norm: the inputs of each product, keys and
 # values are rounded. The plain step in half precision rounds more: it is off by up to 0.0023 and 0.021 itself.
@@ -88,24 +88,24 @@ def make_step(request, monkeypatch):
 
 
 @functools.cache
-def made(case: str, dtype: torch.dtype, form: str | None = None) -> tuple[Transformer, Calibration]:
-    model = random_model(TINY | (QUANTIZED if form else CASES)[case], "cpu", dtype, std=0.1)
+def made(case: str, dtype: torch.dtype, format: str | None = None) -> tuple[Transformer, Calibration]:
+    model = random_model(TINY | (QUANTIZED if format else CASES)[case], "cpu", dtype, std=0.1)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5, generator=generator)
-    if form:
+    if format:
         model.output = Int8Output.pack(model.output.weight)
         for layer in sparse_layers(model).values():
-            layer.weight = FORMS[form].pack(layer.weight.dequantize())
+            layer.weight = FORMATS[format].pack(layer.weight.dequantize())
     return model, calibrate_on_random_tokens(model, tokens=64)
 
 
 def make(
-    case: str, sparsity: float, dtype: torch.dtype = torch.float32, length: int = LENGTH, form: str | None = None
+    case: str, sparsity: float, dtype: torch.dtype = torch.float32, length: int = LENGTH, format: str | None = None
 ) -> Transformer:
     """A random model with random keys and values in its cache."""
-    model, calibration = made(case, dtype, form)
+    model, calibration = made(case, dtype, format)
     set_sparsity(model, calibration, sparsity)
     model.setup_caches(1, length)
     generator = torch.Generator().manual_seed(2)
@@ -181,7 +181,7 @@ def test_saturated_softmax_and_silu(make_step, case):
     model = copy.deepcopy(make(case, 0))
     for layer in model.layers:
         layer.attention.kv_cache.k *= 100
-        layer.feed_forward.w13.weight.rows *= 100
+        layer.feed_forward.w13.weight.packed *= 100
     step = make_step(model)
     poison(model, step)
     for position in POSITIONS:
@@ -254,7 +254,7 @@ def errors(model: Transformer, step, other: Transformer) -> Tensor:
 @pytest.mark.parametrize("sparsity", [0, 0.5])
 @pytest.mark.parametrize("case", QUANTIZED)
 def test_int8_equals_the_plain_step_and_the_weights_it_stands_for(make_step, case, sparsity):
-    model = make(case, sparsity, form="int8")
+    model = make(case, sparsity, format="int8")
     step = make_step(model)
     poison(model, step)
     for other in (model, widened(model)):
@@ -262,10 +262,10 @@ def test_int8_equals_the_plain_step_and_the_weights_it_stands_for(make_step, cas
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.5])
-@pytest.mark.parametrize("form", ["int4", "int4_128"])
+@pytest.mark.parametrize("format", ["int4", "int4_128"])
 @pytest.mark.parametrize("case", QUANTIZED)
-def test_int4_equals_the_plain_step(make_step, case, form, sparsity):
-    model = make(case, sparsity, form=form)
+def test_int4_equals_the_plain_step(make_step, case, format, sparsity):
+    model = make(case, sparsity, format=format)
     step = make_step(model)
     poison(model, step)
     off = errors(model, step, model)
@@ -276,10 +276,10 @@ def test_int4_equals_the_plain_step(make_step, case, form, sparsity):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", ["llama", "groups_of_7"])
-def test_quantized_same_bits_for_any_number_of_threads(make_step, case, form, dtype, set_threads):
-    model, found = make(case, 0.5, dtype, form=form), []
+def test_quantized_same_bits_for_any_number_of_threads(make_step, case, format, dtype, set_threads):
+    model, found = make(case, 0.5, dtype, format=format), []
     before, step = [tensor.clone() for tensor in caches(model)], make_step(model)
     for threads in (1, 2, 4):
         set_threads(threads)
@@ -343,7 +343,7 @@ def test_dropped_rows_are_not_read(make_step):
     expected = run(model, step, token, 5)
     for layer, rows in dropped.items():
         assert rows.sum() > 10
-        layer.weight.rows[rows] = torch.nan
+        layer.weight.packed[rows] = torch.nan
     assert torch.equal(run(model, step, token, 5), expected)
 
 

@@ -24,7 +24,7 @@ from teal_fast.kernels.native import library
 from teal_fast.sparse_model import leading_dense, sparse_layers
 from teal_fast.tests.models import TINY
 from teal_fast.weights.dense import DenseWeight
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output, output_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,8 +44,8 @@ def few_programs(monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(decode_attention, "PROGRAMS", 8)
         for module in (compact_gemv, gate_up):
-            for form in module.DEFAULTS:
-                monkeypatch.setitem(module.DEFAULTS, form, (1, 128, 32, 1))
+            for format in module.DEFAULTS:
+                monkeypatch.setitem(module.DEFAULTS, format, (1, 128, 32, 1))
 
 
 def make(config: dict, dtype: torch.dtype, sparsity: float, length: int = 64):
@@ -81,11 +81,11 @@ def test_fused_step_equals_the_plain_one(config, sparsity):
 
 
 @pytest.mark.skipif(triton is None, reason="no Triton here")
-@pytest.mark.parametrize("form", [Form("int8"), Form("int4", 64)], ids=["int8", "int4"])
-def test_fused_step_with_quantized_weights(form):
+@pytest.mark.parametrize("format", [Format("int8"), Format("int4", 64)], ids=["int8", "int4"])
+def test_fused_step_with_quantized_weights(format):
     model, _ = make(TINY | {"intermediate_size": 256}, torch.float32, 0.5)
     for layer in sparse_layers(model).values():
-        layer.weight = form.pack(layer.weight.dequantize())
+        layer.weight = format.pack(layer.weight.dequantize())
     model.output = Int8Output.pack(model.output.weight)
     fused = follow(model, fused_step, 1)
     for layer in sparse_layers(

@@ -23,15 +23,15 @@ def test_pruned_by_hand():
 
 def test_magnitude_ranks_each_projection_for_itself(tiny):
     model, dense = load_model(tiny), load_model(tiny)
-    before = sparse_layers(dense)["layers.0.attention.wqkv"].weight.rows
+    before = sparse_layers(dense)["layers.0.attention.wqkv"].weight.packed
     with torch.no_grad():  # k larger than q and v a hundredfold: ranked together, k would lose nothing
-        sparse_layers(model)["layers.0.attention.wqkv"].weight.rows[:, 64:96] *= 100
+        sparse_layers(model)["layers.0.attention.wqkv"].weight.packed[:, 64:96] *= 100
     prune(model, "magnitude", 0.4)
     for name, layer in sparse_layers(model).items():
-        for part in layer.weight.rows.split(outputs(name, model.args), dim=1):
+        for part in layer.weight.packed.split(outputs(name, model.args), dim=1):
             assert (part == 0).float().mean() == pytest.approx(0.4, abs=1 / part.numel())
             assert part[part != 0].abs().min() > 0
-    after = sparse_layers(model)["layers.0.attention.wqkv"].weight.rows[:, :64]
+    after = sparse_layers(model)["layers.0.attention.wqkv"].weight.packed[:, :64]
     kept = after != 0
     assert torch.equal(after[kept], before[:, :64][kept])
     assert before[:, :64][kept].abs().min() >= before[:, :64][~kept].abs().max()
@@ -44,12 +44,12 @@ def test_wanda_scores_by_the_inputs_that_pruned_layers_pass_on(tiny):
     with watch_inputs(model, lambda name, layer, x: inputs.__setitem__(name, x.clone())), torch.no_grad():
         model.hidden(TOKENS)  # each layer's input now comes from pruned layers only, as it did when it was pruned
     for name, layer in sparse_layers(model).items():
-        original = sparse_layers(dense)[name].weight.rows
+        original = sparse_layers(dense)[name].weight.packed
         score = original.abs() * inputs[name].flatten(0, 1).norm(dim=0)[:, None]
         K = len(original)
         expected = torch.zeros_like(original, dtype=torch.bool).scatter_(0, score.argsort(0)[: round(K / 2)], True)
-        assert ((layer.weight.rows == 0) == expected).float().mean() > 0.999, name  # sums in another order
-        assert torch.equal(layer.weight.rows[~expected & (layer.weight.rows != 0)], original[~expected])
+        assert ((layer.weight.packed == 0) == expected).float().mean() > 0.999, name  # sums in another order
+        assert torch.equal(layer.weight.packed[~expected & (layer.weight.packed != 0)], original[~expected])
     assert zeros_by_kind(model)["all"] == pytest.approx(0.5, abs=0.01)
 
 

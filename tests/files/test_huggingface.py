@@ -145,7 +145,7 @@ def test_conversion_rounds_once(source, tmp_path, dtype):
     model = load_model(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     original = load_file(source / WEIGHTS)[f"{PREFIX}mlp.down_proj.weight"]
-    assert torch.equal(model.layers[0].feed_forward.w2.weight.rows, original.to(dtype).t())
+    assert torch.equal(model.layers[0].feed_forward.w2.weight.packed, original.to(dtype).t())
 
 
 def test_the_widest_matrix_decides(damaged, tmp_path):

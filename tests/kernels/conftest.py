@@ -19,5 +19,5 @@ def poisoned_outputs():
 def few_splits(monkeypatch):
     """The interpreter runs programs one after another: two share the rows of a product, not eight to 28."""
     for module in (compact_gemv, gate_up) if INTERPRETED else ():
-        for form, (_, *rest) in module.DEFAULTS.items():
-            monkeypatch.setitem(module.DEFAULTS, form, (2, *rest))
+        for format, (_, *rest) in module.DEFAULTS.items():
+            monkeypatch.setitem(module.DEFAULTS, format, (2, *rest))

@@ -31,7 +31,7 @@ def make_quantized(K: int, F: int, group: int, dtype: torch.dtype, limit: float 
     x = compact(normal(K, dtype=dtype, seed=1), torch.full((K,), kept, device=DEVICE))
     weight = quantized(K, 2 * F, group)
     scale = weight.scale / K**0.5
-    return *x, weight.rows, torch.full((F,), limit, device=DEVICE), scale, group, arrivals(2 * F, DEVICE)
+    return *x, weight.packed, torch.full((F,), limit, device=DEVICE), scale, group, arrivals(2 * F, DEVICE)
 
 
 def dropped_rows(index, count, K: int):
@@ -73,7 +73,7 @@ def test_quantized_matches_reference(dtype, K, F, group):
 def test_quantized_reference(group):
     x, weight = compact(normal(100, seed=1), torch.full((100,), 0.67, device=DEVICE)), quantized(100, 128, group)
     keep_all = torch.full((64,), -1.0, device=DEVICE)
-    h = gate_up_reference(*x, weight.rows, keep_all, weight.scale / 10, group, arrivals(128, DEVICE))
+    h = gate_up_reference(*x, weight.packed, keep_all, weight.scale / 10, group, arrivals(128, DEVICE))
     gate, up = (expand(*x, 100) @ weight.dense() / 10).chunk(2)
     expected = gate * gate.sigmoid() * up
     torch.testing.assert_close(expand(*h, 64), expected, rtol=0, atol=TOLERANCE[torch.float32])

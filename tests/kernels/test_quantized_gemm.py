@@ -15,7 +15,7 @@ SIZES = [(1, 5, 64, 0), (12, 100, 208, 0), (128, 300, 48, 0), (2, 600, 64, 64), 
 
 def make(M, K, N, group, dtype):
     weight = quantized(K, N, group)
-    return normal(M, K, dtype=dtype), weight.rows, weight.scale, normal(N, dtype=dtype, seed=1), group
+    return normal(M, K, dtype=dtype), weight.packed, weight.scale, normal(N, dtype=dtype, seed=1), group
 
 
 @pytest.mark.parametrize("M, K, N, group", SIZES)
@@ -30,7 +30,7 @@ def test_matches_reference(dtype, M, K, N, group):
 @pytest.mark.parametrize("group", [0, 64])
 def test_reference_is_the_product_of_what_the_rows_stand_for(group):
     weight, x = quantized(70, 128, group), normal(3, 70)
-    found = quantized_gemm_reference(x, weight.rows, weight.scale, None, group)
+    found = quantized_gemm_reference(x, weight.packed, weight.scale, None, group)
     torch.testing.assert_close(found, x @ weight.dense(), rtol=0, atol=1e-4)
 
 

@@ -91,7 +91,7 @@ def make_quantized(K: int, N: int, group: int, dtype: torch.dtype):
 
 
 def run(impl, x, weight, threshold, bias=None):
-    return impl(x, weight.rows, threshold, bias, weight.scale, weight.group)
+    return impl(x, weight.packed, threshold, bias, weight.scale, weight.group)
 
 
 def check_quantized(impl, x, weight, threshold, bias=None, rounded=True) -> None:
@@ -157,7 +157,7 @@ def test_quantized_matches_reference_on_the_cpu(impl, dtype, K, N, group):
 def test_whole_factors_are_exact(impl, K, N, group):
     """x of whole numbers, with a 127 in every two, and rows of equal scales: C++ has nothing to round."""
     weight = quantized(K, N, group)
-    weight.rows[:, N // 2 :] = weight.rows[0, N // 2 :].clone()
+    weight.packed[:, N // 2 :] = weight.packed[0, N // 2 :].clone()
     weight = weight._replace(unit=weight.unit[:1].expand(K, N))
     x = torch.randint(-127, 128, (K,), generator=torch.Generator().manual_seed(0)).float()
     x[::2] = 127 * x[::2].sign()
@@ -210,8 +210,8 @@ def test_dropped_rows_are_not_read(impl, value):
 @everywhere
 def test_dropped_quantized_rows_are_not_read(impl, K, N, group):
     x, weight, threshold = make_quantized(K, N, group, torch.float32)
-    poisoned = weight._replace(rows=poison(weight.rows, x.abs() <= threshold))
-    assert K == 1 or not torch.equal(poisoned.rows, weight.rows)
+    poisoned = weight._replace(rows=poison(weight.packed, x.abs() <= threshold))
+    assert K == 1 or not torch.equal(poisoned.packed, weight.packed)
     assert torch.equal(run(impl, x, poisoned, threshold), run(impl, x, weight, threshold))
 
 
@@ -332,7 +332,7 @@ def test_opcheck(dtype):
 @pytest.mark.parametrize("group", [0, 128])
 def test_opcheck_quantized(group):
     x, weight, threshold = make_quantized(100, 384, group, torch.bfloat16)
-    torch.library.opcheck(torch.ops.teal.sparse_gemv, (x, weight.rows, threshold, None, weight.scale, group))
+    torch.library.opcheck(torch.ops.teal.sparse_gemv, (x, weight.packed, threshold, None, weight.scale, group))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="runs on the CPU")
@@ -365,20 +365,20 @@ def test_rejects_bad_input(change, said):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda x, w: (x, w.rows, None), "no scale"),
-        (lambda x, w: (x, w.rows, w.scale[:-1]), "takes rows"),
-        (lambda x, w: (x, w.rows, w.scale[:, None]), "takes rows"),
-        (lambda x, w: (x, w.rows, w.scale.bfloat16()), "takes rows"),
-        (lambda x, w: (x, w.rows.short(), w.scale), "takes rows"),
-        (lambda x, w: (x, w.rows.bool(), w.scale), "takes rows"),
-        (lambda x, w: (x, w.rows[:, :40].contiguous(), w.scale[:40]), "whole sixteens"),
-        (lambda x, w: (x, w.rows.t().contiguous().t(), w.scale), "contiguous"),
-        (lambda x, w: (x, w.rows, w.scale.repeat_interleave(2)[::2]), "contiguous"),
-        (lambda x, w: (x, w.rows.view(torch.uint8), w.scale), "groups of 0"),
-        (lambda x, w: (x, w.rows.view(torch.uint8), w.scale, 64), "takes rows"),  # wider than rows of four bits are
-        (lambda x, w: (x, w.rows.view(torch.uint8)[:, :96].contiguous(), w.scale, 32), "groups of 32"),
-        (lambda x, w: (x, w.rows.view(torch.uint8)[:, :96].contiguous(), w.scale, 192), "groups of 192"),
-        (lambda x, w: (x, w.rows.view(torch.uint8)[:, :96].contiguous(), None, 64), "no scale"),
+        (lambda x, w: (x, w.packed, None), "no scale"),
+        (lambda x, w: (x, w.packed, w.scale[:-1]), "takes rows"),
+        (lambda x, w: (x, w.packed, w.scale[:, None]), "takes rows"),
+        (lambda x, w: (x, w.packed, w.scale.bfloat16()), "takes rows"),
+        (lambda x, w: (x, w.packed.short(), w.scale), "takes rows"),
+        (lambda x, w: (x, w.packed.bool(), w.scale), "takes rows"),
+        (lambda x, w: (x, w.packed[:, :40].contiguous(), w.scale[:40]), "whole sixteens"),
+        (lambda x, w: (x, w.packed.t().contiguous().t(), w.scale), "contiguous"),
+        (lambda x, w: (x, w.packed, w.scale.repeat_interleave(2)[::2]), "contiguous"),
+        (lambda x, w: (x, w.packed.view(torch.uint8), w.scale), "groups of 0"),
+        (lambda x, w: (x, w.packed.view(torch.uint8), w.scale, 64), "takes rows"),  # wider than rows of four bits are
+        (lambda x, w: (x, w.packed.view(torch.uint8)[:, :96].contiguous(), w.scale, 32), "groups of 32"),
+        (lambda x, w: (x, w.packed.view(torch.uint8)[:, :96].contiguous(), w.scale, 192), "groups of 192"),
+        (lambda x, w: (x, w.packed.view(torch.uint8)[:, :96].contiguous(), None, 64), "no scale"),
     ],
 )
 def test_rejects_bad_quantized_input(change, said):
@@ -387,4 +387,4 @@ def test_rejects_bad_quantized_input(change, said):
     with pytest.raises(ValueError, match=said):
         sparse_gemv(x, rows, threshold, None, scale, *group)
     x, weight, threshold = make_quantized(64, 128, 64, torch.float32)
-    sparse_gemv(x, weight.rows, threshold, None, weight.scale, 64)  # this is what it takes
+    sparse_gemv(x, weight.packed, threshold, None, weight.scale, 64)  # this is what it takes

@@ -11,7 +11,7 @@ from teal_fast.files.load import load_model
 from teal_fast.quantization import tuning
 from teal_fast.quantization.tuning import SPARSITIES, STEP, cut_steps, rescaled, tune_scales
 from teal_fast.sparse_model import KEEP_ALL, DenseWeight, SparseLinear, leading_dense, sparse_layers
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
 
 
@@ -42,10 +42,10 @@ def short_steps(monkeypatch):
     monkeypatch.setattr(tuning, "STEP", 32)
 
 
-def quantized(even, form):
+def quantized(even, format):
     model = load(even)
     for name, layer in sparse_layers(model).items():
-        layer.weight = form.within(name).pack(layer.weight.rows)
+        layer.weight = format.within(name).pack(layer.weight.packed)
     model.output = Int8Output.pack(model.output.weight)
     return model
 
@@ -65,7 +65,7 @@ def apply(model, factors):
 
 
 def test_the_model_comes_nearer_on_other_tokens_too(even, original, calibration, short_steps):
-    model, others = quantized(even, Form("int4", 64)), draw_sequences(8, 3)
+    model, others = quantized(even, Format("int4", 64)), draw_sequences(8, 3)
 
     def measured():
         found = []
@@ -82,7 +82,7 @@ def test_the_model_comes_nearer_on_other_tokens_too(even, original, calibration,
 
 
 def test_scales_that_are_wrong_are_moved_back(even, original, calibration, short_steps):
-    model = quantized(even, Form("int8"))
+    model = quantized(even, Format("int8"))
     wrong = sparse_layers(model)["layers.0.feed_forward.w2"].weight.scale
     wrong[:64] *= 1.1
     calibration = Calibration({name: torch.full((2,), KEEP_ALL) for name in calibration.curves}, {}, {})
@@ -91,7 +91,7 @@ def test_scales_that_are_wrong_are_moved_back(even, original, calibration, short
 
 
 def test_equal_runs_give_equal_factors(even, original, calibration, short_steps):
-    model, sequences = quantized(even, Form("int4", 64)), draw_sequences(3, 1)
+    model, sequences = quantized(even, Format("int4", 64)), draw_sequences(3, 1)
     first, second = (tune_scales(model, original, calibration, sequences) for _ in range(2))
     assert first.keys() == sparse_layers(model).keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -112,7 +112,7 @@ def test_factors_are_of_the_weight_and_not_of_the_bias():
 
 
 def test_hidden_states_that_are_not_finite_are_refused(even, original, calibration):
-    model = quantized(even, Form("int8"))
+    model = quantized(even, Format("int8"))
     model.norm.weight = torch.nn.Parameter(model.norm.weight * float("inf"), requires_grad=False)
     with pytest.raises(ValueError, match="NaN or inf"):
         tune_scales(model, original, calibration, draw_sequences(1, 1))
@@ -127,7 +127,7 @@ def test_short_sequences_share_a_step():
 @pytest.mark.gpu
 def test_tuning_on_cuda(even, original, calibration, short_steps):
     sequences = draw_sequences(3, 1)
-    expected = tune_scales(quantized(even, Form("int4", 64)), original, calibration, sequences)
-    found = tune_scales(quantized(even, Form("int4", 64)).cuda(), load(even).cuda(), calibration, sequences)
+    expected = tune_scales(quantized(even, Format("int4", 64)), original, calibration, sequences)
+    found = tune_scales(quantized(even, Format("int4", 64)).cuda(), load(even).cuda(), calibration, sequences)
     for name, factors in expected.items():
         torch.testing.assert_close(found[name].cpu(), factors, rtol=0, atol=2e-3)

@@ -1,4 +1,4 @@
-"""Every form of storage against plain products with the weight it stands for."""
+"""Every format of storage against plain products with the weight it stands for."""
 
 from functools import partial
 
@@ -10,11 +10,11 @@ from torch import nn
 from teal_fast.kernels.int4 import unpack_int4
 from teal_fast.quantization.gptq import feed_back
 from teal_fast.weights.dense import DenseWeight
-from teal_fast.weights.formats import Form
+from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output, output_weight
 
 K, N = 80, 256
-FORMS = {"int8": Form("int8"), "int4": Form("int4", 64), "int4 in groups of 128": Form("int4", 128)}
+FORMATS = {"int8": Format("int8"), "int4": Format("int4", 64), "int4 in groups of 128": Format("int4", 128)}
 # What rounding adds to normal weights, as a share of their norm: a step is 2 x 2.6 sigma / 2^bits, an error in the mean
 # a step / sqrt(12).
 ROUNDED = {"int8": 0.008, "int4": 0.11}
@@ -30,7 +30,7 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 
 def make(name, dtype=torch.float32):
-    return DenseWeight(draw(K, N, dtype=dtype)) if name == "dense" else FORMS[name].pack(draw(K, N, dtype=dtype))
+    return DenseWeight(draw(K, N, dtype=dtype)) if name == "dense" else FORMATS[name].pack(draw(K, N, dtype=dtype))
 
 
 def assert_near(found, expected, share):
@@ -43,17 +43,17 @@ def layout(module):
     return {name: (p.dtype, p.shape, p.requires_grad) for name, p in module.named_parameters()}
 
 
-every_form = pytest.mark.parametrize("name", ["dense", *FORMS])
+every_form = pytest.mark.parametrize("name", ["dense", *FORMATS])
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_dequantize_is_what_the_numbers_say_and_near_the_weight(name):
-    weight, form = make(name), FORMS[name]
-    assert (weight.form, weight.in_features, weight.out_features) == (form.name, K, N)
-    values = weight.rows.float() if form.name == "int8" else unpack_int4(weight.rows, N, form.group)
+    weight, format = make(name), FORMATS[name]
+    assert (weight.format, weight.in_features, weight.out_features) == (format.name, K, N)
+    values = weight.packed.float() if format.name == "int8" else unpack_int4(weight.packed, N, format.group)
     torch.testing.assert_close(weight.dequantize(), values * weight.scale, rtol=1e-6, atol=0)
-    assert_near(weight.dequantize(), draw(K, N), ROUNDED[form.name])
+    assert_near(weight.dequantize(), draw(K, N), ROUNDED[format.name])
 
 
 def test_dequantize_of_dense_is_the_weight():
@@ -86,22 +86,22 @@ def test_sparse_matvec(name, dtype, bias, threshold):
     y = weight.sparse_matvec(x, thresholds, bias)
     assert y.dtype == dtype
     expected = kept @ weight.dequantize().float() + (0 if bias is None else bias.float())
-    assert_near(y, expected, 2 * TOLERANCE[dtype] + (FACTORS if weight.form == "int4" else 0))
+    assert_near(y, expected, 2 * TOLERANCE[dtype] + (FACTORS if weight.format == "int4" else 0))
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_dropped_rows_are_not_read(name):
     weight, x, threshold = make(name), draw(K, seed=1), torch.full((K,), 0.7)
     before = weight.sparse_matvec(x, threshold)
-    weight.rows[x.abs() <= 0.7] = 99
+    weight.packed[x.abs() <= 0.7] = 99
     assert torch.equal(weight.sparse_matvec(x, threshold), before)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_empty_weights_have_the_layout_of_packed_ones(name):
-    empty, packed = FORMS[name].empty(K, N), make(name)
+    empty, packed = FORMATS[name].empty(K, N), make(name)
     assert layout(empty) == layout(packed)
-    for attribute in ("form", "in_features", "out_features"):
+    for attribute in ("format", "in_features", "out_features"):
         assert getattr(empty, attribute) == getattr(packed, attribute)
 
 
@@ -109,49 +109,51 @@ def test_empty_output_layers_have_the_layout_of_packed_ones():
     assert layout(Int8Output.empty(300, K)) == layout(Int8Output.pack(draw(300, K)))
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_second_moments_make_the_outputs_better(name):
     x = draw(500, K // 4, seed=3) @ draw(K // 4, K, seed=4) + draw(500, K, seed=5)
     exact = x @ draw(K, N)
     rounded = partial(feed_back, hessian=x.t() @ x)
-    packed = FORMS[name].pack(draw(K, N)), FORMS[name].pack(draw(K, N), x.square().sum(0), rounded)
+    packed = FORMATS[name].pack(draw(K, N)), FORMATS[name].pack(draw(K, N), x.square().sum(0), rounded)
     plain, calibrated = (weight.matmul(x) - exact for weight in packed)
     assert calibrated.norm() < 0.8 * plain.norm()
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_form_is_what_its_metadata_say(form):
-    assert Form.read(form.metadata() | {"format": "teal-fast"}) == form
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_form_is_what_its_metadata_say(format):
+    assert Format.read(format.metadata() | {"format": "teal-fast"}) == format
 
 
 def test_forms_that_are_none_or_unknown():
-    assert Form.read({"format": "teal-fast"}) is None
+    assert Format.read({"format": "teal-fast"}) is None
     with pytest.raises(ValueError, match="weights are int3, unknown here: is it from a later version"):
-        Form.read({"weights": "int3"})
+        Format.read({"weights": "int3"})
     with pytest.raises(ValueError, match="earlier version"):  # whose row scales a GPU's fixed point may not hold
-        Form.read({"weights": "int4", "group": "64"})
+        Format.read({"weights": "int4", "group": "64"})
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_row_scales_of_int4_reach_no_further_than_1(size):
     weight = draw(K, N) * size
-    packed = Form("int4", 64).pack(weight)
-    scales = packed.rows[:, N // 2 : N // 2 + 2 * (N // 64)].contiguous().view(torch.bfloat16).float().abs()
+    packed = Format("int4", 64).pack(weight)
+    scales = packed.packed[:, N // 2 : N // 2 + 2 * (N // 64)].contiguous().view(torch.bfloat16).float().abs()
     assert scales.amax(0).min() > 0.5 and scales.max() <= 1
     assert (packed.dequantize() - weight).norm() < ROUNDED["int4"] * 1.2 * weight.norm()
 
 
-@pytest.mark.parametrize("outputs, form", [(N + 64, Form("int4", 128)), (N, Form("int4", 96)), (N, Form("int4", 0))])
-def test_groups_that_do_not_fit_are_refused(outputs, form):
-    for make_weight in (lambda: form.pack(draw(K, outputs)), lambda: form.empty(K, outputs)):
-        with pytest.raises(ValueError, match=f"{outputs} outputs do not fall into groups of {form.group}"):
+@pytest.mark.parametrize(
+    "outputs, format", [(N + 64, Format("int4", 128)), (N, Format("int4", 96)), (N, Format("int4", 0))]
+)
+def test_groups_that_do_not_fit_are_refused(outputs, format):
+    for make_weight in (lambda: format.pack(draw(K, outputs)), lambda: format.empty(K, outputs)):
+        with pytest.raises(ValueError, match=f"{outputs} outputs do not fall into groups of {format.group}"):
             make_weight()
 
 
 @pytest.mark.parametrize("outputs", [4, 12, 77])
 def test_int8_of_outputs_in_no_whole_eights_is_refused(outputs):
     """The products take no other, so that such a weight would be of no use once it is made."""
-    for make_weight in (lambda: Form("int8").pack(draw(K, outputs)), lambda: Form("int8").empty(K, outputs)):
+    for make_weight in (lambda: Format("int8").pack(draw(K, outputs)), lambda: Format("int8").empty(K, outputs)):
         with pytest.raises(ValueError, match=str(outputs)):
             make_weight()
 
@@ -174,7 +176,7 @@ def test_output_weight_of_a_plain_layer():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 12), (2, 64), (1, 129)])  # up to 128 tokens take another way than more
 def test_prompts_on_cuda(name, shape):
     weight, x = make(name).cuda(), draw(*shape, K, seed=1).cuda()
