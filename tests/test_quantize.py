@@ -134,7 +134,7 @@ def test_load_model_gives_the_weights_as_they_were_packed(made, dense, mode):
         format = FORMATS[mode].within(name)
         expected = format.pack(sparse_layers(source)[name].weight.packed)
         assert layer.weight.format == format.name
-        for attribute in ("rows", "scale"):
+        for attribute in ("packed", "scale"):
             assert torch.equal(getattr(layer.weight, attribute), getattr(expected, attribute))
     assert len(sparse_layers(model)) == 8
     output = Int8Output.pack(source.output.weight)
