@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo test lint bench table report
+.PHONY: demo test lint bench table report findings
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -34,6 +34,11 @@ table: $(READY)
 
 report: $(READY)
 	$(PYTHON) -m teal_fast.report.page --checkpoint demo
+
+findings:
+	@changed=0; for script in findings/*.sh; do \
+		if sh $$script; then echo "$$script: ok"; else echo "$$script: changed"; changed=1; fi; \
+	done; exit $$changed
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
