@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from teal_fast.model import Transformer
-from teal_fast.sparse_model import KEEP_ALL, leading_dense, sparse_layers
+from teal_fast.model import Call, Transformer
+from teal_fast.sparse_model import KEEP_ALL, Phase, sparse_layers
 
 STEPS = 20  # of a block's bytes: 5 % each
 
@@ -24,10 +24,10 @@ def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[st
     x = model.tok_embeddings(torch.tensor([sequence], device=device))
     positions = torch.arange(len(sequence), device=device)
     shares = []
-    with leading_dense(model, 1), tqdm(total=STEPS * len(model.layers), desc="allocating", unit="step") as progress:
+    with tqdm(total=STEPS * len(model.layers), desc="allocating", unit="step") as progress:
         for index, block in enumerate(model.layers):
             mask = model.mask(positions, None, model.args.sliding_windows[index])
-            inputs = (*model.rotary(positions, x.dtype), None, mask)
+            inputs = (Call(*model.rotary(positions, x.dtype), positions, phase=Phase(1)), mask)
             layers = sparse_layers(block)
             points = [quantiles[f"layers.{index}.{name}"] for name in layers]
             weights = torch.tensor([layer.weight.packed.nbytes for layer in layers.values()], dtype=torch.float64)

@@ -31,7 +31,7 @@ from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
 from teal_fast.files.store import new_file
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.sparse_model import leading_dense
+from teal_fast.sparse_model import Phase
 
 CARD_TEXT = DATA / "evaluation"
 CARD_TOKENS = 1024
@@ -133,8 +133,8 @@ def achieved_curve(folder: Path, calibration: Calibration, device: torch.device)
     curve = {}
     for nominal in CARD_SPARSITIES:
         set_sparsity(model, calibration, nominal)
-        with leading_dense(model, 1), tally_kept(model) as tally:
-            model.hidden(torch.tensor([ids], device=device))
+        with tally_kept(model) as tally:
+            model.hidden(torch.tensor([ids], device=device), phase=Phase(1))
         curve[nominal] = tally.by_kind(model)
     return curve
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from teal_fast.model import Transformer
-from teal_fast.sparse_model import SparseLinear, sparse_layers, watch_inputs
+from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers, watch_inputs
 from teal_fast.weights.output import output_weight
 
 SHIFT = 23 - 7  # bins keep fp32's sign, exponent and 7 of its 23 mantissa bits, as bf16 does
@@ -131,7 +131,7 @@ def observe(
     pairs = zip(layers.items(), factors or [None] * len(layers), strict=True)
     observed = {name: Observed(layer, factor) for (name, layer), factor in pairs}
 
-    def mask(name: str, layer: SparseLinear, x: Tensor) -> Tensor:
+    def mask(name: str, layer: SparseLinear, x: Tensor, phase: Phase) -> Tensor:
         given = x.detach()
         dropped = layer.dropped(given)
         dropped[:, 0] = False

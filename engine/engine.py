@@ -6,7 +6,7 @@ and of what the cache holds; at sparsity 0 the prefix counts only as far as it w
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -87,8 +87,8 @@ class Engine:
             raise ValueError(f"sparsity {sparsity} needs a calibration, and the engine was opened without one")
 
     def _apply(self, sparsity: float) -> None:
-        if self.calibration is not None and sparsity != self.sparsity:
-            set_sparsity(self.model, self.calibration, sparsity)
+        """Sets the model's thresholds, whatever another engine over the same model has left there."""
+        set_sparsity(self.model, self.calibration, sparsity)
         self.sparsity, self._pending = sparsity, None
 
     @contextmanager
@@ -103,11 +103,14 @@ class Engine:
             finally:
                 self._owner = None
 
+    def known(self, prompt: Sequence[int], sparsity: float = 1.0) -> int:
+        """How many of the prompt's first tokens a request at that sparsity need not compute: the cache holds them."""
+        most = min(len(prompt) - 1, len(self.ids) if sparsity else self.dense)
+        return next((i for i in range(most) if prompt[i] != self.ids[i]), most)
+
     def _start(self, request: Request) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
-        prompt = request.prompt
-        most = min(len(prompt) - 1, len(self.ids), self.dense if request.sparsity == 0 else len(self.ids))
-        start = next((i for i in range(most) if prompt[i] != self.ids[i]), most)
+        prompt, start = request.prompt, self.known(request.prompt, request.sparsity)
         dense = len(prompt) if start <= self.dense else self.dense  # on keys made sparsely nothing is dense
         self.ids, self.dense = self.ids[:start], min(start, self.dense)  # what holds should the pass be interrupted
         device = self.model.norm.weight.device

@@ -13,7 +13,7 @@ from teal_fast.calibration.probe import LOGIT_ROWS
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.files.paths import DATA
 from teal_fast.model import Transformer
-from teal_fast.sparse_model import leading_dense
+from teal_fast.sparse_model import Phase
 from teal_fast.weights.output import output_weight
 
 DEFAULT_TEXT = DATA / "evaluation"
@@ -47,10 +47,10 @@ def cut_windows(ids: list[int], context: int, stride: int, limit: int | None) ->
     return [(ids[start : start + context], 1 if start == 0 else max(1, context - stride)) for start in starts]
 
 
-def window_loss(model: Transformer, output: Tensor, window: list[int], unscored: int) -> Tensor:
+def window_loss(model: Transformer, output: Tensor, window: list[int], unscored: int, phase: Phase) -> Tensor:
     """Negative log-likelihoods in nats, fp32 [context - unscored], of the window's tokens from `unscored` on."""
     tokens = torch.tensor(window, device=output.device)
-    hidden = model.hidden(tokens[None])[0, unscored - 1 : -1]
+    hidden = model.hidden(tokens[None], phase=phase)[0, unscored - 1 : -1]
     pairs = zip(hidden.split(LOGIT_ROWS), tokens[unscored:].split(LOGIT_ROWS), strict=True)
     return torch.cat([F.cross_entropy(F.linear(h.float(), output), target, reduction="none") for h, target in pairs])
 
@@ -63,9 +63,9 @@ def evaluate(
     output = output_weight(model.output)
     started = time.perf_counter()
     losses = []
-    with leading_dense(model, dense_tokens), tally_kept(model) as tally:
+    with tally_kept(model) as tally:
         for window, unscored in windows:
-            losses.append(window_loss(model, output, window, unscored).cpu())
+            losses.append(window_loss(model, output, window, unscored, Phase(dense_tokens)).cpu())
             progress.update(len(window))
     seconds = time.perf_counter() - started
     scored = torch.cat(losses)

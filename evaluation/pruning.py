@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.model import ModelArgs, Transformer
-from teal_fast.sparse_model import KINDS, SparseLinear, format_of, sparse_layers, watch_inputs
+from teal_fast.sparse_model import KINDS, Phase, SparseLinear, format_of, sparse_layers, watch_inputs
 from teal_fast.weights.dense import DenseWeight
 from teal_fast.weights.formats import QUANTIZED
 
@@ -54,7 +54,7 @@ def prune(model: Transformer, method: str, share: float, tokens: Tensor | None =
             prune_layer(layer, outputs(name, model.args), share, None)
         return
 
-    def measure_and_prune(name: str, layer: SparseLinear, x: Tensor) -> None:
+    def measure_and_prune(name: str, layer: SparseLinear, x: Tensor, phase: Phase) -> None:
         prune_layer(layer, outputs(name, model.args), share, x.float().flatten(0, 1).square().sum(0).sqrt())
 
     with watch_inputs(model, measure_and_prune):

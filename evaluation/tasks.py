@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.model import Transformer
-from teal_fast.sparse_model import leading_dense
+from teal_fast.model import KVCache, Transformer
+from teal_fast.sparse_model import DECODE, Phase
 from teal_fast.weights.output import output_weight
 
 DenseTokens = Callable[[int], int]  # of a context's number of tokens, how many leading ones are computed densely
@@ -105,9 +105,14 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 @torch.no_grad()
 def likelihoods(
-    model: Transformer, output: Tensor, context: list[int], continuations: list[list[int]], dense_tokens: DenseTokens
+    model: Transformer,
+    cache: KVCache,
+    output: Tensor,
+    context: list[int],
+    continuations: list[list[int]],
+    dense_tokens: DenseTokens,
 ) -> Iterator[Likelihood]:
-    """Scores continuations of one context, which is computed once into the model's cache; the cache must be set up.
+    """Scores continuations of one context, which is computed once into the cache.
 
     `output`: the output layer's weight, fp32 [vocab, dim].
     """
@@ -116,15 +121,14 @@ def likelihoods(
         return F.linear(hidden.float(), output).log_softmax(-1)
 
     device = output.device
-    with leading_dense(model, dense_tokens(len(context))):
-        first = log_probabilities(model.hidden(torch.tensor([context], device=device))[0, -1:])
+    phase = Phase(dense_tokens(len(context)))
+    first = log_probabilities(model.hidden(torch.tensor([context], device=device), None, cache, phase)[0, -1:])
     for ids in continuations:
         target = torch.tensor(ids, device=device)
         rows = first
         if len(ids) > 1:  # the last token's own states predict nothing that is scored
             positions = torch.arange(len(context), len(context) + len(ids) - 1, device=device)
-            with leading_dense(model, 0):
-                rows = torch.cat((first, log_probabilities(model.hidden(target[None, :-1], positions)[0])))
+            rows = torch.cat((first, log_probabilities(model.hidden(target[None, :-1], positions, cache, DECODE)[0])))
         total = rows.gather(1, target[:, None]).sum().item()
         if not math.isfinite(total):
             raise ValueError("a log-likelihood is NaN or inf: is the checkpoint sound, is fp16 its type?")
@@ -153,7 +157,7 @@ def score_task(
         for request in requests
     ]
     longest = max(len(context) + len(continuation) for pairs in encoded for context, continuation in pairs)
-    model.setup_caches(1, longest)
+    cache = model.new_cache(1, longest)
     output = output_weight(model.output)
     results = []
     with tally_kept(model) as tally:
@@ -161,7 +165,7 @@ def score_task(
             scored: list[Likelihood] = []
             for context, group in groupby(pairs, key=lambda pair: pair[0]):
                 continuations = [continuation for _, continuation in group]
-                scored += likelihoods(model, output, context, continuations, dense_tokens)
+                scored += likelihoods(model, cache, output, context, continuations, dense_tokens)
             results.append(judge(request, scored))
             progress.update()
     metrics = {name: torch.tensor([r[name] for r in results], dtype=torch.float64) for name in results[0]}

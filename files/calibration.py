@@ -84,10 +84,13 @@ class Calibration:
             raise ValueError(f"the calibration {side} layer {differing[0]}: run calibrate.py on {folder}")
 
 
-def set_sparsity(model: Transformer, calibration: Calibration, sparsity: float) -> None:
-    """Sets every layer's thresholds in place so that a share `sparsity` of the sparse layers' bytes is not read."""
+def set_sparsity(model: Transformer, calibration: Calibration | None, sparsity: float) -> None:
+    """Sets every layer's thresholds in place so that a share `sparsity` of the sparse layers' bytes is not read.
+
+    Sparsity 0 needs no calibration.
+    """
     for name, layer in sparse_layers(model).items():
-        layer.threshold.copy_(calibration.threshold(name, sparsity))
+        layer.threshold.copy_(calibration.threshold(name, sparsity) if sparsity else torch.tensor(KEEP_ALL))
 
 
 class MissingCalibrationError(FileNotFoundError):

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from teal_fast.files.calibration import load_calibration
 from teal_fast.files.load import load_model, stored_as
+from teal_fast.model import Call
 from teal_fast.quantization.gptq import feed_back, make_up
 from teal_fast.sparse_model import SparseLinear, sparse_layers
 from teal_fast.weights.dense import Weight
@@ -52,8 +53,9 @@ class Calibrated:
 
         def attend(x: Tensor) -> Tensor:
             positions = torch.arange(x.shape[1])
-            inputs = (*self.model.rotary(positions, x.dtype), None, self.model.mask(positions, None, window))
-            return layer.attention(x, *(part if part is None else part.to(self.device) for part in inputs))
+            mask = self.model.mask(positions, None, window)
+            cos, sin = (part.to(self.device) for part in self.model.rotary(positions, x.dtype))
+            return layer.attention(x, Call(cos, sin, positions), mask if mask is None else mask.to(self.device))
 
         self.quantize_half(prefix + "attention.", layer.attention, layer.attention_norm, attend, ("wqkv", "wo"))
         mlp = layer.feed_forward

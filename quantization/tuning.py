@@ -18,7 +18,7 @@ from tqdm import tqdm
 from teal_fast.calibration.probe import backward, gradients
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.model import Transformer
-from teal_fast.sparse_model import SparseLinear, leading_dense, sparse_layers
+from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers
 from teal_fast.weights.output import output_weight
 
 SPARSITIES = (0.0, 0.5)  # at which the model shall be like the original; both count alike
@@ -67,7 +67,6 @@ def tune_scales(
     output = output_weight(model.output).detach()
     with (
         tqdm(total=sum(map(len, sequences)), desc="tuning scales", unit="token") as progress,
-        leading_dense(model, 1),
         rescaled(model, factors),
         gradients(model),
     ):
@@ -78,7 +77,7 @@ def tune_scales(
                     dense = original.hidden(tokens)[0]
                 for sparsity in SPARSITIES:
                     set_sparsity(model, calibration, sparsity)
-                    hidden = model.hidden(tokens)[0]
+                    hidden = model.hidden(tokens, phase=Phase(1))[0]
                     if not hidden.isfinite().all():
                         raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
                     backward(hidden, output, tokens[0], dense)

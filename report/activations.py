@@ -17,7 +17,7 @@ from teal_fast.calibration.probe import BINS, SHIFT, AbsHistogram
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.model import Transformer
-from teal_fast.sparse_model import KINDS, SparseLinear, leading_dense, sparse_layers, watch_inputs
+from teal_fast.sparse_model import DENSE, KINDS, Phase, SparseLinear, sparse_layers, watch_inputs
 
 HOT = 0.95  # a channel kept on at least this share of the tokens is hot
 SHOWN = 5  # mean deviations to either side of the median that a histogram shows: of a Laplacian all but 0.7 %
@@ -160,18 +160,18 @@ def measure(
             thresholds[name].append(layer.threshold.clone())
     statistics = {name: LayerStatistics(torch.stack(rows[:-1])) for name, rows in thresholds.items()}
 
-    def observe(name: str, layer: SparseLinear, x: Tensor) -> None:
+    def observe(name: str, layer: SparseLinear, x: Tensor, phase: Phase) -> None:
         statistics[name].add(x[0, 1:])
 
     total = sum(map(len, sequences)) * (1 + len(sparsities))
     with tqdm(total=total, desc="measuring", unit="token") as progress:
         with watch_inputs(model, observe):
-            read(model, sequences, progress)
+            read(model, sequences, progress, DENSE)
         achieved = {name: [] for name in statistics}
         for nominal in sparsities:
             set_sparsity(model, calibration, nominal)
-            with leading_dense(model, 1), tally_kept(model) as tally:
-                read(model, sequences, progress)
+            with tally_kept(model) as tally:
+                read(model, sequences, progress, Phase(1))
             for name, kept in tally.kept.items():
                 achieved[name].append(1 - kept.item() / tally.seen[name])
     return [
@@ -183,11 +183,11 @@ def measure(
     ]
 
 
-def read(model: Transformer, sequences: list[list[int]], progress: tqdm) -> None:
+def read(model: Transformer, sequences: list[list[int]], progress: tqdm, phase: Phase) -> None:
     """Runs the model over the sequences."""
     device = model.norm.weight.device
     for sequence in sequences:
-        if not model.hidden(torch.tensor([sequence], device=device)).isfinite().all():
+        if not model.hidden(torch.tensor([sequence], device=device), phase=phase).isfinite().all():
             raise ValueError("the model's hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
         progress.update(len(sequence))
 
