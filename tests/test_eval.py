@@ -18,7 +18,7 @@ from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.sparse_model import leading_dense, watch_inputs
+from teal_fast.sparse_model import Phase, watch_inputs
 
 IDS = torch.randint(3, 40_000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
 SILENT = tqdm(disable=True)
@@ -104,7 +104,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(calibrated):
     windows = cut_windows(IDS, 100, 100, None)
     dropped, weighed = 0, 0
 
-    def mask(name, layer, x):
+    def mask(name, layer, x, phase):
         nonlocal dropped, weighed
         small = x.abs() <= calibration.threshold(name, 0.5)
         small[:, 0] = False
@@ -113,7 +113,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(calibrated):
         weighed += small[:, 1:].numel() * layer.weight.out_features
 
     found = score(model, windows, 1, 0.5)
-    with watch_inputs(masked, mask), leading_dense(masked, 100), torch.no_grad():
+    with watch_inputs(masked, mask), torch.no_grad():
         losses = [
             F.cross_entropy(masked(torch.tensor([window]))[0, :-1], torch.tensor(window[1:])) for window, _ in windows
         ]
@@ -136,8 +136,7 @@ def test_what_is_sparsified(calibrated):
     window = torch.tensor([windows[0][0]])
     with torch.no_grad():
         plain = model.hidden(window)[0]
-        with leading_dense(model, 50):
-            kept = model.hidden(window)[0]
+        kept = model.hidden(window, phase=Phase(50))[0]
     torch.testing.assert_close(kept[:50], plain[:50], rtol=0, atol=1e-5)
     assert ((kept[50:] - plain[50:]).abs().amax(-1) > 1e-2).all()
 

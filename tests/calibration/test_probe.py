@@ -79,7 +79,7 @@ def test_measure_is_the_quantile_of_what_layers_saw(tiny):
     model = load_model(tiny)
     sequences = torch.randint(3, 40_000, (6, 50), generator=torch.Generator().manual_seed(0)).tolist()
     seen = {name: [] for name in sparse_layers(model)}
-    with torch.no_grad(), watch_inputs(model, lambda name, layer, x: seen[name].append(x.abs())):
+    with torch.no_grad(), watch_inputs(model, lambda name, layer, x, phase: seen[name].append(x.abs())):
         for sequence in sequences:
             model.hidden(torch.tensor([sequence]))
     quantiles = measure(model, sequences)
@@ -119,9 +119,9 @@ def test_calibrating_adds_little_memory(demo):
         import sys
         from pathlib import Path
         import torch
-        from probe import measure
-        from checkpoint import find_checkpoint
-        from sparse_model import load_model
+        from teal_fast.calibration.probe import measure
+        from teal_fast.files.checkpoint import find_checkpoint
+        from teal_fast.files.load import load_model
         model = load_model(find_checkpoint("demo"))
         sequences = torch.randint(3, 40_000, (2, 512), generator=torch.Generator().manual_seed(0)).tolist()
         if sys.argv[1] == "measure":
@@ -152,7 +152,7 @@ def test_gradients_of_the_text_are_those_of_autograd(tiny):
     name, sequence = "layers.1.feed_forward.w13", text(1)[0]
     held = {}
 
-    def keep(found, layer, x):
+    def keep(found, layer, x, phase):
         if found == name:
             held["x"] = x.detach().requires_grad_()
             return held["x"]
@@ -180,7 +180,7 @@ def test_cost_is_the_first_order_gain_of_keeping_what_is_at_the_border(tiny):
     for sequence in sequences:
         tokens, factor = torch.tensor([sequence]), torch.zeros((), requires_grad=True)
 
-        def scale(found, _, x, factor=factor):
+        def scale(found, _, x, phase, factor=factor):
             if found == name:
                 nonlocal square
                 dropped, share = layer.dropped(x), x.abs() / layer.threshold

@@ -41,7 +41,7 @@ def test_wanda_scores_by_the_inputs_that_pruned_layers_pass_on(tiny):
     model, dense = load_model(tiny), load_model(tiny)
     prune(model, "wanda", 0.5, TOKENS)
     inputs = {}
-    with watch_inputs(model, lambda name, layer, x: inputs.__setitem__(name, x.clone())), torch.no_grad():
+    with watch_inputs(model, lambda name, layer, x, phase: inputs.__setitem__(name, x.clone())), torch.no_grad():
         model.hidden(TOKENS)  # each layer's input now comes from pruned layers only, as it did when it was pruned
     for name, layer in sparse_layers(model).items():
         original = sparse_layers(dense)[name].weight.packed

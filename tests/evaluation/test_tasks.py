@@ -29,7 +29,7 @@ from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.sparse_model import leading_dense
+from teal_fast.sparse_model import Phase
 from teal_fast.weights.output import output_weight
 
 IDS = torch.randint(3, 40_000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -66,8 +66,8 @@ def run_here(run_main):
 
 def whole_sequence(model, context, continuation, dense):
     """Log-likelihood and greediness from one pass over both, without a cache."""
-    with torch.no_grad(), leading_dense(model, dense):
-        logits = model(torch.tensor([context + continuation]))[0, len(context) - 1 : -1]
+    with torch.no_grad():
+        logits = model(torch.tensor([context + continuation]), phase=Phase(dense))[0, len(context) - 1 : -1]
     target = torch.tensor(continuation)
     return -F.cross_entropy(logits, target, reduction="sum").item(), bool((logits.argmax(-1) == target).all())
 
@@ -77,12 +77,12 @@ def whole_sequence(model, context, continuation, dense):
 def test_likelihoods_are_those_of_a_whole_pass(calibrated, prefill, dense, sparsity):
     model = load_model(calibrated)
     set_sparsity(model, Calibration.load(calibrated / CALIBRATION), sparsity)
-    with torch.no_grad(), leading_dense(model, dense):
-        greedy = [model(torch.tensor([CONTEXT]))[0, -1].argmax().item()]
+    with torch.no_grad():
+        greedy = [model(torch.tensor([CONTEXT]), phase=Phase(dense))[0, -1].argmax().item()]
     expected = [whole_sequence(model, CONTEXT, ids, dense) for ids in [*CONTINUATIONS, greedy]]
-    model.setup_caches(1, 30)
+    cache = model.new_cache(1, 30)
     output = output_weight(model.output)
-    found = list(likelihoods(model, output, CONTEXT, [*CONTINUATIONS, greedy], PREFILLS[prefill]))
+    found = list(likelihoods(model, cache, output, CONTEXT, [*CONTINUATIONS, greedy], PREFILLS[prefill]))
     assert [f.log_likelihood for f in found] == pytest.approx([e[0] for e in expected], rel=1e-4)
     assert [f.greedy for f in found] == [e[1] for e in expected]
     assert found[-1].greedy and not found[0].greedy
@@ -91,17 +91,18 @@ def test_likelihoods_are_those_of_a_whole_pass(calibrated, prefill, dense, spars
 def test_what_is_sparsified_moves_the_score(calibrated):
     model = load_model(calibrated)
     set_sparsity(model, Calibration.load(calibrated / CALIBRATION), 0.8)
-    model.setup_caches(1, 30)
+    cache = model.new_cache(1, 30)
     totals = set()
     for dense in PREFILLS.values():
-        totals.add(next(likelihoods(model, output_weight(model.output), CONTEXT, [IDS[20:25]], dense)).log_likelihood)
+        output = output_weight(model.output)
+        totals.add(next(likelihoods(model, cache, output, CONTEXT, [IDS[20:25]], dense)).log_likelihood)
     assert len(totals) == 3
 
 
 def test_dense_likelihood_is_that_of_transformers(tiny, tiny_hf):
     model = load_model(tiny)
-    model.setup_caches(1, 30)
-    found = likelihoods(model, output_weight(model.output), CONTEXT, CONTINUATIONS, PREFILLS["full"])
+    cache = model.new_cache(1, 30)
+    found = likelihoods(model, cache, output_weight(model.output), CONTEXT, CONTINUATIONS, PREFILLS["full"])
     reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_hf)
     for likelihood, ids in zip(found, CONTINUATIONS, strict=True):
         labels = torch.tensor([[-100] * len(CONTEXT) + ids])

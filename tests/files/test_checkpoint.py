@@ -145,7 +145,9 @@ def test_incomplete_checkpoint_says_what_it_lacks(tiny, tmp_path, name):
 
 
 def test_unconverted_folder_says_what_to_run(tiny_hf):
-    with pytest.raises(ValueError, match=r"is not converted yet: run `python -m scripts\.convert_hf_checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"is not converted yet: run `python -m teal_fast.scripts\.convert_hf_checkpoint"
+    ):
         load_model(find_checkpoint(str(tiny_hf)))
 
 

@@ -64,7 +64,7 @@ def test_every_stored_type_is_dequantized(kind, tmp_path):
 def test_rows_dequantized_in_parts_are_the_same(tmp_path, monkeypatch):
     write_gguf(tmp_path / "model.gguf", make_model(), Type.Q4_0)
     convert(tmp_path / "model.gguf", tmp_path / "whole", torch.bfloat16)
-    monkeypatch.setattr("scripts.convert_gguf.VALUES_AT_ONCE", 7 * 64)
+    monkeypatch.setattr("teal_fast.files.gguf.VALUES_AT_ONCE", 7 * 64)
     convert(tmp_path / "model.gguf", tmp_path / "parts", torch.bfloat16)
     assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
@@ -259,11 +259,11 @@ def test_demo_continues_as_in_transformers(theirs, demo_fp32):
     """Their choice after each of our prefixes is our next token: by induction both write the same text."""
     model, tokenizer = load_model(demo_fp32), Tokenizer.load(demo_fp32)
     tokens = torch.tensor([tokenizer.encode(prompt)[:4] for prompt in PROMPTS])  # one length: one batch
-    model.setup_caches(len(PROMPTS), 36)
-    logits = model(tokens)
+    cache = model.new_cache(len(PROMPTS), 36)
+    logits = model(tokens, None, cache)
     for position in range(4, 36):
         tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
-        logits = model(tokens[:, -1:], torch.tensor([position]))
+        logits = model(tokens[:, -1:], torch.tensor([position]), cache)
     assert torch.equal(theirs(tokens).logits[:, 3:-1].argmax(-1), tokens[:, 4:])
     assert len(tokens.unique(dim=0)) == len(PROMPTS)
 
@@ -285,7 +285,7 @@ def test_demo_perplexity_is_that_of_transformers(theirs, demo_fp32, demo):
 
 def test_demo_takes_hardly_more_memory_than_its_size(demo_gguf, tiny_gguf, tmp_path):
     """Resident memory counts the mapped files. The tokenizer's 98,000 metadata objects are in it as well."""
-    converting = "convert_gguf.convert(Path({!r}), Path({!r}), torch.bfloat16)".format
+    converting = "gguf.convert(Path({!r}), Path({!r}), torch.bfloat16)".format
     out, small = tmp_path / "out", tmp_path / "small"
     converted = peak_bytes(converting(str(demo_gguf), str(out)), warm_up=converting(str(tiny_gguf), str(small)))
     loaded = peak_bytes(f"forward({str(out)!r})", warm_up=f"forward({str(small)!r})")

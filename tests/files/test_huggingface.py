@@ -392,7 +392,7 @@ def test_a_gigabyte_takes_hardly_more_memory_than_its_size(gigabyte, source, exp
     """Resident memory counts the mapped files: all of the checkpoint, and on top of it what is being built."""
     size = sum(path.stat().st_size for path in gigabyte.iterdir())
     assert 0.9e9 < size < 1.2e9
-    converting = "convert_hf_checkpoint.convert(Path({!r}), Path({!r}), None)".format
+    converting = "huggingface.convert(Path({!r}), Path({!r}), None)".format
     small = converting(str(source), str(tmp_path / "small"))
     try:
         assert peak_bytes(converting(str(gigabyte), str(tmp_path / "out")), warm_up=small) < 1.2 * size

@@ -10,7 +10,7 @@ from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.quantization import tuning
 from teal_fast.quantization.tuning import SPARSITIES, STEP, cut_steps, rescaled, tune_scales
-from teal_fast.sparse_model import KEEP_ALL, DenseWeight, SparseLinear, leading_dense, sparse_layers
+from teal_fast.sparse_model import DENSE, KEEP_ALL, DenseWeight, Phase, SparseLinear, sparse_layers
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
 
@@ -54,8 +54,9 @@ def quantized(even, format):
 def divergence(model, original, sequences):
     """From the dense original, in nats a token."""
     tokens = torch.tensor(sequences)
-    with leading_dense(model, 1):
-        found, expected = (m(tokens).float().log_softmax(-1) for m in (model, original))
+    found, expected = (
+        m(tokens, phase=phase).float().log_softmax(-1) for m, phase in ((model, Phase(1)), (original, DENSE))
+    )
     return F.kl_div(found, expected, log_target=True, reduction="sum").item() / tokens.numel()
 
 

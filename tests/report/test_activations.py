@@ -133,7 +133,7 @@ def test_measure_leaves_out_first_tokens_and_sees_the_sparse_model(folder):
     inputs = {}
     set_sparsity(model, calibration, 0.6)
     with (
-        watch_inputs(model, lambda name, layer, x: inputs.setdefault(name, []).append(x[0, 1:].clone())),
+        watch_inputs(model, lambda name, layer, x, phase: inputs.setdefault(name, []).append(x[0, 1:].clone())),
         torch.no_grad(),
     ):
         for sequence in sequences:
