@@ -17,7 +17,7 @@ _HOME = {
     "Token": "teal_fast.engine.request",
     "load": "teal_fast.engine.load",
 }
-__all__ = ["Engine", "Request", "Token", "load"]  # noqa: F822 (found by __getattr__)
+__all__ = ["Engine", "Request", "Token", "load"]
 
 
 def __getattr__(name: str) -> object:

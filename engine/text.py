@@ -25,21 +25,19 @@ class TextStream:
 
     def flush(self) -> str:
         """What is held back at the end of the tokens."""
-        text = self._release(self.pieces.flush()) + self.held
-        self.held = ""
-        return text
+        return self._release(self.pieces.flush(), ended=True)
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, ended: bool = False) -> str:
         if self.stopped:
             return ""
-        text = self.held + text
-        found = [place for stop in self.stop if (place := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        text, self.held = self.held + text, ""
+        begun = len(text) - (0 if ended else max((_overlap(text, stop) for stop in self.stop), default=0))
+        end = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)
+        if end is not None and end <= begun:  # else another one has begun before it, which may yet be the first
+            self.stopped = True
+            return text[:end]
+        self.held = text[begun:]
+        return text[:begun]
 
 
 def _overlap(text: str, stop: str) -> int:
