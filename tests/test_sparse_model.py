@@ -12,13 +12,18 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from teal_fast.calibration.probe import POINTS, measure
+from teal_fast.calibration.probe import measure
 from teal_fast.cli import pick_device
 from teal_fast.engine.accounting import Tally, bytes_per_token, tally_kept
 from teal_fast.engine.cuda_step import plain_step
 from teal_fast.engine.prefill import prefill
 from teal_fast.families.config import model_args
-from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
+from teal_fast.files.calibration import (
+    Calibration,
+    MissingCalibrationError,
+    load_calibration,
+    set_sparsity,
+)
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint, read_config
 from teal_fast.files.huggingface import convert
 from teal_fast.files.load import load_model
@@ -392,18 +397,10 @@ def test_calibration_of_other_layers_is_refused(tiny, calibration):
             Calibration(quantiles, calibration.model, calibration.origin).check(tiny)
 
 
-def test_load_calibration_makes_the_missing_file(tiny, tmp_path, capfd):
-    folder = tmp_path / "fresh"
-    shutil.copytree(tiny, folder)
-    made = load_calibration(folder)
-    output = capfd.readouterr()
-    assert output.out == ""
-    assert f"running: python -m calibrate --checkpoint {folder} --device cpu" in output.err
-    assert f"wrote {folder / CALIBRATION}" in output.err
-    assert all(len(points) == POINTS for points in made.curves.values())
-    assert made.origin["corpus"] == "calibration"
-    load_calibration(folder)
-    assert capfd.readouterr().err == ""  # found, not made again
+def test_a_missing_calibration_is_an_error_for_libraries(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "fresh")
+    with pytest.raises(MissingCalibrationError, match=rf"run `python calibrate\.py --checkpoint {folder}`"):
+        load_calibration(folder)
 
 
 def test_load_calibration_takes_another_file(tiny, tmp_path, calibration):
