@@ -75,8 +75,8 @@ class Session:
         room = self.engine.context - min(self.max_new_tokens, self.engine.context // 2)
         prompt, dropped = self.encode(text), 0
         kept = self.chat
-        while kept is not None and len(prompt) > room and (oldest := _oldest_turn(kept)):
-            kept = [message for message in kept if message not in oldest]
+        while kept is not None and len(prompt) > room and len(shorter := _without_oldest_turn(kept)) < len(kept):
+            kept = shorter
             dropped += 1
             prompt = self.tokenizer.encode_chat([*kept, _message("user", text)])
         if len(prompt) >= self.engine.context:
@@ -129,8 +129,8 @@ def describe_cost(record: dict) -> str:
     return "\n".join(lines)
 
 
-def _oldest_turn(chat: list[Message]) -> list[Message]:
-    """The first message of a user and what follows it up to the next one; nothing where there is none."""
+def _without_oldest_turn(chat: list[Message]) -> list[Message]:
+    """The chat without its first message of a user and what follows it up to the next one."""
     start = next((i for i, message in enumerate(chat) if message["role"] == "user"), len(chat))
     end = next((i for i in range(start + 1, len(chat)) if chat[i]["role"] == "user"), len(chat))
-    return chat[start:end]
+    return chat[:start] + chat[end:]
