@@ -10,8 +10,6 @@ from teal_fast.benchmarks import bandwidth, kernels
 from teal_fast.benchmarks.bandwidth import SLICE, allocate, bandwidth_meter, compile_reader, cpu_meter
 from teal_fast.benchmarks.rows import Row
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-
 
 @pytest.fixture
 def reads(monkeypatch):
@@ -67,24 +65,13 @@ def test_readers_read_everything(threads, ahead):
     assert compile_reader()(words, threads, ahead) == words.sum().item() % 2**64
 
 
-@linux
-def test_readers_have_the_threads_of_pytorch():
-    def pools() -> set[str]:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        return {line.split()[-1] for line in lines if "omp" in line.rpartition("/")[2]}
-
-    before = pools()
-    compile_reader.__wrapped__()(torch.ones(1024), 2, 0)
-    assert before and pools() == before
-
-
 def test_torch_reads_without_a_compiler(monkeypatch, capsys):
     monkeypatch.setattr(bandwidth, "find_compiler", lambda: "no-such-compiler")
     assert compile_reader.__wrapped__()(torch.ones(10), 2, 0) == 10
     assert capsys.readouterr().err == "the C++ reader cannot be built: the read bandwidth is measured by torch.sum\n"
 
 
-@linux
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_huge_pages_are_asked_for():
     def flags(address: int) -> list[str]:
         inside = False
