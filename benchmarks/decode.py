@@ -30,7 +30,7 @@ from teal_fast.benchmarks.rows import Task, measure, random_prompt, ratios
 from teal_fast.benchmarks.shapes import COMMON, SHAPES
 from teal_fast.cli import open_checkpoint, pick_device, positive_int, run, sparsity
 from teal_fast.engine.measure import profiler
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.files.demo import find_gguf
 from teal_fast.sparse_model import dtype_name, format_of
 from teal_fast.weights.formats import DTYPES, QUANTIZED
@@ -144,6 +144,7 @@ def find_weights(peers: list[Peer], checkpoints: list[str] | None, gguf: Path | 
 def main() -> None:
     options = parse_arguments()
     device = pick_device(options.device)
+    check_records_path(options.out)
     if options.dense and device.type != "cuda":
         raise ValueError("--dense measures cuBLAS: it needs a CUDA device")
     peers = parse_peers(options.peers)

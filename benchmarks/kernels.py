@@ -1,7 +1,7 @@
 """Times single ops on cold weights: the products of a layer, sparse at several sparsities and dense.
 
     python -m teal_fast.benchmarks.kernels --shapes llama-3-8b --out benchmarks/results/kernels-h200.json
-    python -m teal_fast.benchmarks.kernels --shapes llama-3-8b --tune# sweeps block sizes for kernels/
+    python -m teal_fast.benchmarks.kernels --shapes llama-3-8b --tune  # sweeps block sizes for kernels/
     python -m teal_fast.benchmarks.kernels --device cpu --shapes llama-3-8b smollm2-135m --sparsity 0 0.5 0.75
 
 Every sparse op is compared with a plain fp32 product first. Weights rotate among copies that no cache holds. "layer" is
@@ -33,7 +33,7 @@ from teal_fast.benchmarks.bandwidth import bandwidth_meter
 from teal_fast.benchmarks.rows import take_turns
 from teal_fast.benchmarks.shapes import COMMON, SHAPES
 from teal_fast.cli import pick_device, run, sparsity
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.families.config import model_args
 from teal_fast.kernels import compact_gemv, gate_up, sparse_gemv
 from teal_fast.kernels.rows import bits
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="sweep block sizes instead (CUDA)")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
+    check_records_path(options.out)
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     if options.tune and device.type != "cuda":
         raise ValueError("--tune sweeps the CUDA kernels: it needs a CUDA device")

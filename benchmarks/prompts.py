@@ -20,9 +20,9 @@ from teal_fast.benchmarks.models import Choice
 from teal_fast.benchmarks.rows import random_prompt, take_turns
 from teal_fast.benchmarks.shapes import SHAPES
 from teal_fast.cli import open_checkpoint, pick_device, positive_int, run
-from teal_fast.engine.decode import prefill
 from teal_fast.engine.measure import cache_length
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.engine.prefill import prefill
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import format_of
 from teal_fast.weights.formats import DTYPES, QUANTIZED
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=9, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
+    check_records_path(options.out)
     name = options.shapes or open_checkpoint(options.checkpoint[0]).resolve().name
     device, checkpoints = pick_device(options.device), tuple(options.checkpoint or ())
     choice = Choice(device, checkpoints, options.shapes, tuple(options.formats), options.dtype)

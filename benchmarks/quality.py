@@ -28,7 +28,7 @@ from teal_fast.cli import (
     sparsity,
 )
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, Score, cut_windows, evaluate
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.evaluation.tasks import PREFILLS
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.load import load_model
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--windows", type=positive_int, help="windows to score, spread over the text (default: all)")
     parser.add_argument("--out", type=Path, help="JSON file of records, to which these are added")
     options = parser.parse_args()
+    check_records_path(options.out)
 
     folder, device = open_checkpoint(options.checkpoint), pick_device(options.device)
     tokenizer = Tokenizer.load(folder)

@@ -20,7 +20,7 @@ from teal_fast.benchmarks.rows import measure
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.cli import open_calibration, open_checkpoint, pick_device, positive_int, run, sparsity
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, cut_windows, evaluate
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.checkpoint import read_config
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
+    check_records_path(options.out)
 
     device, folders = pick_device(options.device), list(map(open_checkpoint, options.checkpoint))
     tokenizer = Tokenizer.load(folders[0])

@@ -28,7 +28,7 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.text import stream_text
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.evaluation.tasks import PREFILLS, likelihoods
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.tokenizer import Tokenizer
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--limit", type=positive_int, help="first items of each task (default: all)")
     parser.add_argument("--out", type=Path, help="write the harness's results as a JSON record to this file")
     options = parser.parse_args()
+    check_records_path(options.out)
 
     opened = open_model(
         options.checkpoint,

@@ -89,7 +89,7 @@ def main() -> None:
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the Xet client's
         raise ValueError(explain_error(error, args.repo_id, args.revision, out)) from error
     script, target = ("convert_gguf", out / args.gguf) if args.gguf else ("convert_hf_checkpoint", out)
-    print("next:", shlex.join(["python", "-m", f"scripts.{script}", str(target)]))
+    print("next:", shlex.join(["python", "-m", f"teal_fast.scripts.{script}", str(target)]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from teal_fast.files.calibration import SHIPPED, Calibration
 
 
 def test_the_shipped_thresholds_are_found_again(demo, tmp_path):
-    """On a sixteenth of the text, so that they come out alike, not equal: one layer's, and all of them on the median."""
+    """On a sixteenth of the text, so that they come out alike, not equal: one layer's, and all on the median."""
     shipped = Calibration.load(SHIPPED)
     shipped.check(demo)
     settings = Settings(tokens=1024, pass_tokens=512, context=512)
