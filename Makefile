@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo test lint bench table report
+.PHONY: demo test lint bench table report results
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -34,6 +34,9 @@ table: $(READY)
 
 report: $(READY)
 	$(PYTHON) -m teal_fast.report.page --checkpoint demo
+
+results: $(READY)
+	$(PYTHON) -m teal_fast.report.results
 
 $(READY): requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
