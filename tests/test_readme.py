@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import teal_fast
 from teal_fast.files.huggingface import convert
 from teal_fast.files.paths import ROOT
 from teal_fast.tests.gguf_models import make_model, write_gguf
@@ -105,7 +104,6 @@ def test_every_command_runs(copy, environment, hub):
         run(command, copy, environment | {"HF_ENDPOINT": hub})
 
 
-@pytest.mark.skipif(not hasattr(teal_fast, "load"), reason="the library's API is not there yet")
 def test_the_library_example_runs(copy, environment):
     # The demo's own calibration ships with the project; the tiny model in its place needs one.
     run("python calibrate.py --checkpoint demo --method uniform --tokens 512", copy, environment)
