@@ -82,7 +82,7 @@ def origin(record: Record) -> str:
         record["device"],
         record.get("instruction_set"),
         f"{record['threads']} threads",
-        *(f"{name}={value}" for name, value in (record.get("omp") or {}).items()),
+        *(f"{name}={value}" for name, value in (record.get("settings") or {}).items()),
         *(f"{title} {versions[name]}" for name, title in PROGRAMS.items() if versions.get(name)),
         f"commit {commit}",
         record["date"],

@@ -85,7 +85,7 @@ def test_uncommitted_trees_are_marked():
 
 
 def test_conditions_of_the_cpu_are_shown():
-    page = make_page([row([10.0], instruction_set="avx2", omp={"OMP_NUM_THREADS": "3"})], MARKERS)
+    page = make_page([row([10.0], instruction_set="avx2", settings={"OMP_NUM_THREADS": "3"})], MARKERS)
     assert "A processor, avx2, 3 threads, OMP_NUM_THREADS=3, PyTorch 2.0, Python 3.12" in page
 
 
