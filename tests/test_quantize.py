@@ -23,6 +23,7 @@ from teal_fast.files.huggingface import convert
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
+from teal_fast.quantization.gptq_quantizer import GptqQuantizer
 from teal_fast.sparse_model import sparse_layers
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
@@ -415,12 +416,21 @@ def test_a_full_disk_leaves_nothing_behind(dense, command, tmp_path, megabytes):
 
 
 def test_sequences_are_no_longer_than_the_model_takes(dense, monkeypatch, tmp_path):
-    seen, init = [], quantize.Calibrated.__init__
+    seen, init = [], GptqQuantizer.__init__
 
-    def watch(self, folder, format, sequences, device):
+    def watch(self, folder, format, calibration, sequences, device):
         seen.extend(map(len, sequences))
-        init(self, folder, format, sequences, device)
+        init(self, folder, format, calibration, sequences, device)
 
-    monkeypatch.setattr(quantize.Calibrated, "__init__", watch)
+    monkeypatch.setattr(GptqQuantizer, "__init__", watch)
     assert run_here(*arguments(dense, "int8", True), "--out", tmp_path / "out")[0] == 0
     assert sum(seen) > 1000 and max(seen) <= load_model(dense).args.max_position
+
+
+def test_a_missing_calibration_is_made(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    (folder / CALIBRATION).unlink()
+    text = ["--corpus", dense.parent / "text.txt", "--tokens", 256]
+    code, _, err = run_here("--checkpoint", folder, "--calibrated", *text, "--device", "cpu", "--out", tmp_path / "out")
+    assert code == 0 and "calibrating, once: python calibrate.py" in err
+    assert load_calibration(tmp_path / "out").origin == load_calibration(folder).origin
