@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.eval import main, print_table
 from teal_fast.evaluation.perplexity import Score, cut_windows, evaluate
 from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
@@ -31,7 +31,9 @@ def calibrated(tiny, tmp_path_factory):
     shutil.copytree(tiny, folder)
     sequences = [IDS[start : start + 50] for start in range(0, 400, 50)]
     origin = {"corpus": "random"}
-    Calibration(measure(load_model(folder), sequences), fingerprint(folder), origin).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), origin).save(
+        folder / CALIBRATION
+    )
     text = " ".join(f"The {i}th sentence is about {i * i} whales and a harpoon." for i in range(40))
     (folder.parent / "text.txt").write_text(text)
     return folder

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from teal_fast import cli, generate, quantize
 from teal_fast import eval as evaluation
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
 from teal_fast.files.checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
 from teal_fast.files.huggingface import convert
@@ -59,7 +59,7 @@ def dense(even, tmp_path_factory):
     """The checkpoint whose sizes fit, with a calibration of its own and a text beside it."""
     folder = shutil.copytree(even, tmp_path_factory.mktemp("dense") / "even")
     sequences = torch.randint(3, 40_000, (8, 64), generator=torch.Generator().manual_seed(2)).tolist()
-    made = Calibration(measure(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
+    made = Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
     made.save(folder / CALIBRATION)
     (folder.parent / "text.txt").write_text(TEXT)
     (folder.parent / "other.txt").write_text(OTHER_TEXT)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from teal_fast.calibration.probe import POINTS, measure
+from teal_fast.calibration.probe import POINTS, measure_quantiles
 from teal_fast.cli import pick_device
 from teal_fast.engine.accounting import Tally, bytes_per_token, tally_kept
 from teal_fast.engine.decode import decode_step, prefill
@@ -65,7 +65,7 @@ def biased(tmp_path_factory):
 @functools.cache
 def calibrate(folder):
     sequences = torch.randint(3, 500, (8, 64), generator=torch.Generator().manual_seed(2)).tolist()
-    return Calibration(measure(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
+    return Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import transformers
 from tqdm import tqdm
 
 from teal_fast import eval as evaluation
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.evaluation.tasks import (
     PREFILLS,
     Likelihood,
@@ -47,7 +47,7 @@ EITHER = [{"ctx": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "conts": [" ran.
 def calibrated(tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
     sequences = [IDS[start : start + 50] for start in range(0, 400, 50)]
-    Calibration(measure(load_model(folder), sequences), fingerprint(folder), {}).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {}).save(folder / CALIBRATION)
     return folder
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
@@ -33,7 +33,7 @@ def original(even):
 
 @pytest.fixture(scope="module")
 def calibration(even, original):
-    return Calibration(measure(original, draw_sequences(8, 2)), fingerprint(even), {})
+    return Calibration(measure_quantiles(original, draw_sequences(8, 2)), fingerprint(even), {})
 
 
 @pytest.fixture
