@@ -19,7 +19,7 @@ from teal_fast import eval as evaluation
 from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
 from teal_fast.files.checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
@@ -270,7 +270,7 @@ def biased(request, tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "qwen2", torch.bfloat16)
+    convert_huggingface(folder / "hf", folder / "qwen2", torch.bfloat16)
     return folder / "qwen2"
 
 

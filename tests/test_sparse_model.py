@@ -19,7 +19,7 @@ from teal_fast.engine.decode import decode_step, prefill
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint, read_config
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import (
@@ -58,7 +58,7 @@ def biased(tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "qwen2", None)
+    convert_huggingface(folder / "hf", folder / "qwen2", None)
     return folder / "qwen2"
 
 
