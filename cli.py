@@ -16,7 +16,7 @@ from teal_fast.engine.device import pick_device
 from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
-from teal_fast.files.gguf import convert
+from teal_fast.files.gguf import convert_gguf
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import demo_folder
 from teal_fast.files.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ def prepare_demo(out: Path, dtype: torch.dtype) -> None:
             raise ValueError(
                 f"{REQUIREMENT} is installed, but {sys.executable} does not see it: install it there yourself"
             ) from error
-    convert(source, out, dtype)
+    convert_gguf(source, out, dtype)
 
 
 def open_calibration(

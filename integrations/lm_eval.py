@@ -35,13 +35,13 @@ from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.sparse_model import format_of
 from teal_fast.weights.output import output_weight
 
-PACKAGE = "lm-eval==0.4.13"  # the release that tests/scripts/test_lm_eval_teal.py was run with
+HARNESS = "lm-eval==0.4.13"  # the release that tests/integrations/test_lm_eval.py was run with
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as missing:
-    sys.exit(f"error: the harness is not installed ({missing}): pip install {PACKAGE}")
+    sys.exit(f"error: the harness is not installed ({missing}): pip install {HARNESS}")
 
 NEW_TOKENS = 256  # of a generation whose task names no limit, as the harness's own models have it
 BOOTSTRAP = 1000  # draws for the errors of perplexities; none would leave the harness without any errors
@@ -144,7 +144,7 @@ def main() -> None:
         ) from error
     print(make_table(found))
     record = describe(opened.name, opened.device, format_of(opened.model))
-    record |= {"benchmark": "lm-eval", "package": PACKAGE}
+    record |= {"benchmark": "lm-eval", "package": HARNESS}
     record |= {"sparsity": options.sparsity, "prefill": options.prefill, **settings, "results": found["results"]}
     print(json.dumps(record))
     if options.out:

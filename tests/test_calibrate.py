@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from teal_fast.calibrate import main
-from teal_fast.calibration import passes as passing
+from teal_fast.calibration import passes as passes_module
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.calibration.make import DEFAULT_CORPUS
 from teal_fast.calibration.methods import METHODS, fit_curves
@@ -94,7 +94,7 @@ def passes_of(made, path):
 
 def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
     whole, _ = fit_curves(passes(tiny, tmp_path / "whole"), "measured")
-    titles, observe = [], passing.observe
+    titles, observe = [], passes_module.observe
 
     def counted(model, part, title, *rest):
         titles.append(title)
@@ -102,7 +102,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return observe(model, part, title, *rest)
 
-    monkeypatch.setattr(passing, "observe", counted)
+    monkeypatch.setattr(passes_module, "observe", counted)
     with pytest.raises(KeyboardInterrupt):
         fit_curves(passes(tiny, tmp_path / "cut"), "measured")
     again, _ = fit_curves(passes(tiny, tmp_path / "cut"), "measured")

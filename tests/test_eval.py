@@ -1,9 +1,10 @@
-"""Perplexity against plain logits and transformers; what is sparsified; the command and its records."""
+"""Perplexity against plain logits and transformers, which tokens are sparse, the command and its records."""
 
 import functools
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from teal_fast.calibration.probe import measure
-from teal_fast.eval import main, print_table
+from teal_fast.calibration.probe import measure_quantiles
+from teal_fast.eval import main, print_perplexities
 from teal_fast.evaluation.perplexity import Score, cut_windows, evaluate
 from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint
@@ -31,7 +32,9 @@ def calibrated(tiny, tmp_path_factory):
     shutil.copytree(tiny, folder)
     sequences = [IDS[start : start + 50] for start in range(0, 400, 50)]
     origin = {"corpus": "random"}
-    Calibration(measure(load_model(folder), sequences), fingerprint(folder), origin).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), origin).save(
+        folder / CALIBRATION
+    )
     text = " ".join(f"The {i}th sentence is about {i * i} whales and a harpoon." for i in range(40))
     (folder.parent / "text.txt").write_text(text)
     return folder
@@ -150,7 +153,8 @@ def test_nan_is_an_error(calibrated):
 
 def test_table(capsys):
     kinds = {"qkv": 0.49, "down": 0.51}
-    print_table([Score(0.5, 12.3456, 0.25, 100, 0.501, kinds, 321.4), Score(0.0, 9.0, None, 100, 0.0, {}, 300.0)])
+    scores = Score(0.5, 12.3456, 0.25, 100, 0.501, kinds, 321.4), Score(0.0, 9.0, None, 100, 0.0, {}, 300.0)
+    print_perplexities(list(map(asdict, scores)))
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0][:5] == ["sparsity", "achieved", "perplexity", "±", "tokens/s"]
     assert table[1] == ["50%", "50.1%", "12.346", "0.250", "321", "qkv", "49.0%", "down", "51.0%"]

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from teal_fast.families.config import model_args
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.model import Transformer, rotary_frequencies
 from teal_fast.tests.models import LLAMA3_ROPE
@@ -70,7 +70,7 @@ def make_pair(config, folder) -> Pair:
         elif parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     theirs.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "ours", None)
+    convert_huggingface(folder / "hf", folder / "ours", None)
     tokens = torch.randint(config.vocab_size, (1, TOKENS))
     with torch.inference_mode():
         return Pair(load_model(folder / "ours"), tokens, theirs(tokens).logits)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.paths import ROOT
 from teal_fast.tests.gguf_models import make_model, write_gguf
 from teal_fast.tests.hub import serve
@@ -43,7 +43,7 @@ def copy(demo, tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns("checkpoints", ".venv", ".git", "__pycache__", ".*_cache", "*.egg-info", "build")
     shutil.copytree(ROOT, folder, ignore=ignored)
     hf = write_llama(folder.with_name("hf"), demo, 128, 256, layers=1, positions=2048)
-    convert(hf, folder / "checkpoints" / "demo", None)
+    convert_huggingface(hf, folder / "checkpoints" / "demo", None)
     write_gguf(folder / "model.gguf", make_model())
     return folder
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.cli import pick_device
 from teal_fast.engine.accounting import Tally, bytes_per_token, tally_kept
 from teal_fast.engine.cuda_step import plain_step
@@ -25,7 +25,7 @@ from teal_fast.files.calibration import (
     set_sparsity,
 )
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint, read_config
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import (
@@ -65,14 +65,14 @@ def biased(tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "qwen2", None)
+    convert_huggingface(folder / "hf", folder / "qwen2", None)
     return folder / "qwen2"
 
 
 @functools.cache
 def calibrate(folder):
     sequences = torch.randint(3, 500, (8, 64), generator=torch.Generator().manual_seed(2)).tolist()
-    return Calibration(measure(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
+    return Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
 
 
 @pytest.fixture(scope="module")

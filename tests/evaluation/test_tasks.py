@@ -12,11 +12,11 @@ import transformers
 from tqdm import tqdm
 
 from teal_fast import eval as evaluation
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.evaluation.tasks import (
     PREFILLS,
     Likelihood,
-    Request,
+    TaskItem,
     TaskScore,
     encode_pair,
     judge,
@@ -47,7 +47,7 @@ EITHER = [{"ctx": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "conts": [" ran.
 def calibrated(tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
     sequences = [IDS[start : start + 50] for start in range(0, 400, 50)]
-    Calibration(measure(load_model(folder), sequences), fingerprint(folder), {}).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {}).save(folder / CALIBRATION)
     return folder
 
 
@@ -112,15 +112,15 @@ def test_dense_likelihood_is_that_of_transformers(tiny, tiny_hf):
 
 
 def test_metrics_by_hand():
-    def item(*totals):
+    def scored(*totals):
         return [Likelihood(total, False) for total in totals]
 
-    request = Request(("q", "q"), (" no", " a long answer"), 1)
-    assert judge(request, item(-3.0, -9.0)) == {"acc": 0, "acc_norm": 1}  # -3 / 2 characters, -9 / 13
-    assert judge(request, item(-9.0, -3.0)) == {"acc": 1, "acc_norm": 1}
-    assert judge(request, item(-1.0, -9.0)) == {"acc": 0, "acc_norm": 0}
-    assert judge(Request(("a", "b"), (" x", " x"), 0), item(-1.0, -2.0)) == {"acc": 1}
-    assert judge(Request(("q",), (" x",), None), [Likelihood(-2.5, True)]) == {"acc": 1, "loss": 2.5}
+    item = TaskItem(("q", "q"), (" no", " a long answer"), 1)
+    assert judge(item, scored(-3.0, -9.0)) == {"acc": 0, "acc_norm": 1}  # -3 / 2 characters, -9 / 13
+    assert judge(item, scored(-9.0, -3.0)) == {"acc": 1, "acc_norm": 1}
+    assert judge(item, scored(-1.0, -9.0)) == {"acc": 0, "acc_norm": 0}
+    assert judge(TaskItem(("a", "b"), (" x", " x"), 0), scored(-1.0, -2.0)) == {"acc": 1}
+    assert judge(TaskItem(("q",), (" x",), None), [Likelihood(-2.5, True)]) == {"acc": 1, "loss": 2.5}
 
 
 def test_errors_are_of_the_mean_and_changes_are_paired():
@@ -144,16 +144,14 @@ def test_score_task(tiny, data):
     model, tokenizer = load_model(tiny), Tokenizer.load(tiny)
     plain = load_model(tiny)
     for name in ("choices", "clozes", "either"):
-        requests = read_task(data, name)
-        score = score_task(model, tokenizer, requests, PREFILLS["full"], SILENT)
-        for i, request in enumerate(requests):
-            pairs = [
-                encode_pair(tokenizer, *pair) for pair in zip(request.contexts, request.continuations, strict=True)
-            ]
-            expected = judge(request, [Likelihood(*whole_sequence(plain, *pair, 1)) for pair in pairs])
+        items = read_task(data, name)
+        score = score_task(model, tokenizer, items, PREFILLS["full"], SILENT)
+        for i, item in enumerate(items):
+            pairs = [encode_pair(tokenizer, *pair) for pair in zip(item.contexts, item.continuations, strict=True)]
+            expected = judge(item, [Likelihood(*whole_sequence(plain, *pair, 1)) for pair in pairs])
             assert {key: values[i].item() for key, values in score.metrics.items()} == pytest.approx(expected, rel=1e-4)
         assert score.achieved["all"] == 0
-        assert len(score.metrics["acc"]) == len(requests)
+        assert len(score.metrics["acc"]) == len(items)
 
 
 def test_pairs_are_cut_as_the_harness_cuts_them(tiny):
@@ -167,9 +165,9 @@ def test_pairs_are_cut_as_the_harness_cuts_them(tiny):
 
 
 def test_limit_spreads_over_the_file(data):
-    assert [request.contexts[0][23] for request in read_task(data, "choices", 3)] == ["0", "2", "4"]
+    assert [item.contexts[0][23] for item in read_task(data, "choices", 3)] == ["0", "2", "4"]
     assert read_task(data, "choices", 50) == read_task(data, "choices")
-    assert read_task(data, "clozes")[0] == Request((CLOZES[0]["ctx"],), (" again",), None)
+    assert read_task(data, "clozes")[0] == TaskItem((CLOZES[0]["ctx"],), (" again",), None)
     assert read_task(data, "either")[0].contexts == tuple(EITHER[0]["ctx"])
 
 
@@ -194,7 +192,7 @@ def test_command(run_here, calibrated, data, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "holds no requests"),
+        ("", "holds no items"),
         ("[]", "line 1: expected"),
         ('{"ctx": "a", "conts": [" b"]}', "line 1: expected"),
         ('{"ctx": "a", "cont": " b"}\n{"ctx": "a", "conts": [" b", " c"], "gold": 2}', "line 2: expected"),

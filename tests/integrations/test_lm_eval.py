@@ -9,7 +9,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.engine.load import load
 from teal_fast.evaluation.tasks import PREFILLS, read_task, score_task
 from teal_fast.files.calibration import CALIBRATION, Calibration
@@ -73,7 +73,7 @@ def harness(tmp_path, monkeypatch):
 def calibrated(tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
     ids = torch.randint(3, 40_000, (8, 50), generator=torch.Generator().manual_seed(0)).tolist()
-    Calibration(measure(load_model(folder), ids), fingerprint(folder), {}).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), ids), fingerprint(folder), {}).save(folder / CALIBRATION)
     return folder
 
 
