@@ -39,7 +39,7 @@ from teal_fast.sparse_model import format_of
 from teal_fast.weights.formats import DTYPES
 from teal_fast.weights.output import output_weight
 
-HARNESS = "lm-eval==0.4.13"  # the release that tests/scripts/test_lm_eval_teal.py was run with
+HARNESS = "lm-eval==0.4.13"  # the release that tests/integrations/test_lm_eval.py was run with
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM

@@ -29,7 +29,7 @@ ITEMS = {
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
 def test_without_the_harness_one_line_says_how_to_get_it(command):
-    done = command("scripts.lm_eval_teal", "--help")
+    done = command("integrations.lm_eval", "--help")
     assert done.returncode == 1
     assert done.stderr.startswith("error: the harness is not installed") and "pip install lm-eval==" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -145,6 +145,6 @@ def test_rolling_likelihood_and_generation(calibrated, tiny_hf):
 def test_unknown_or_unreachable_task_is_one_line(command, calibrated):
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
     for name in ("no_such_task", "hellaswag"):
-        done = command("scripts.lm_eval_teal", "--checkpoint", calibrated, "--tasks", name, env=environment)
+        done = command("integrations.lm_eval", "--checkpoint", calibrated, "--tasks", name, env=environment)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
