@@ -1,5 +1,7 @@
 """Makes the calibration of a checkpoint: what calibrate.py does, for other commands too."""
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ def make_calibration(
     settings = settings or Settings()
     tokenizer = Tokenizer.load(folder)
     documents = [tokenizer.encode(text) for text in read_corpus(list(settings.corpus))]
-    model = load_model(folder, device, DTYPES.get(dtype))
+    model = load_model(folder, device, DTYPES.get(dtype), thorough=True)
     context = min(settings.context, model.args.max_position)
     sequences = cut_sequences(documents, context, settings.tokens, settings.seed)
     if not sequences:
@@ -56,6 +58,7 @@ def make_calibration(
         "context": str(context),
         "seed": str(settings.seed),
         "method": settings.method,
+        "tokens_sha256": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16],
     }
     about = {"version": CALIBRATION_VERSION, "model": fingerprint(folder), "dtype": dtype} | origin
     journal = Journal(out.with_name(f"{out.name}.partial"), about)

@@ -1,7 +1,8 @@
-"""TODO."""
+"""Passes of a model over the text it is calibrated on, and the journal that keeps those which are finished."""
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,16 +21,25 @@ Seen = dict[str, dict[str, Tensor]]
 class Journal:
     """Passes over the text that are finished, kept in a file beside the output until that is written.
 
-    A run that was cut off goes on from there, if it is the same in all that `about` says.
+    A run that was cut off goes on from there, if it is the same in all that `about` says. What lies there otherwise, a
+    damaged file or another run's, is replaced.
     """
 
     def __init__(self, path: Path, about: dict):
         self.path, self.about = path, json.dumps(about)
-        self.tensors: dict[str, Tensor] = {}
-        if path.exists():
-            with open_safetensors(path) as file:
-                if (file.metadata() or {}).get("about") == self.about:
-                    self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self.tensors = self._read() if path.exists() else {}
+
+    def _read(self) -> dict[str, Tensor]:
+        try:
+            with open_safetensors(self.path) as file:
+                names = list(file.keys())
+                if (file.metadata() or {}).get("about") == self.about and all(n.count("/") == 2 for n in names):
+                    return {name: file.get_tensor(name) for name in names}
+            trouble = "is of another run"
+        except (ValueError, FileNotFoundError):
+            trouble = "is damaged"
+        print(f"{self.path} {trouble}: starting anew", file=sys.stderr)
+        return {}
 
     def keep(self, title: str, make: Callable[[], Seen]) -> Seen:
         """What `make` gives, or gave in an earlier run."""

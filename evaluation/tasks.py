@@ -13,7 +13,6 @@ acc_norm: the same by log-likelihood a character. loss: nats of a cloze's contin
 No few-shot examples, no chat template. Continuations are sparse as decoded tokens are; contexts as `dense_tokens` says.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from teal_fast.engine.accounting import tally_kept
+from teal_fast.files.store import parse_json
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import leading_dense
@@ -80,7 +80,7 @@ def read_task(folder: Path, name: str, limit: int | None = None) -> list[Request
 
 def _parse(line: str, place: str) -> Request:
     try:
-        record = json.loads(line)
+        record = parse_json(line, place)
         contexts = record["ctx"]
         continuations = [record["cont"]] if "cont" in record else record["conts"]
         gold = None if "cont" in record else record["gold"]

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from teal_fast.files.calibration import load_calibration
 from teal_fast.files.load import load_model, stored_as
+from teal_fast.files.store import is_finite
 from teal_fast.quantization.gptq import feed_back, make_up
 from teal_fast.sparse_model import SparseLinear, sparse_layers
 from teal_fast.weights.dense import Weight
@@ -96,5 +97,5 @@ class Calibrated:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise ValueError(f"{name} holds NaN or inf, which no scale can hold: is the checkpoint sound?")

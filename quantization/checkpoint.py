@@ -13,7 +13,7 @@ from teal_fast.calibration.passes import cut_sequences
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, fingerprint, read_config
-from teal_fast.files.load import load_model, stored_as
+from teal_fast.files.load import PACKED, load_model, stored_as
 from teal_fast.files.store import new_file, open_safetensors, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
@@ -49,14 +49,15 @@ def quantize(folder: Path, out: Path, format: Format, pack: Callable[[str, Tenso
                 module = name.rsplit(".", 1)[0]
                 weight = load(f"{module}.weight")
                 made_of = Int8Output.pack(weight) if f"{module}.weight" == OUTPUT else pack(module, weight)
+                prefix = "output." if f"{module}.weight" == OUTPUT else f"{module}.weight."
                 parts.clear()
                 for part, tensor in made_of.named_parameters():
-                    parts[f"{module}.{'weight' if part == 'packed' else part}"] = tensor.data.cpu()
+                    parts[stored_as(prefix + part, packed)] = tensor.data.cpu()
             return parts[name] if name in quantized else load(name)
 
-        layout, quantized = {}, set()
+        layout, quantized, packed = {}, set(), PACKED[METADATA["version"]]
         for name, parameter in model.named_parameters():
-            stored = stored_as(name)
+            stored = stored_as(name, packed)
             if name.endswith((".packed", ".scale")) or name == OUTPUT:
                 quantized.add(stored)
             layout[stored] = (parameter.dtype if stored in quantized else file.get_tensor(name).dtype, parameter.shape)

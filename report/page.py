@@ -8,7 +8,6 @@ records. What has no record is not shown, but the command that makes it is.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from datetime import date
@@ -21,7 +20,7 @@ from teal_fast.cli import add_model_arguments, open_calibration, open_checkpoint
 from teal_fast.evaluation.record import write_records
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.paths import ROOT
-from teal_fast.files.store import check_writable, new_file
+from teal_fast.files.store import check_writable, new_file, read_json
 from teal_fast.report.figures import PLAIN, THEME, curves, percent
 from teal_fast.report.plot_activations import (
     VERSION,
@@ -43,11 +42,8 @@ TABLE_HEAD = ["format", "bits", "sparsity", "achieved", "perplexity", "tokens/s"
 
 def read_records(path: Path) -> list[dict]:
     """The records of a JSON file. Raises ValueError when it holds no list of them."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): make it again") from error
-    if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
+    records = read_json(path, list, "make it again")
+    if not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} is no list of records: make it again")
     return records
 

@@ -171,4 +171,4 @@ def test_bad_input_is_one_line(built, command, tmp_path):
     out = tmp_path / "report.html"
     done = command("scripts.report", "--checkpoint", built / "tiny", "--results", tmp_path, "--out", out)
     assert done.returncode == 1 and not out.exists() and "Traceback" not in done.stderr
-    assert re.match(r"error: .*broken\.json is not JSON", done.stderr.splitlines()[-1])
+    assert re.match(r"error: .*broken\.json is not valid JSON", done.stderr.splitlines()[-1])
