@@ -315,8 +315,12 @@ def move_rows(giving, taking):
 
 @pytest.mark.parametrize(
     "giving, taking",
-    [("self_attn.q_proj.weight", "self_attn.v_proj.weight"), ("self_attn.k_proj.weight", "self_attn.v_proj.weight")]
-    + [("mlp.gate_proj.weight", "mlp.up_proj.weight"), ("mlp.up_proj.weight", "mlp.gate_proj.weight")],
+    [
+        ("self_attn.q_proj.weight", "self_attn.v_proj.weight"),
+        ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        ("mlp.up_proj.weight", "mlp.gate_proj.weight"),
+    ],
 )
 def test_each_part_has_its_own_size(damaged, tmp_path, giving, taking):
     change(damaged, move_rows(giving, taking))
