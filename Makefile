@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo test lint bench table report
+.PHONY: demo smoke test lint bench table report results findings
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -12,6 +12,10 @@ demo: $(READY)
 		$(PYTHON) generate.py --checkpoint demo --sparsity $$sparsity --chat --temperature 0 --max_new_tokens 80 \
 			--prompt "$(PROMPT)" || exit 1; \
 	done
+
+# Under a minute: a tiny model through convert, calibrate, quantize and generate, and a golden text.
+smoke: $(READY)
+	$(PYTHON) -m pytest tests/test_smoke.py
 
 test: lint
 	$(PYTHON) -m pytest
@@ -35,7 +39,18 @@ table: $(READY)
 report: $(READY)
 	$(PYTHON) -m teal_fast.report.page --checkpoint demo
 
-$(READY): requirements.txt
+# docs/results.md from benchmarks/results/*.json
+results: $(READY)
+	$(PYTHON) -m teal_fast.report.results
+
+# Surprises about other people's software, shown again by it alone; not part of CI. Each says what it needs.
+findings:
+	@failed=0; for script in findings/*.sh; do \
+		echo "== $$script"; \
+		if $$script; then echo "ok: as it was seen"; else echo "changed"; failed=1; fi; \
+	done; exit $$failed
+
+$(READY): requirements.txt pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	@echo "installing packages into $(VENV): a few minutes the first time"
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt

@@ -1,9 +1,9 @@
-"""Sets thresholds for any sparsity of a model by running it over some text; sparse_model.py reads them.
+"""Finds a model's thresholds for every sparsity by running it over text, and writes them beside its weights.
 
     python calibrate.py --checkpoint checkpoints/<model> [--method METHOD] [--corpus FILE|DIR …] [--tokens N]
 
-Methods differ in how a sparsity is shared out among layers; calibration/methods.py describes them. Other commands
-make a calibration that is missing by themselves.
+Methods differ in how they distribute a sparsity over the layers; calibration/methods.py describes them. The other
+commands call the default one when a calibration is missing.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
         "--pass_tokens",
         type=positive_int,
         default=Settings.pass_tokens,
-        help="of them for each pass (default: %(default)s)",
+        help="tokens of each pass (default: %(default)s)",
     )
     parser.add_argument(
         "--context", type=positive_int, default=Settings.context, help="longest sequence (default: %(default)s)"

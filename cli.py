@@ -5,17 +5,22 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from teal_fast.calibration.make import make_calibration
+from teal_fast.engine.device import pick_device
 from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
-from teal_fast.files.gguf import convert
+from teal_fast.files.gguf import convert_gguf
+from teal_fast.files.load import load_model
 from teal_fast.files.paths import demo_folder
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import Transformer
 from teal_fast.weights.formats import DTYPES
 
 MAX_SPARSITY = 0.95
@@ -83,24 +88,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, by default CUDA where there is one. Raises ValueError when it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not known here, expected cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and not 0 <= (device.index or 0) < count:
-        raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams, events and Triton's launches go by the current device
-    return device
-
-
 def open_checkpoint(name: str, prepare: bool = True) -> Path:
     """The folder that `--checkpoint name` means; the demo is made first when it is missing, unless prepare is false."""
     try:
@@ -131,7 +118,7 @@ def prepare_demo(out: Path, dtype: torch.dtype) -> None:
             raise ValueError(
                 f"{REQUIREMENT} is installed, but {sys.executable} does not see it: install it there yourself"
             ) from error
-    convert(source, out, dtype)
+    convert_gguf(source, out, dtype)
 
 
 def open_calibration(
@@ -146,3 +133,37 @@ def open_calibration(
     print(f"calibrating, once: python calibrate.py --checkpoint {folder} --device {device}", file=sys.stderr)
     make_calibration(folder, folder / CALIBRATION, torch.device(device))
     return load_calibration(folder)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint as commands use it. calibration: None where it was not asked for."""
+
+    folder: Path
+    device: torch.device
+    tokenizer: Tokenizer
+    model: Transformer
+    calibration: Calibration | None
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name, as records carry it."""
+        return self.folder.resolve().name
+
+
+def open_model(
+    checkpoint: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    calibration: Path | None = None,
+    calibrated: bool = True,
+    prepare: bool = True,
+) -> Opened:
+    """The checkpoint called so, with its tokenizer, its model and, if calibrated, its calibration or the one given.
+
+    What is missing is made first, with a line on stderr, unless prepare is false. Small files are read before weights.
+    """
+    folder, where = open_checkpoint(checkpoint, prepare), pick_device(device)
+    tokenizer = Tokenizer.load(folder)
+    found = open_calibration(folder, calibration, where, prepare) if calibrated else None
+    return Opened(folder, where, tokenizer, load_model(folder, where, DTYPES.get(dtype)), found)

@@ -1,6 +1,9 @@
-"""The dense transformer, torch only: Llama 1/2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2, built from their config.json.
+"""The dense transformer, torch only: Llama 1/2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2, by their `ModelArgs`.
 
-It knows nothing of sparsity, weight formats or devices: sparse_model.py replaces its linear layers from outside.
+It knows nothing of sparsity, weight formats, checkpoints or devices: sparse_model.py replaces its linear layers from
+outside. A model holds weights alone: the key/value cache is an argument of each call, and so is `phase`, which is
+handed on to the linear layers unread, for those that were put in their place.
+
 q/k/v and gate/up are fused into `wqkv` and `w13`; rotary embedding is the half-split form of Hugging Face checkpoints.
 """
 
@@ -68,22 +71,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
+    def forward(self, x: Tensor, phase: Any = None) -> Tensor:
+        """A dense layer computes the same in every phase of a call."""
+        return super().forward(x)
+
     def reset_parameters(self) -> None:
         """Draws no initial values: checkpoints have them, and drawing any, even on "meta", costs 1.2 s and 150 MB."""
 
 
-class KVCache(nn.Module):
-    """Keys and values of the tokens so far, at fixed addresses: k, v [B, kv_heads, max_seq_length, head_dim]."""
+class KVCache:
+    """Keys and values of the tokens so far, at fixed addresses: k, v [B, kv_heads, length, head_dim] of each layer."""
 
-    def __init__(self, batch: int, heads: int, max_seq_length: int, head_dim: int, like: Tensor):
-        super().__init__()
-        for name in ("k", "v"):
-            self.register_buffer(name, like.new_zeros(batch, heads, max_seq_length, head_dim), persistent=False)
+    def __init__(self, k: list[Tensor], v: list[Tensor]):
+        self.k, self.v = k, v
 
-    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k.index_copy_(2, input_pos, k)
-        self.v.index_copy_(2, input_pos, v)
-        return self.k, self.v
+    @property
+    def length(self) -> int:
+        """The number of positions that there is room for."""
+        return self.k[0].shape[2]
+
+    def head(self, length: int) -> "KVCache":
+        """The cache's first positions, as a view: a prompt's pass over it costs as much as these."""
+        return KVCache([k[:, :, :length] for k in self.k], [v[:, :, :length] for v in self.v])
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v [B, kv_heads, T, head_dim] of the positions [T]; all keys and values of the layer."""
+        self.k[layer].index_copy_(2, positions, k)
+        self.v[layer].index_copy_(2, positions, v)
+        return self.k[layer], self.v[layer]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all layers of one call share: rotary cos and sin [T, head_dim / 2], and where keys and values go.
+
+    positions [T]: of the tokens in the cache. over_cache: whether the tokens attend over the cache, or over each other.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    cache: KVCache | None = None
+    over_cache: bool = False
+    phase: Any = None
 
 
 class Attention(nn.Module):
@@ -96,22 +126,21 @@ class Attention(nn.Module):
         self.wo = Linear(query, args.dim, bias=args.o_bias)
         self.q_norm = nn.RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
-        self.kv_cache: KVCache | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, call: Call, mask: Tensor | None, layer: int = 0) -> Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in self.wqkv(x).split(self.sizes, dim=-1))
+        parts = self.wqkv(x, call.phase).split(self.sizes, dim=-1)
+        q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in parts)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.kv_cache is not None:
-            positions = torch.arange(tokens, device=x.device) if input_pos is None else input_pos
-            cached = self.kv_cache.update(positions, k, v)
-            if input_pos is not None:
+        q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
+        if call.cache is not None:
+            cached = call.cache.update(layer, call.positions, k, v)
+            if call.over_cache:
                 k, v = cached
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_heads != self.n_kv_heads
         )
-        return self.wo(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.wo(y.transpose(1, 2).reshape(batch, tokens, -1), call.phase)
 
 
 class FeedForward(nn.Module):
@@ -120,9 +149,9 @@ class FeedForward(nn.Module):
         self.w13 = Linear(args.dim, 2 * args.ffn_dim, bias=args.mlp_bias)  # gate, then up
         self.w2 = Linear(args.ffn_dim, args.dim, bias=args.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+    def forward(self, x: Tensor, phase: Any = None) -> Tensor:
+        gate, up = self.w13(x, phase).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up, phase)
 
 
 class Block(nn.Module):
@@ -133,16 +162,15 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x: Tensor, call: Call, mask: Tensor | None, layer: int = 0) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), call, mask, layer)
+        return x + self.feed_forward(self.ffn_norm(x), call.phase)
 
 
 class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.max_seq_length = 0
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
@@ -151,43 +179,49 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("frequencies", rotary_frequencies(args.rope, args.head_dim), persistent=False)
 
-    def setup_caches(self, batch: int, max_seq_length: int) -> None:
-        """Allocates an empty key/value cache for `batch` sequences of up to `max_seq_length` tokens."""
-        if max_seq_length > self.args.max_position:
-            raise ValueError(f"a context of {max_seq_length} tokens exceeds this model's {self.args.max_position}")
-        self.max_seq_length = max_seq_length
-        for layer in self.layers:
-            layer.attention.kv_cache = KVCache(
-                batch, self.args.n_kv_heads, max_seq_length, self.args.head_dim, like=self.norm.weight
-            )
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty key/value cache for `batch` sequences of up to `length` tokens."""
+        if length > self.args.max_position:
+            raise ValueError(f"a context of {length} tokens exceeds this model's {self.args.max_position}")
+        shape = (batch, self.args.n_kv_heads, length, self.args.head_dim)
+        k, v = ([self.norm.weight.new_zeros(shape) for _ in self.layers] for _ in range(2))
+        return KVCache(k, v)
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        """Final normed hidden states [B, T, dim] of tokens [B, T].
+    def hidden(
+        self, tokens: Tensor, input_pos: Tensor | None = None, cache: KVCache | None = None, phase: Any = None
+    ) -> Tensor:
+        """Final normed hidden states [B, T, dim] of tokens [B, T], whose keys and values go into the cache.
 
-        `input_pos` [T] int64 holds the tokens' positions and makes them attend over the cache; None stands for
-        0 … T-1, a sequence from its start, which needs no cache but fills it when there is one.
+        `input_pos` [T] int64 holds the tokens' positions and makes them attend over the whole cache; None stands for
+        0 … T-1, a sequence from its start, which attends over itself and needs no cache.
         """
         x = self.tok_embeddings(tokens)
         positions = torch.arange(tokens.shape[1], device=x.device) if input_pos is None else input_pos
-        cos, sin = self.rotary(positions, x.dtype)
-        masks = {window: self.mask(positions, input_pos, window) for window in set(self.args.sliding_windows)}
-        for layer, window in zip(self.layers, self.args.sliding_windows, strict=True):
-            x = layer(x, cos, sin, input_pos, masks[window])
+        call = Call(*self.rotary(positions, x.dtype), positions, cache, input_pos is not None, phase)
+        keys = cache.length if input_pos is not None else None
+        masks = {window: self.mask(positions, keys, window) for window in set(self.args.sliding_windows)}
+        for number, (layer, window) in enumerate(zip(self.layers, self.args.sliding_windows, strict=True)):
+            x = layer(x, call, masks[window], number)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocab] of tokens [B, T]; see `hidden` for input_pos."""
-        return self.output(self.hidden(tokens, input_pos))
+    def forward(
+        self, tokens: Tensor, input_pos: Tensor | None = None, cache: KVCache | None = None, phase: Any = None
+    ) -> Tensor:
+        """Logits [B, T, vocab] of tokens [B, T]; see `hidden`."""
+        return self.output(self.hidden(tokens, input_pos, cache, phase))
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [T, head_dim / 2] of the angles at positions [T]."""
         angles = positions[:, None].float() * self.frequencies
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def mask(self, positions: Tensor, input_pos: Tensor | None, window: int | None) -> Tensor | None:
-        """Which keys each query sees, bool [T, keys]; None for plain causal attention within the tokens given."""
-        if input_pos is None and (window is None or positions.shape[0] <= window):
+    def mask(self, positions: Tensor, keys: int | None, window: int | None) -> Tensor | None:
+        """Which keys each query sees, bool [T, keys]; None for plain causal attention.
+
+        keys: how many positions of a cache the tokens attend over; None: over the tokens themselves.
+        """
+        if keys is None and (window is None or positions.shape[0] <= window):
             return None
-        keys = positions if input_pos is None else torch.arange(self.max_seq_length, device=positions.device)
-        mask = keys <= positions[:, None]
-        return mask if window is None else mask & (keys > positions[:, None] - window)
+        seen = positions if keys is None else torch.arange(keys, device=positions.device)
+        mask = seen <= positions[:, None]
+        return mask if window is None else mask & (seen > positions[:, None] - window)

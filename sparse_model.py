@@ -1,12 +1,14 @@
-"""Activation sparsity on top of model.py: SparseLinear, the calibration that sets its thresholds, and load_model.
+"""Activation sparsity on top of model.py: SparseLinear, which skips weight rows, and the phase of a call.
 
 A channel of a linear layer's input is dropped when |x| does not exceed its threshold, and the weight row it would
 multiply is not read. Sparsity is the fraction dropped; 0 is exactly the dense model. Source: TEAL, arXiv:2408.14690.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,24 @@ KINDS = {"wqkv": "qkv", "wo": "o", "w13": "gate+up", "w2": "down"}
 KEEP_ALL = -1.0  # a threshold below every |x|
 
 
-class SparseLinear(nn.Module):
-    """A linear layer that drops input channels with |x| <= threshold: decoded tokens by default, prompts not.
+@dataclass(frozen=True)
+class Phase:
+    """Which tokens of a call are computed densely: the first `dense_tokens` of each sequence; the others sparsely.
 
-    `threshold` [K] fp32 changes in place, so that a compiled or captured step serves every sparsity. `dense_tokens`
-    (see `leading_dense`) overrides how many leading tokens of a call are computed densely.
+    It is an argument of the call, never a state of the shared layers: two threads may prefill and decode at once.
+    """
+
+    dense_tokens: int
+
+
+DENSE = Phase(sys.maxsize)  # prompts; not their length, which would make a compiled pass one of each length
+DECODE = Phase(0)
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that drops input channels with |x| <= threshold of the tokens that the call's phase leaves sparse.
+
+    `threshold` [K] fp32 changes in place, so that a compiled or captured step serves every sparsity.
     """
 
     def __init__(self, weight: Weight, bias: Tensor | None = None):
@@ -34,21 +49,15 @@ class SparseLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         threshold = torch.full((weight.in_features,), KEEP_ALL, device=weight.packed.device)
         self.register_buffer("threshold", threshold, persistent=False)
-        self.dense_tokens: int | None = None
-
-    def count_dense(self, tokens: int) -> int:
-        """How many leading tokens of a call of `tokens` a sequence are dense: all of several, none of one."""
-        if self.dense_tokens is None:
-            return 0 if tokens == 1 else tokens
-        return min(self.dense_tokens, tokens)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Which entries of x [..., K] are treated as zero, bool. NaN is not: it travels on as in a dense layer."""
         return x.abs() <= self.threshold
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, K] -> [B, T, N]
+    def forward(self, x: Tensor, phase: Phase | None = None) -> Tensor:
+        """x [B, T, K] -> [B, T, N]; without a phase all tokens are dense."""
         batch, tokens, _ = x.shape
-        dense = self.count_dense(tokens)
+        dense = tokens if phase is None else min(phase.dense_tokens, tokens)
         if dense < tokens and batch * tokens == 1:
             return self.weight.sparse_matvec(x.flatten(), self.threshold, self.bias).view(1, 1, -1)
         if dense < tokens:
@@ -89,28 +98,22 @@ def format_of(model: Transformer) -> str:
     return dtype_name(model) if format == "dense" else format
 
 
-@contextmanager
-def watch_inputs(model: nn.Module, observe: Callable[[str, SparseLinear, Tensor], Tensor | None]) -> Iterator[None]:
-    """In the block, `observe(name, layer, x)` is called before a sparse layer computes from x [B, T, K].
+Observer = Callable[[str, SparseLinear, Tensor, Phase], Tensor | None]
 
-    When it returns a tensor, the layer computes from that instead.
+
+@contextmanager
+def watch_inputs(model: nn.Module, observe: Observer) -> Iterator[None]:
+    """In the block, `observe(name, layer, x, phase)` is called before a sparse layer computes from x [B, T, K].
+
+    When it returns a tensor, the layer computes from that instead. For measuring: it sees the calls of all threads.
     """
+
+    def hook(name: str, layer: SparseLinear, x: Tensor, phase: Phase | None = None) -> tuple | None:
+        changed = observe(name, layer, x, phase or DENSE)
+        return None if changed is None else (changed, phase)
+
     with ExitStack() as hooks:
         for name, layer in sparse_layers(model).items():
-            hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: observe(name, layer, inputs[0]))
-            hooks.enter_context(hook)
+            handle = layer.register_forward_pre_hook(lambda layer, given, name=name: hook(name, layer, *given))
+            hooks.enter_context(handle)
         yield
-
-
-@contextmanager
-def leading_dense(model: nn.Module, tokens: int) -> Iterator[None]:
-    """In the block, the first `tokens` tokens of each call are computed densely and all later ones sparsely."""
-    layers = sparse_layers(model).values()
-    before = [layer.dense_tokens for layer in layers]
-    for layer in layers:
-        layer.dense_tokens = tokens
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.dense_tokens = value

@@ -9,41 +9,42 @@ round. The first round warms up.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from teal_fast.benchmarks.decode import load
+from teal_fast.benchmarks.models import Choice
 from teal_fast.benchmarks.rows import random_prompt, take_turns
 from teal_fast.benchmarks.shapes import SHAPES
 from teal_fast.cli import open_checkpoint, pick_device, positive_int, run
-from teal_fast.engine.decode import prefill
 from teal_fast.engine.measure import cache_length
-from teal_fast.evaluation.record import describe, write_records
-from teal_fast.model import Transformer
+from teal_fast.engine.prefill import prefill
+from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import format_of
 from teal_fast.weights.formats import DTYPES, QUANTIZED
 
 
 @torch.no_grad()
-def seconds(model: Transformer, prompt: torch.Tensor) -> float:
+def seconds(model: Transformer, cache: KVCache, prompt: torch.Tensor) -> float:
     """From the call to the first token, as a user waits for it."""
     started = time.perf_counter()
-    prefill(model, prompt).argmax().item()
+    prefill(model, cache, prompt).argmax().item()
     return time.perf_counter() - started
 
 
-def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> list[dict]:
-    models = load(name, options, device)
-    for model in models:
-        model.setup_caches(1, cache_length(model, max(options.tokens)))
-    cases = [(model, tokens) for tokens in options.tokens for model in models]
-    prompts = {n: torch.tensor([random_prompt(models[0].args.vocab_size, n)], device=device) for n in options.tokens}
-    timed = [lambda model=model, tokens=tokens: seconds(model, prompts[tokens]) for model, tokens in cases]
-    results = [rounds for rounds, _ in take_turns(timed, options.rounds, lambda: 0.0, "prompts")]
-    first = {tokens: rounds for (model, tokens), rounds in zip(cases, results, strict=True) if model is models[0]}
+def benchmark(name: str, choice: Choice, lengths: list[int], turns: int) -> list[dict]:
+    """The records of prompts of these lengths in every format, over so many rounds."""
+    models, device = [model for model, _ in choice.load(calibrated=False)], choice.device
+    caches = [model.new_cache(1, cache_length(model, max(lengths))) for model in models]
+    cases = [(model, cache, tokens) for tokens in lengths for model, cache in zip(models, caches, strict=True)]
+    prompts = {n: torch.tensor([random_prompt(models[0].args.vocab_size, n)], device=device) for n in lengths}
+    timed = [functools.partial(seconds, model, cache, prompts[tokens]) for model, cache, tokens in cases]
+    results = [rounds for rounds, _ in take_turns(timed, turns, lambda: 0.0, "prompts")]
+    first = {tokens: rounds for (model, _, tokens), rounds in zip(cases, results, strict=True) if model is models[0]}
     common = describe(name, device, format_of(models[0])) | {"benchmark": "prompts"}
     return [
         common
@@ -54,7 +55,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> l
             "seconds_rounds": rounds,
             "ratio": statistics.median(own / other for own, other in zip(rounds, first[tokens], strict=True)),
         }
-        for (model, tokens), rounds in zip(cases, results, strict=True)
+        for (model, _, tokens), rounds in zip(cases, results, strict=True)
     ]
 
 
@@ -70,8 +71,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=9, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
+    check_records_path(options.out)
     name = options.shapes or open_checkpoint(options.checkpoint[0]).resolve().name
-    records = benchmark(name, options, pick_device(options.device))
+    device, checkpoints = pick_device(options.device), tuple(options.checkpoint or ())
+    choice = Choice(device, checkpoints, options.shapes, tuple(options.formats), options.dtype)
+    records = benchmark(name, choice, options.tokens, options.rounds)
     for record in records:
         print(
             f"{record['model']:<14} {record['format']:<5} {record['prompt_tokens']:>5} tokens  "

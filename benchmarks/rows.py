@@ -4,6 +4,7 @@ Each round decodes once in every row, so that what a shared machine does to one 
 bandwidth is measured between any two decodings; the greater of the rates before and after one belongs to it.
 """
 
+import operator
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,17 +37,21 @@ class Row:
     bandwidths: list[float] = field(default_factory=list)  # bytes a second, one a rate
 
     def record(self) -> dict:
-        """Its fields of a record. "bandwidth_share" is the median of the rounds' shares, each of its own bandwidth."""
+        """Its fields of a record. "bandwidth_share" is the median of the rounds' shares, each of its own bandwidth.
+
+        A round's bandwidth is what the meter told, or what the row itself read then if that is more.
+        """
         record = self.about | self.details()
+        reads = [record.get("bytes_per_token", 0) * rate for rate in self.rates]
+        bandwidths = list(map(max, reads, self.bandwidths))
         record |= {
             "tokens_per_s": statistics.median(self.rates),
             "tokens_per_s_spread": [min(self.rates), max(self.rates)],
             "tokens_per_s_rounds": self.rates,
-            "read_gb_per_s": statistics.median(self.bandwidths) / 1e9,
+            "read_gb_per_s": statistics.median(bandwidths) / 1e9,
         }
         if "bytes_per_token" in record:
-            shares = [rate / bandwidth for rate, bandwidth in zip(self.rates, self.bandwidths, strict=True)]
-            record["bandwidth_share"] = record["bytes_per_token"] * statistics.median(shares)
+            record["bandwidth_share"] = statistics.median(map(operator.truediv, reads, bandwidths))
         return record
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.calibration.passes import cut_sequences
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import Calibration
 from teal_fast.kernels.int4 import pack_int4
@@ -108,4 +108,6 @@ def _normal(shape: torch.Size | tuple[int, ...], std: float, generator: torch.Ge
 def calibrate_on_random_tokens(model: Transformer, tokens: int = 2048, seed: int = 0) -> Calibration:
     """Quantiles of |x| over random tokens: thresholds that give a random model the sparsity asked for."""
     ids = torch.randint(model.args.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Calibration(measure(model, cut_sequences([ids], 512, tokens, seed)), {}, {"corpus": "random tokens"})
+    return Calibration(
+        measure_quantiles(model, cut_sequences([ids], 512, tokens, seed)), {}, {"corpus": "random tokens"}
+    )

@@ -8,7 +8,6 @@ Prints the table as Markdown and one JSON line of records; --out writes the reco
 """
 
 import argparse
-import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +15,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from teal_fast.benchmarks.bandwidth import bandwidth_meter
-from teal_fast.benchmarks.decode import Decoder, KeptPrefill
+from teal_fast.benchmarks.decoder import make_decoders
 from teal_fast.benchmarks.rows import measure
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.cli import open_calibration, open_checkpoint, pick_device, positive_int, run, sparsity
-from teal_fast.engine.decode import fast_step, prefill
-from teal_fast.engine.measure import cache_length
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, cut_windows, evaluate
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.checkpoint import read_config
@@ -73,6 +70,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
+    check_records_path(options.out)
 
     device, folders = pick_device(options.device), list(map(open_checkpoint, options.checkpoint))
     tokenizer = Tokenizer.load(folders[0])
@@ -90,10 +88,8 @@ def main() -> None:
             for nominal in options.sparsity:
                 set_sparsity(model, calibration, nominal)
                 scores.append((evaluate(model, windows, 1, nominal, progress), bits_a_weight(model)))
-            model.setup_caches(1, cache_length(model, len(prompt) + options.new_tokens))
-            make = functools.partial(Decoder, model, calibration, "fast", fast_step(model))
-            first = prefill if device.type == "cuda" else KeptPrefill()
-            rows += [make(nominal, prompt, options.new_tokens, first).row() for nominal in options.sparsity]
+            decoders = make_decoders(model, calibration, prompt, options.new_tokens, options.sparsity)
+            rows += [decoder.row() for decoder in decoders]
     measure(rows, options.rounds, bandwidth_meter(device))
     about = describe(folders[0].resolve().name, device, format_of(model)) | {
         "benchmark": "table",

@@ -1,33 +1,35 @@
 """Greedy allocation within each block of a model: TEAL's method, arXiv:2408.14690, Algorithm 1.
 
-Every block gets the same sparsity by bytes. Starting dense, a step's worth of bytes is dropped again and again from
-that layer of the block whose loss of it moves the block's output least, on the dense model's hidden states.
+Every block gets the same sparsity by bytes. Starting dense, each step drops a fixed number of bytes from one layer of
+the block: from the one whose further dropping changes the block's output least. Errors are measured on the dense
+model's hidden states, so blocks do not see each other's errors.
 """
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from teal_fast.model import Transformer
-from teal_fast.sparse_model import KEEP_ALL, leading_dense, sparse_layers
+from teal_fast.model import Call, Transformer
+from teal_fast.sparse_model import KEEP_ALL, Phase, sparse_layers
 
 STEPS = 20  # of a block's bytes: 5 % each
 
 
 @torch.no_grad()
 def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[str, Tensor]) -> Tensor:
-    """What share of its entries each layer drops, fp64 [layers, STEPS + 1], at sparsities evenly from 0 to 1.
+    """The share of entries that each layer drops, fp64 [layers, STEPS + 1], at sparsities evenly spaced from 0 to 1.
 
-    quantiles: of |x|, by layer name, at levels evenly spaced from 0 to 1. Leaves thresholds at sparsity 0.
+    sequence: token ids; quantiles: of |x| at levels evenly spaced from 0 to 1, by layer name. Leaves the model's
+    thresholds at sparsity 0.
     """
     device = model.norm.weight.device
     x = model.tok_embeddings(torch.tensor([sequence], device=device))
     positions = torch.arange(len(sequence), device=device)
     shares = []
-    with leading_dense(model, 1), tqdm(total=STEPS * len(model.layers), desc="allocating", unit="step") as progress:
+    with tqdm(total=STEPS * len(model.layers), desc="allocating", unit="step") as progress:
         for index, block in enumerate(model.layers):
             mask = model.mask(positions, None, model.args.sliding_windows[index])
-            inputs = (*model.rotary(positions, x.dtype), None, mask)
+            inputs = (Call(*model.rotary(positions, x.dtype), positions, phase=Phase(1)), mask)
             layers = sparse_layers(block)
             points = [quantiles[f"layers.{index}.{name}"] for name in layers]
             weights = torch.tensor([layer.weight.packed.nbytes for layer in layers.values()], dtype=torch.float64)
@@ -35,7 +37,7 @@ def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[st
             found = [torch.zeros_like(step)]
             expected = block(x, *inputs)
             for _ in range(STEPS):
-                found.append(_next(block, x, inputs, expected, found[-1], step, points))
+                found.append(_next_shares(block, x, inputs, expected, found[-1], step, points))
                 progress.update()
             for layer in layers.values():
                 layer.threshold.fill_(KEEP_ALL)
@@ -44,7 +46,7 @@ def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[st
     return torch.cat(shares)
 
 
-def _next(
+def _next_shares(
     block: torch.nn.Module,
     x: Tensor,
     inputs: tuple,
@@ -53,9 +55,9 @@ def _next(
     step: Tensor,
     points: list[Tensor],
 ) -> Tensor:
-    """The shares [layers of the block] after one more step, taken where it moves the output least."""
+    """The shares [layers of the block] after one more step in the layer where it changes the output least."""
     candidates = [shares + one for one in torch.diag(step) if ((shares + one) <= 1).all()]
-    if not candidates:  # it fits nowhere whole: to all, in proportion to what they have left
+    if not candidates:  # no layer has a whole step left: all drop on in proportion to their rest
         left = 1 - shares
         return (shares + left / (left / step).sum().clamp(min=1)).clamp(max=1)
     errors = []

@@ -1,4 +1,4 @@
-"""Text to calibrate and evaluate on: plain text and .jsonl files, alone or in folders."""
+"""Reads text to calibrate and evaluate on: plain text and .jsonl files, single or in folders. Tokenizes nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,10 @@ TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 
 
 def read_corpus(paths: list[Path]) -> list[str]:
-    """The documents of text files and folders: a .jsonl line's "text" each, any other file whole."""
+    """The documents of text files and folders: one per line of a .jsonl file ("text"), one per file otherwise.
+
+    Raises ValueError on files that are not UTF-8 or hold no text, and FileNotFoundError.
+    """
     documents = []
     for file in (file for path in paths for file in _text_files(path)):
         try:

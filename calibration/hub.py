@@ -1,8 +1,8 @@
-"""Calibrations on the Hugging Face Hub: `calibrate.py --push_to_hub` and `--from_hub`.
+"""Shares calibrations on the Hugging Face Hub: `calibrate.py --push_to_hub` and `--from_hub`.
 
-A repo holds calibration.safetensors and a model card, which shows what the thresholds achieve on text that they were
-not measured on, and perplexities where eval.py's records are given. Weights are never pushed. A fetched file is kept
-only if its fingerprint is that of the checkpoint at hand.
+A repo holds calibration.safetensors and a model card. The card shows which sparsity the thresholds achieve on text
+that they were not measured on and, if eval.py's records are given, perplexities. Weights are never pushed. A fetched
+file is kept only if its fingerprint is that of the checkpoint at hand.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
 from teal_fast.files.store import new_file, read_json
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.sparse_model import leading_dense
+from teal_fast.sparse_model import Phase
 
 CARD_TEXT = DATA / "evaluation"
 CARD_TOKENS = 1024
@@ -69,7 +69,10 @@ def repo_id(text: str) -> str:
 
 
 def explain(error: Exception, repo_id: str, revision: str | None, again: str) -> str | None:
-    """What the hub or the network did and what to do about it; None for any other error. again: how to go on."""
+    """One line about an error of the hub or the network and what to do about it; None for any other error.
+
+    again: the advice when trying again may help.
+    """
     if isinstance(error, LocalEntryNotFoundError):  # the wrapper of whatever kept a file's metadata from us
         error = error.__cause__ or error
     match error:
@@ -89,7 +92,7 @@ def explain(error: Exception, repo_id: str, revision: str | None, again: str) ->
 
 
 def fetch(repo_id: str, folder: Path, out: Path) -> None:
-    """Writes the repo's calibration to `out`. Raises ValueError when it is not of the checkpoint in `folder`."""
+    """Writes the repo's calibration to `out`. Raises ValueError unless it belongs to the checkpoint in `folder`."""
     try:
         path = Path(hf_hub_download(repo_id, CALIBRATION))
     except EntryNotFoundError as error:
@@ -106,7 +109,10 @@ def fetch(repo_id: str, folder: Path, out: Path) -> None:
 
 
 def push(repo_id: str, folder: Path, path: Path, results: Path | None, device: torch.device) -> None:
-    """Pushes the calibration at `path`, which must fit the checkpoint, and its card in one commit."""
+    """Pushes the calibration at `path` and its card in one commit.
+
+    results: eval.py's records for the card. Raises ValueError when calibration or results belong to another model.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: run calibrate.py without --push_to_hub first")
     calibration = Calibration.load(path)
@@ -126,20 +132,20 @@ def push(repo_id: str, folder: Path, path: Path, results: Path | None, device: t
 
 @torch.no_grad()
 def achieved_curve(folder: Path, calibration: Calibration, device: torch.device) -> dict[float, dict[str, float]]:
-    """Sparsity achieved by tensor kind and overall, by nominal sparsity, on some text that ships with teal-fast."""
+    """The sparsity achieved on text that ships with teal-fast: nominal sparsity to tensor kind (or "all") to share."""
     model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
     ids = tokenizer.encode("".join(read_corpus([CARD_TEXT])))[: min(CARD_TOKENS, model.args.max_position)]
     curve = {}
     for nominal in CARD_SPARSITIES:
         set_sparsity(model, calibration, nominal)
-        with leading_dense(model, 1), tally_kept(model) as tally:
-            model.hidden(torch.tensor([ids], device=device))
+        with tally_kept(model) as tally:
+            model.hidden(torch.tensor([ids], device=device), phase=Phase(1))
         curve[nominal] = tally.by_kind(model)
     return curve
 
 
 def read_results(path: Path, calibration: Calibration, model: str) -> list[dict]:
-    """The perplexity records of an eval.py run with this calibration. Raises ValueError when they are another's."""
+    """The perplexity records of an eval.py run. Raises ValueError when they are of another model or calibration."""
     try:
         records = [
             record
@@ -158,7 +164,7 @@ def read_results(path: Path, calibration: Calibration, model: str) -> list[dict]
 def make_card(
     repo_id: str, folder: Path, calibration: Calibration, curve: dict[float, dict[str, float]], records: list[dict]
 ) -> str:
-    """The repo's README.md: what model it fits, what was achieved, and perplexities where records have them."""
+    """The repo's README.md: the model that it fits, the sparsity achieved, and perplexities if records are given."""
     kinds = list(next(iter(curve.values())))
     achieved = [["nominal", *kinds]]
     achieved += [[f"{s:.0%}", *(f"{by_kind[kind]:.1%}" for kind in kinds)] for s, by_kind in curve.items()]

@@ -1,4 +1,7 @@
-"""Makes the calibration of a checkpoint: what calibrate.py does, for other commands too."""
+"""Makes the calibration of a checkpoint: reads the text, runs a method, writes the file.
+
+calibrate.py calls it, and so does every command that finds a calibration missing. The methods are in methods.py.
+"""
 
 import hashlib
 import json
@@ -23,12 +26,12 @@ DEFAULT_CORPUS = DATA / "calibration"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a calibration is made: the method (methods.py), the text, how many tokens of it and in what pieces."""
+    """How a calibration is made: by which method of methods.py, on which text, on how many tokens in which pieces."""
 
     method: str = "measured"
     corpus: tuple[Path, ...] = (DEFAULT_CORPUS,)
     tokens: int = 16384
-    pass_tokens: int = 4096  # of them for each pass
+    pass_tokens: int = 4096  # tokens of each pass over the text
     context: int = 1024  # longest sequence
     seed: int = 1234  # draws the sequences
 
@@ -36,9 +39,10 @@ class Settings:
 def make_calibration(
     folder: Path, out: Path, device: torch.device, dtype: str | None = None, settings: Settings | None = None
 ) -> Calibration:
-    """Calibrates the checkpoint in `folder` into the file `out`; dtype: bf16, fp16, fp32, or None for the stored one.
+    """Calibrates the checkpoint in `folder` and writes the calibration to `out`.
 
-    Finished passes are kept beside `out`, so that a run that was cut off goes on. Raises ValueError on text too short.
+    dtype: bf16, fp16, fp32, or None for the stored one. Finished passes are kept in a file beside `out`, from which an
+    interrupted run resumes. Raises ValueError when the text is too short.
     """
     settings = settings or Settings()
     tokenizer = Tokenizer.load(folder)

@@ -1,55 +1,61 @@
-"""How thresholds are found: the methods of calibrate.py.
+"""The methods of calibrate.py: how a model sparsity becomes one threshold per layer.
 
-The model runs densely, then sparse at a few levels, with the thresholds found so far: what counts is how the sparse
-model's own hidden states are spread, errors of earlier layers included, so that targets are hit. Methods differ in how
-a sparsity is shared out among layers (allocation.py), by costs or by given shares:
+Each method gives a rule for distributing a sparsity over the layers, by costs or by shares (allocation.py):
 
-measured   costs start as those of `global` and are corrected on the way to higher sparsities by what dropping really
-           costs there: the gradient of the divergence from the dense model's predictions, times what is at the border
-           of being dropped (probe.py). The default.
-fisher     the empirical Fisher information of each channel's input, mean (dL/dx)²: channels differ in their thresholds.
-global     its mean over a layer's channels.
-blockwise  greedy within each block, by the error of what the block gives (blockwise.py): TEAL's method.
-uniform    every layer drops the same share of its entries: TEAL's baseline.
+measured   Starts with the costs of `global` and corrects them at three sparsities by a measurement (probe.py): the
+           first-order change of the KL divergence from the dense model's predictions if the entries near the threshold
+           were kept. The default.
+fisher     The cost of a channel is the empirical Fisher information of its input, mean (dL/dx)². Channels of one layer
+           have different thresholds.
+global     The cost of a layer is the mean Fisher information of its channels.
+blockwise  Greedy within each block, by the error of the block's output (blockwise.py): TEAL's method.
+uniform    Every layer drops the same share of its entries: TEAL's baseline.
+
+Under every rule the thresholds are then read off the distribution of |x| in the sparse model itself, which is observed
+at a few sparsities one after the other. It includes the errors of earlier layers, so that the model achieves what is
+asked for.
 """
 
 import torch
 from torch import Tensor
 
-from teal_fast.calibration.allocation import Costs, Sizes, Spread, correct, curves, spend, thresholds
+from teal_fast.calibration.allocation import Costs, Sizes, Spread, allocate, correct_costs, curves, thresholds
 from teal_fast.calibration.blockwise import blockwise_shares
 from teal_fast.calibration.passes import Passes, column
 from teal_fast.calibration.probe import POINTS
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
 
 METHODS = ("measured", "fisher", "global", "blockwise", "uniform")
-CORRECTED = (0.3, 0.5, 0.65)  # sparsities at which "measured" measures costs, each with those of the one before
-LEVELS = (0.25, 0.5, 0.6, 0.75, 0.9)  # at which the sparse model's hidden states are observed
-SMALLEST = 1e-4  # of a channel's Fisher information, in its layer's mean: a channel that never mattered yet may
+CORRECTION_SPARSITIES = (0.3, 0.5, 0.65)  # where "measured" measures costs, each time with the costs found before
+OBSERVED_SPARSITIES = (0.25, 0.5, 0.6, 0.75, 0.9)  # where the distribution of |x| in the sparse model is observed
+FISHER_FLOOR = 1e-4  # least Fisher information of a channel over its layer's mean: other text may need the channel
 
 
 def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) -> tuple[Costs, list[Tensor]]:
-    """What dropping costs, and the factors [K] by which the thresholds of each layer's channels differ.
+    """The layers' costs, and factors [K] for each layer: a channel's threshold is its layer's times its factor.
 
-    flat: factors of 1.
+    method: measured, fisher or global; flat: factors of 1.
     """
     seen = passes.next("gradients", None, flat, "text")
-    fisher = [values.clamp(min=SMALLEST * values.mean().item() + 1e-300) for values in column(seen, "fisher")]
+    fisher = [values.clamp(min=FISHER_FLOOR * values.mean().item() + 1e-300) for values in column(seen, "fisher")]
     cost = torch.stack([values.mean() for values in fisher])
     if method == "fisher":
         return Costs({0.0: cost}), [(values / values.mean()).rsqrt() for values in fisher]
     if method == "global":
         return Costs({0.0: cost}), flat
     corrected = {}
-    for level in CORRECTED:
-        found = spend(Spread(level, torch.stack(column(seen, "quantiles"))), sizes, cost, level)
-        seen = passes.next(f"costs at {level:.0%}", found, flat, "divergence")
-        corrected[level] = cost = correct(cost, torch.stack(column(seen, "cost")))
+    for sparsity in CORRECTION_SPARSITIES:
+        found = allocate(Spread(sparsity, torch.stack(column(seen, "quantiles"))), sizes, cost, sparsity)
+        seen = passes.next(f"costs at {sparsity:.0%}", found, flat, "divergence")
+        corrected[sparsity] = cost = correct_costs(cost, torch.stack(column(seen, "cost")))
     return Costs(corrected), flat
 
 
 def fit_curves(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Curves and factors of a `Calibration`, by the method called so; leaves the model's thresholds at sparsity 0."""
+    """Runs a method and returns the curves and factors of a `Calibration`.
+
+    Leaves the model's thresholds at sparsity 0.
+    """
     layers = sparse_layers(passes.model)
     sizes = Sizes.of([layer.weight.packed for layer in layers.values()])
     factors = [torch.ones(layer.weight.in_features).double() for layer in layers.values()]
@@ -62,11 +68,12 @@ def fit_curves(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str
         quantiles = dict(zip(layers, column(seen, "quantiles"), strict=True))
         rule = blockwise_shares(passes.model, passes.sequences[0], quantiles)
     spreads = [Spread(0.0, torch.stack(column(seen, "quantiles")))]
-    for level in LEVELS:
-        seen = passes.next(f"sparse {level:.0%}", thresholds(spreads[-1], sizes, rule, level), factors)
-        spreads.append(Spread(level, torch.stack(column(seen, "quantiles"))))
+    for sparsity in OBSERVED_SPARSITIES:
+        found = thresholds(spreads[-1], sizes, rule, sparsity)
+        seen = passes.next(f"sparse {sparsity:.0%}", found, factors)
+        spreads.append(Spread(sparsity, torch.stack(column(seen, "quantiles"))))
     for layer in layers.values():
         layer.threshold.fill_(KEEP_ALL)
-    found = curves(spreads, sizes, rule, POINTS).float()
+    points = curves(spreads, sizes, rule, POINTS).float()
     scaled = {name: factor.float() for name, factor in zip(layers, factors, strict=True) if (factor != 1).any()}
-    return dict(zip(layers, found, strict=True)), scaled
+    return dict(zip(layers, points, strict=True)), scaled

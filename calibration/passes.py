@@ -1,4 +1,8 @@
-"""Passes of a model over the text it is calibrated on, and the journal that keeps those which are finished."""
+"""Passes of a model over the calibration text, and the journal that lets an interrupted run resume.
+
+A method (methods.py) needs several passes at different thresholds. Each takes another part of the text, so that
+all of it is used and none of them is long.
+"""
 
 import json
 import random
@@ -15,14 +19,14 @@ from teal_fast.files.store import new_file, open_safetensors
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
 
-Seen = dict[str, dict[str, Tensor]]
+Seen = dict[str, dict[str, Tensor]]  # layer name to what was observed of its input (`Observed.summary`)
 
 
 class Journal:
-    """Passes over the text that are finished, kept in a file beside the output until that is written.
+    """A file of finished passes, which lies beside the output until that is written.
 
-    A run that was cut off goes on from there, if it is the same in all that `about` says. What lies there otherwise, a
-    damaged file or another run's, is replaced.
+    about: what determines a run (model, text, settings). What lies there otherwise, a damaged file or the journal of a
+    run with another `about`, is replaced.
     """
 
     def __init__(self, path: Path, about: dict):
@@ -42,11 +46,11 @@ class Journal:
         return {}
 
     def keep(self, title: str, make: Callable[[], Seen]) -> Seen:
-        """What `make` gives, or gave in an earlier run."""
+        """The pass `title` from the journal or, if it is not there, from `make`, which is then written to the file."""
         found: Seen = {}
         for name, tensor in self.tensors.items():
-            of, layer, what = name.split("/")
-            if of == title:
+            its_title, layer, what = name.split("/")
+            if its_title == title:
                 found.setdefault(layer, {})[what] = tensor
         if not found:
             found = make()
@@ -57,7 +61,10 @@ class Journal:
 
 
 def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: int) -> list[list[int]]:
-    """Up to `tokens` tokens of the documents as sequences of at most `length`, drawn at random from all of them."""
+    """Draws sequences of at most `length` tokens at random from all documents, up to `tokens` tokens in total.
+
+    documents: token ids; every sequence has at least 2.
+    """
     pieces = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
     pieces = [piece for piece in pieces if len(piece) > 1]  # the first token of a sequence is not counted
     random.Random(seed).shuffle(pieces)
@@ -71,7 +78,7 @@ def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: in
 
 
 class Passes:
-    """Passes of a model over the text, each over another part of about `tokens` tokens."""
+    """Passes of a model over sequences of token ids, each over the next part of about `tokens` tokens."""
 
     def __init__(self, model: Transformer, sequences: list[list[int]], tokens: int, journal: Journal):
         self.model, self.sequences, self.journal = model, sequences, journal
@@ -80,10 +87,14 @@ class Passes:
         self.tokens = round(self.count * average)
         self.turn = 0
 
-    def next(self, title: str, found: Tensor | None, factors: list[Tensor], loss: str | None = None) -> Seen:
-        """What is observed at thresholds [layers] times the layers' factors [K], densely when there are none."""
+    def next(self, title: str, thresholds: Tensor | None, factors: list[Tensor], loss: str | None = None) -> Seen:
+        """Runs one pass and returns what `observe` returns.
+
+        thresholds: [layers], None for the dense model; factors: [K] for each layer, by which its channels' thresholds
+        are multiplied; loss: see `observe`.
+        """
         for index, layer in enumerate(sparse_layers(self.model).values()):
-            layer.threshold.copy_(torch.tensor(KEEP_ALL) if found is None else found[index] * factors[index])
+            layer.threshold.copy_(torch.tensor(KEEP_ALL) if thresholds is None else thresholds[index] * factors[index])
         start, self.turn = self.turn * self.count, self.turn + 1
         part = [self.sequences[(start + i) % len(self.sequences)] for i in range(self.count)]
         seen = self.journal.keep(f"{self.turn} {title}", lambda: observe(self.model, part, title, loss, factors))
@@ -91,4 +102,5 @@ class Passes:
 
 
 def column(seen: Seen, what: str) -> list[Tensor]:
+    """One entry of every layer's summary, in the model's order."""
     return [found[what] for found in seen.values()]

@@ -1,16 +1,17 @@
-"""What passes through a model's sparse layers on a text, at the thresholds now set: how large, and what dropping costs.
+"""Observes the inputs of a model's sparse layers on text: the distribution of |x|, Fisher information, dropping costs.
 
-`observe` runs the model with its inputs masked as decoding masks them, all tokens of a sequence but the first. Values
-of |x| are counted in a histogram whose bins are the leading bits of the float itself: exact for bf16, 0.8 % fine in
-fp16 and fp32, no range needed in advance and no activations kept, 256 KB a layer.
+`observe` runs the model at the thresholds that are set, with the inputs of all tokens but a sequence's first masked as
+in decoding. Values of |x| go into a histogram whose bins are the leading bits of the float itself: exact for bf16,
+0.8 % fine for fp16 and fp32. It needs no range in advance, keeps no activations and takes 256 KB per layer.
 
-Costs are read off gradients. A mask has none where it counts: an entry that is moved across its threshold jumps, and on
-average over tokens these jumps weigh as much as the slopes that dropped entries lack. So the backward pass takes masks
-for the identity (a straight-through estimator, arXiv:1308.3432); without it early layers seem hardly to matter.
+Costs come from gradients, and gradients pass the masks by a straight-through estimator (arXiv:1308.3432): the backward
+pass treats a mask as the identity. The true derivative of a mask is 0 for dropped entries and ignores that an entry
+jumps when it crosses its threshold; averaged over tokens, the jumps weigh as much as the missing slopes. Without the
+estimator early layers seem hardly to matter.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,39 +24,40 @@ from teal_fast.weights.output import output_weight
 
 SHIFT = 23 - 7  # bins keep fp32's sign, exponent and 7 of its 23 mantissa bits, as bf16 does
 BINS = 1 << (31 - SHIFT)
-POINTS = 201  # quantile levels stored: every half per cent
-BORDER = 1.25  # entries whose |x| is within this factor of the threshold are the last to be dropped or kept
+POINTS = 201  # quantile levels: every half per cent
+BORDER = 1.25  # an entry is at the border if its |x| is within this factor of the threshold
 LOGIT_ROWS = 128  # positions whose logits are held at once: 25 MB at a vocabulary of 49,152
 
 
 class AbsHistogram:
-    """A histogram of |x| with logarithmic bins, 128 to the octave, over the whole range of fp32."""
+    """A histogram of |x| with logarithmic bins, 128 per octave, over the whole range of fp32."""
 
     def __init__(self, device: torch.device):
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Counts every entry of x, any shape and floating type."""
-        # Positive floats sort like the integers that their bits spell; rounding up makes a bin's edge its upper end.
+        # The bits of positive floats, read as integers, sort as the floats do. Rounding up makes edges upper ends.
         bits = x.float().abs().flatten().view(torch.int32)
         self.counts += torch.bincount((bits + ((1 << SHIFT) - 1)) >> SHIFT, minlength=BINS)[:BINS]
 
     def quantiles(self, points: int) -> Tensor:
-        """|x| at `points` levels evenly spaced from 0 to 1, fp32 [points] on the CPU; linear inside a bin."""
+        """Quantiles at levels evenly spaced from 0 to 1, fp32 [points] on the CPU; linear inside a bin."""
         counts = self.counts.cpu().double()
-        reached = counts.cumsum(0)
-        target = torch.linspace(0, 1, points, dtype=torch.float64) * reached[-1]
-        index = torch.searchsorted(reached, target).clamp(max=BINS - 1)
+        cumulative = counts.cumsum(0)
+        target = torch.linspace(0, 1, points, dtype=torch.float64) * cumulative[-1]
+        index = torch.searchsorted(cumulative, target).clamp(max=BINS - 1)
         edge = (torch.arange(BINS, dtype=torch.int32) << SHIFT).view(torch.float32)
-        share = 1 - (reached[index] - target) / counts[index].clamp(min=1)
+        share = 1 - (cumulative[index] - target) / counts[index].clamp(min=1)
         return torch.lerp(edge[(index - 1).clamp(min=0)], edge[index], share.clamp(0, 1).float())
 
 
 class Observed:
-    """What one layer's input was over all tokens but the first of their sequences.
+    """Sums over one layer's inputs, of all tokens but the first of each sequence.
 
-    histogram: of |x| over the channel's factor. tokens: how many have a gradient. fisher [K]: the sum of its squares.
-    loss, square: over entries at the border, the loss that keeping them would save in first order, and x².
+    histogram: of |x| / factor. tokens: how many tokens had a gradient g = dL/dx. fisher: sum of g², fp64 [K]. loss and
+    square: sums of -g x and x² over the entries at the border. -g x is how much keeping an entry x that is now dropped
+    lowers the loss, to first order. factor: [K], by which the channels' thresholds are multiplied, None for 1.
     """
 
     def __init__(self, layer: SparseLinear, factor: Tensor | None):
@@ -66,20 +68,33 @@ class Observed:
         self.fisher = torch.zeros_like(layer.threshold, dtype=torch.float64)
         self.loss, self.square = self.fisher.new_zeros(()), self.fisher.new_zeros(())
 
-    def add(self, x: Tensor) -> None:
-        self.histogram.add(x[:, 1:] if self.factor is None else x[:, 1:] / self.factor)
+    def mask(self, x: Tensor) -> Tensor:
+        """Counts the input x [1, T, K] and returns it with its dropped entries zeroed; gradients pass the mask."""
+        given = x.detach()
+        dropped = self.layer.dropped(given)
+        dropped[:, 0] = False
+        self.histogram.add(given[:, 1:] if self.factor is None else given[:, 1:] / self.factor)
+        kept = given.masked_fill(dropped, 0)
+        if x.requires_grad:
+            kept = x + (kept - given)  # the straight-through estimator
+            kept.register_hook(lambda gradient: self.add_gradient(given, gradient))
+        return kept
 
     def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
+        """Counts the gradient of the loss by the masked input; x: the input before the mask; both [1, T, K]."""
         x, gradient = x[0, 1:].float(), gradient[0, 1:].float()
         self.tokens += len(x)
         self.fisher += gradient.square().sum(0)
-        share = x.abs() / self.layer.threshold
-        near = (share > 1 / BORDER) & (share <= BORDER)
+        ratio = x.abs() / self.layer.threshold
+        near = (ratio > 1 / BORDER) & (ratio <= BORDER)
         self.loss -= (gradient * x).masked_fill(~near, 0).sum()
         self.square += x.square().masked_fill(~near, 0).sum()
 
     def summary(self) -> dict[str, Tensor]:
-        """The sums as means, fp64 on the CPU, the histogram as quantiles [POINTS]."""
+        """fp64 on the CPU: "quantiles" [POINTS] of |x| / factor and, given gradients, "fisher" [K] and "cost" [].
+
+        fisher: mean g²; cost: the sum of -g x over that of x², at the border.
+        """
         found = {"quantiles": self.histogram.quantiles(POINTS).double()}
         if self.tokens:
             found["fisher"] = self.fisher.cpu() / self.tokens
@@ -89,19 +104,21 @@ class Observed:
 
 @contextmanager
 def gradients(model: Transformer) -> Iterator[None]:
-    """In the block, gradients reach the layers' inputs, for the embeddings ask for one; weights have none."""
+    """In the block, autograd records hidden states from the embeddings on; weights get no gradients."""
     hook = model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
     with hook, torch.enable_grad():
         yield
 
 
 def backward(hidden: Tensor, output: Tensor, tokens: Tensor, dense: Tensor | None) -> None:
-    """Adds up gradients of the loss on a text's tokens [T] or, given its states, of the divergence from a dense model.
+    """Backpropagates a loss, summed over tokens, from the final hidden states; logits exist for LOGIT_ROWS at a time.
 
-    hidden, dense: final hidden states [T, dim]; output: the layer's weight, fp32 [vocab, dim], for both.
+    The loss is the KL divergence from the dense model's predictions if `dense` is given, else the cross-entropy of the
+    tokens. hidden, dense: final hidden states [T, dim]; output: the output layer's weight, fp32 [vocab, dim], for both;
+    tokens: [T].
     """
     leaf = hidden.detach().requires_grad_()
-    for start in range(0, len(tokens) - 1, LOGIT_ROWS):  # of the last token nothing is known
+    for start in range(0, len(tokens) - 1, LOGIT_ROWS):  # the last token has no successor to predict
         rows = slice(start, min(start + LOGIT_ROWS, len(tokens) - 1))
         found = F.linear(leaf[rows].float(), output).log_softmax(-1)
         if dense is None:
@@ -121,45 +138,34 @@ def observe(
     loss: str | None = None,
     factors: list[Tensor] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """What each layer's input was, by name: see `Observed.summary`.
+    """Runs the model over token sequences and returns `Observed.summary` for each sparse layer, by name.
 
-    `loss`: whose gradients to take, "text" (that of the tokens given), "divergence" (from the dense model) or None.
+    title: of the progress bar; loss: whose gradients to take, "text" (cross-entropy of the tokens), "divergence" (from
+    the dense model's predictions) or None for none; factors: [K] for each layer. Raises ValueError when hidden states
+    are not finite.
     """
     device = model.norm.weight.device
     output = output_weight(model.output).detach() if loss else None
     layers = sparse_layers(model)
     pairs = zip(layers.items(), factors or [None] * len(layers), strict=True)
     observed = {name: Observed(layer, factor) for (name, layer), factor in pairs}
-
-    def mask(name: str, layer: SparseLinear, x: Tensor) -> Tensor:
-        given = x.detach()
-        dropped = layer.dropped(given)
-        dropped[:, 0] = False
-        observed[name].add(given)
-        kept = given.masked_fill(dropped, 0)
-        if x.requires_grad:
-            kept = x + (kept - given)
-            kept.register_hook(lambda gradient: observed[name].add_gradient(given, gradient))
-        return kept
-
     with tqdm(total=sum(map(len, sequences)), desc=title, unit="token") as progress:
         for sequence in sequences:
             tokens = torch.tensor([sequence], device=device)
             dense = model.hidden(tokens)[0] if loss == "divergence" else None
-            with watch_inputs(model, mask):
+            with watch_inputs(model, lambda name, layer, x, phase: observed[name].mask(x)), ExitStack() as stack:
                 if loss:
-                    with gradients(model):
-                        hidden = model.hidden(tokens)[0]
-                        backward(hidden, output, tokens[0], dense)
-                else:
-                    hidden = model.hidden(tokens)[0]
+                    stack.enter_context(gradients(model))
+                hidden = model.hidden(tokens)[0]
+                if loss:
+                    backward(hidden, output, tokens[0], dense)
             if not hidden.isfinite().all():
                 raise ValueError("the model's hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
             progress.update(len(sequence))
     return {name: found.summary() for name, found in observed.items()}
 
 
-def measure(model: Transformer, sequences: list[list[int]]) -> dict[str, Tensor]:
-    """Quantiles of |x|, fp32 [POINTS] by layer name, at the thresholds now set."""
+def measure_quantiles(model: Transformer, sequences: list[list[int]]) -> dict[str, Tensor]:
+    """Quantiles of |x| at the thresholds that are set: fp32 [POINTS] by layer name."""
     seen = observe(model, sequences, "calibrating")
     return {name: found["quantiles"].float() for name, found in seen.items()}

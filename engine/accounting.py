@@ -1,13 +1,14 @@
-"""TODO."""
+"""What decoding skips and reads: achieved sparsity by kind of tensor, and bytes a token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from teal_fast.model import Transformer
-from teal_fast.sparse_model import KINDS, SparseLinear, sparse_layers, watch_inputs
+from teal_fast.model import KVCache, Transformer
+from teal_fast.sparse_model import DECODE, KINDS, Phase, SparseLinear, sparse_layers, watch_inputs
 
 
 @dataclass
@@ -31,16 +32,35 @@ class Tally:
 
 @contextmanager
 def tally_kept(model: Transformer) -> Iterator[Tally]:
-    """Counts, in the block, what every sparse layer keeps of the tokens that it does not compute densely."""
+    """Counts, in the block, what every sparse layer keeps of the tokens that its call's phase leaves sparse."""
     tally = Tally()
 
-    def count(name: str, layer: SparseLinear, x: Tensor) -> None:
-        decoded = x[:, layer.count_dense(x.shape[1]) :]
-        tally.seen[name] = tally.seen.get(name, 0) + decoded.numel()
-        tally.kept[name] = tally.kept.get(name, 0) + layer.dropped(decoded).logical_not().sum()
+    def count(name: str, layer: SparseLinear, x: Tensor, phase: Phase) -> None:
+        sparse = x[:, phase.dense_tokens :]
+        tally.seen[name] = tally.seen.get(name, 0) + sparse.numel()
+        tally.kept[name] = tally.kept.get(name, 0) + layer.dropped(sparse).logical_not().sum()
 
     with watch_inputs(model, count):
         yield tally
+
+
+@torch.no_grad()
+def recount(model: Transformer, cache: KVCache, start: int, tokens: list[int]) -> dict[str, float]:
+    """Sparsity achieved on decoded tokens, which stand from position `start` on: by tensor kind and "all".
+
+    The tokens pass the model once more at the thresholds now set: counting in the decode step would slow it down. The
+    cache is left as it was.
+    """
+    if not tokens:
+        return {}
+    positions = torch.arange(start, start + len(tokens), device=model.norm.weight.device)
+    part = cache.head(start + len(tokens))
+    kept = [layer[:, :, start:].clone() for layer in (*part.k, *part.v)]
+    with tally_kept(model) as tally:
+        model.hidden(torch.tensor([tokens], device=positions.device), positions, part, DECODE)
+    for layer, before in zip((*part.k, *part.v), kept, strict=True):
+        layer[:, :, start:] = before
+    return tally.by_kind(model)
 
 
 def bytes_per_token(model: Transformer, sparsity: float, context: int = 0) -> int:

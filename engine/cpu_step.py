@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teal_fast.kernels.native import TYPES, library, pointer
 from teal_fast.kernels.rows import bits
-from teal_fast.model import Block, Transformer
+from teal_fast.model import Block, KVCache, Transformer
 
 
 class CpuLayer(ctypes.Structure):
@@ -56,12 +56,14 @@ def native_step(native: ctypes.CDLL) -> Callable:
 
 
 class CpuStep:
-    """`decode.decode_step` in C++, the same up to rounding; made of a model whose cache is set up.
+    """The decode step in C++ over one model and one cache; the same as the plain step up to rounding.
 
-    It holds on to the model's tensors of that moment: a cache set up later needs a step of its own.
+    It holds on to the tensors of both, by address. Two steps may run at once in two threads.
     """
 
-    def __init__(self, model: Transformer):
+    mode = "compiled"
+
+    def __init__(self, model: Transformer, cache: KVCache):
         args, block = model.args, model.layers[0]
         self.tensors: list[Tensor] = []
         self.logits = torch.empty(args.vocab_size)
@@ -74,7 +76,7 @@ class CpuStep:
             head_dim=args.head_dim,
             ffn_dim=args.ffn_dim,
             vocab_size=args.vocab_size,
-            max_seq_length=model.max_seq_length,
+            max_seq_length=cache.length,
             layers=args.n_layers,
             attention_bits=bits(block.attention.wqkv.weight.packed),
             ffn_bits=bits(block.feed_forward.w13.weight.packed),
@@ -85,7 +87,7 @@ class CpuStep:
             output=self._address(model.output.weight),
             output_scale=self._address(getattr(model.output, "scale", None)),
             frequencies=self._address(model.frequencies),
-            layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, args.sliding_windows)),
+            layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, args.sliding_windows, cache.k, cache.v)),
         )
 
     def _address(self, tensor: Tensor | None) -> int | None:
@@ -93,22 +95,22 @@ class CpuStep:
         self.tensors.append(tensor)
         return pointer(tensor).value
 
-    def _layer(self, block: Block, window: int | None) -> CpuLayer:
+    def _layer(self, block: Block, window: int | None, k: Tensor, v: Tensor) -> CpuLayer:
         attention, ffn = block.attention, block.feed_forward
         tensors = {
             "attention_norm": block.attention_norm.weight,
             "ffn_norm": block.ffn_norm.weight,
             "q_norm": getattr(attention.q_norm, "weight", None),
             "k_norm": getattr(attention.k_norm, "weight", None),
-            "k_cache": attention.kv_cache.k,
-            "v_cache": attention.kv_cache.v,
+            "k_cache": k,
+            "v_cache": v,
         }
         for name, linear in (("wqkv", attention.wqkv), ("wo", attention.wo), ("w13", ffn.w13), ("w2", ffn.w2)):
             tensors |= {name: linear.weight.packed, f"{name}_scale": linear.weight.scale}
             tensors |= {f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
         return CpuLayer(window=window or 0, **{name: self._address(tensor) for name, tensor in tensors.items()})
 
-    def __call__(self, model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
+    def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
         """Logits [vocab] fp32 after token [1, 1] at input_pos [1], in the same tensor each time.
 
         Raises ValueError outside vocabulary or cache.

@@ -1,14 +1,45 @@
-"""TODO."""
+"""How long decoding takes: times of one stream of tokens, a profile, the size of a cache for a measurement."""
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from teal_fast.engine.engine import Token
 from teal_fast.files.store import new_file
 from teal_fast.model import Transformer
+
+
+@dataclass
+class Sample:
+    """One timed stream: its tokens, seconds to the first one, and seconds of each decode step after it."""
+
+    prompt_tokens: int
+    tokens: list[Token] = field(default_factory=list)
+    first_token_s: float = 0.0
+    decode_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens a second, without the first; 0 where there is none."""
+        return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
+
+    def watch(self, stream: Iterable[Token]) -> Iterator[Token]:
+        """Yields the stream's tokens and takes their times; what was taken survives an interruption."""
+        before = time.perf_counter()
+        for token in stream:
+            now = time.perf_counter()
+            if self.tokens:
+                self.decode_s.append(now - before)
+            else:
+                self.first_token_s = now - before
+            self.tokens.append(token)
+            before = now
+            yield token
 
 
 def cache_length(model: Transformer, tokens: int) -> int:

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Reads a Hugging Face config.json as ModelArgs: the sizes and switches of Llama, Mistral, Qwen2 and Qwen3 models.
+
+A field that would change what the model computes, and that this project does not support, is refused: a wrong answer
+is worse than none. Names of tensors are not read here.
+"""
 
 import sys
 from reprlib import repr as short  # cut where it is long or deep
@@ -7,22 +11,22 @@ from typing import Any
 from teal_fast.model import ModelArgs
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-# Fields that change what the reference implementations compute, with the one value computed here.
+# Fields that change what the reference implementations compute, with the only value that is supported here.
 FIXED_FIELDS = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "factors": (),  # ours, not Hugging Face's: a GGUF file carries the divisors themselves
+    "factors": (),  # ours, not Hugging Face's: a GGUF file holds the divisors of the rotary frequencies themselves
 }
-LARGEST = 2**24  # of any size, and of heads x head_dim: beyond it lies a corrupt file, not a model
+LARGEST = 2**24  # the largest size that is believed; a larger one means a corrupt file
 MANY = 2**12  # the same for layers, heads and head_dim
 
 
 def model_args(config: dict[str, Any]) -> ModelArgs:
     """Reads a Hugging Face config.json. Raises ValueError naming the first missing or unsupported field.
 
-    A field that is null counts as absent, and an absent one means what transformers takes it for, or is an error.
+    A field that is null counts as absent. An absent field has transformers' default or, if there is none, is an error.
     """
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
@@ -38,7 +42,7 @@ def model_args(config: dict[str, Any]) -> ModelArgs:
         dim=dim,
         n_layers=_size(config, "num_hidden_layers", most=MANY),
         n_heads=heads,
-        # Only Llama is older than grouped-query attention, so that its heads may share nothing by default.
+        # Only Llama is older than grouped-query attention: without the field, its heads share no keys and values.
         n_kv_heads=_size(config, "num_key_value_heads", heads if architecture == "llama" else None, most=MANY),
         head_dim=_size(config, "head_dim", 128 if architecture == "qwen3" else max(dim // heads, 1), most=MANY),
         ffn_dim=_size(config, "intermediate_size"),
@@ -78,7 +82,7 @@ def _positive(name: str, value: Any) -> float:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings from either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    """The rotary settings in either spelling: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
     rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
     for spelling in ("rope_scaling", "rope_parameters"):
         given = config.get(spelling) or {}
@@ -99,11 +103,14 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sliding_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
-    """Each layer's window. Qwen has one from layer `max_window_layers` on, or where `layer_types` says so."""
+    """Each layer's attention window, None for full attention.
+
+    Qwen has one from layer `max_window_layers` on, or where `layer_types` says so.
+    """
     layers, kinds = config["num_hidden_layers"], config.get("layer_types")
     mistral = config["model_type"] == "mistral"
     windowed = mistral or (config["model_type"] != "llama" and _flag(config, "use_sliding_window"))
-    if not windowed or config.get("sliding_window", 0) is None:  # unlike elsewhere, null is not the default
+    if not windowed or config.get("sliding_window", 0) is None:  # here null means no window, not the default
         return (None,) * layers
     window = _size(config, "sliding_window", 4096)
     if mistral or kinds is None:

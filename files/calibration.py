@@ -142,10 +142,13 @@ def _layer_inputs(args: ModelArgs) -> dict[str, int]:
     return {f"layers.{i}.{name}": size for i in range(args.n_layers) for name, size in sizes.items()}
 
 
-def set_sparsity(model: Transformer, calibration: Calibration, sparsity: float) -> None:
-    """Sets every layer's thresholds in place so that a share `sparsity` of the sparse layers' bytes is not read."""
+def set_sparsity(model: Transformer, calibration: Calibration | None, sparsity: float) -> None:
+    """Sets every layer's thresholds in place so that a share `sparsity` of the sparse layers' bytes is not read.
+
+    Sparsity 0 needs no calibration.
+    """
     for name, layer in sparse_layers(model).items():
-        layer.threshold.copy_(calibration.threshold(name, sparsity))
+        layer.threshold.copy_(calibration.threshold(name, sparsity) if sparsity else torch.tensor(KEEP_ALL))
 
 
 class MissingCalibrationError(FileNotFoundError):

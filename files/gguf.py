@@ -128,7 +128,7 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return rows.transpose(1, 2).reshape(weight.shape)
 
 
-def convert(source: Path, out: Path, dtype: torch.dtype) -> None:
+def convert_gguf(source: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes the checkpoint folder `out`, whole or not at all."""
     reader = open_gguf(source)
     config = to_config(reader)

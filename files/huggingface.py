@@ -82,7 +82,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or not a PyTorch file ({error}): download it again") from error
 
 
-def convert(source: Path, out: Path, dtype: torch.dtype | None) -> None:
+def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> None:
     """Writes the checkpoint folder `out`, whole or not at all; `dtype` None keeps the widest of the source's."""
     config = read_config(source)
     args = model_args(config)

@@ -15,37 +15,33 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from teal_fast.cli import (
     add_model_arguments,
-    open_calibration,
-    open_checkpoint,
-    pick_device,
+    open_model,
     positive_int,
     run,
     sparsity,
 )
-from teal_fast.engine.decode import Sample, decode, fast_step
+from teal_fast.engine.engine import Engine
+from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
-from teal_fast.evaluation.record import describe, write_records
+from teal_fast.engine.text import stream_text
+from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.evaluation.tasks import PREFILLS, likelihoods
 from teal_fast.files.calibration import set_sparsity
-from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.model import Transformer
 from teal_fast.sparse_model import format_of
-from teal_fast.weights.formats import DTYPES
 from teal_fast.weights.output import output_weight
 
-PACKAGE = "lm-eval==0.4.13"  # the release that tests/scripts/test_lm_eval_teal.py was run with
+HARNESS = "lm-eval==0.4.13"  # the release that tests/integrations/test_lm_eval.py was run with
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as missing:
-    sys.exit(f"error: the harness is not installed ({missing}): pip install {PACKAGE}")
+    sys.exit(f"error: the harness is not installed ({missing}): pip install {HARNESS}")
 
 NEW_TOKENS = 256  # of a generation whose task names no limit, as the harness's own models have it
 BOOTSTRAP = 1000  # draws for the errors of perplexities; none would leave the harness without any errors
@@ -53,12 +49,13 @@ ROLLING = 2048  # longest window of a text's rolling likelihood
 
 
 class TealLM(TemplateLM):
-    """A model at the thresholds now set. prefill: which tokens of a context are sparse, see eval.py."""
+    """An engine at one sparsity as the harness's model. prefill: which tokens of a context are sparse, see eval.py."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, prefill: str = "full"):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, sparsity: float = 0.0, prefill: str = "full"):
         super().__init__()
-        self.model, self.text, self.dense_tokens = model, tokenizer, PREFILLS[prefill]
-        self.output = output_weight(model.output)
+        self.engine, self.text, self.sparsity, self.dense_tokens = engine, tokenizer, sparsity, PREFILLS[prefill]
+        self.model, self.output = engine.model, output_weight(engine.model.output)
+        set_sparsity(engine.model, engine.calibration, sparsity)
 
     @property
     def eot_token_id(self) -> int:
@@ -83,8 +80,8 @@ class TealLM(TemplateLM):
         for context, group in groupby(pairs, key=lambda pair: pair[0]):
             continuations = [continuation for _, continuation in group]
             kept = context[-max(1, most - max(map(len, continuations))) :]
-            self.model.setup_caches(1, len(kept) + max(map(len, continuations)))
-            for found in likelihoods(self.model, self.output, kept, continuations, self.dense_tokens):
+            cache = self.model.new_cache(1, len(kept) + max(map(len, continuations)))
+            for found in likelihoods(self.model, cache, self.output, kept, continuations, self.dense_tokens):
                 yield found.log_likelihood, found.greedy
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -109,19 +106,10 @@ class TealLM(TemplateLM):
         return texts
 
     def _generate(self, context: str, until: list[str], new_tokens: int) -> str:
-        most = self.model.args.max_position
-        new_tokens = min(new_tokens, most - 1)
-        prompt = self.tok_encode(context)[-(most - new_tokens) :]
-        self.model.setup_caches(1, len(prompt) + new_tokens)
-        greedy, generator, stream = Sampling(temperature=0), torch.Generator(), self.text.stream()
-        stop, text = self.text.eos_ids, ""
-        step = fast_step(self.model)
-        for token in decode(self.model, step, prompt, new_tokens, greedy, generator, stop, Sample(len(prompt))):
-            text += stream.push(token)
-            if any(end in text for end in until):
-                break
-        text += stream.flush()
-        return text[: min([text.find(end) for end in until if end in text], default=len(text))]
+        new_tokens = min(new_tokens, self.engine.context - 1)
+        prompt = self.tok_encode(context)[-(self.engine.context - new_tokens) :]
+        request = Request(prompt, Sampling(temperature=0), self.sparsity, new_tokens)
+        return "".join(stream_text(self.engine.stream(request), self.text, until))
 
 
 def main() -> None:
@@ -135,12 +123,18 @@ def main() -> None:
     parser.add_argument("--limit", type=positive_int, help="first items of each task (default: all)")
     parser.add_argument("--out", type=Path, help="write the harness's results as a JSON record to this file")
     options = parser.parse_args()
+    check_records_path(options.out)
 
-    folder, device = open_checkpoint(options.checkpoint), pick_device(options.device)
-    model = load_model(folder, device, DTYPES.get(options.dtype))
-    if options.sparsity:
-        set_sparsity(model, open_calibration(folder, options.calibration, device), options.sparsity)
-    language_model = TealLM(model, Tokenizer.load(folder), options.prefill)
+    opened = open_model(
+        options.checkpoint,
+        options.device,
+        options.dtype,
+        options.calibration,
+        calibrated=options.sparsity > 0,
+        prepare=not options.no_prepare,
+    )
+    engine = Engine(opened.model, opened.calibration, opened.tokenizer.eos_ids)
+    language_model = TealLM(engine, opened.tokenizer, options.sparsity, options.prefill)
     settings = {"num_fewshot": options.num_fewshot, "limit": options.limit}
     try:
         found = lm_eval.simple_evaluate(language_model, tasks=options.tasks, **settings, bootstrap_iters=BOOTSTRAP)
@@ -149,7 +143,8 @@ def main() -> None:
             f"the harness cannot run {', '.join(options.tasks)} ({type(error).__name__}: {error})"
         ) from error
     print(make_table(found))
-    record = describe(folder.resolve().name, device, format_of(model)) | {"benchmark": "lm-eval", "package": PACKAGE}
+    record = describe(opened.name, opened.device, format_of(opened.model))
+    record |= {"benchmark": "lm-eval", "package": HARNESS}
     record |= {"sparsity": options.sparsity, "prefill": options.prefill, **settings, "results": found["results"]}
     print(json.dumps(record))
     if options.out:

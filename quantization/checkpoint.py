@@ -1,9 +1,14 @@
-"""TODO."""
+"""Makes a quantized checkpoint from a dense one: rounding to nearest or GPTQ, tuning of scales, and the files around.
+
+Weights are read, quantized and written one tensor at a time, so that memory holds one layer, or one block with GPTQ.
+Embeddings, norms and biases are copied. Reading a quantized checkpoint is files/load.py's matter.
+"""
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +16,14 @@ from torch import Tensor
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.calibration.passes import cut_sequences
 from teal_fast.families.config import model_args
-from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration
+from teal_fast.files.calibration import CALIBRATION, Calibration, calibration_path
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, fingerprint, read_config
 from teal_fast.files.load import PACKED, load_model, stored_as
 from teal_fast.files.store import new_file, open_safetensors, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
-from teal_fast.quantization.calibrated import check_finite
-from teal_fast.quantization.tuning import tune_scales
+from teal_fast.quantization.gptq_quantizer import GptqQuantizer, check_finite
+from teal_fast.quantization.tuning import STEP_TOKENS, tune_scales
 from teal_fast.sparse_model import format_of, sparse_layers, sparsify
 from teal_fast.weights.dense import Weight
 from teal_fast.weights.formats import QUANTIZED, Format
@@ -26,75 +31,12 @@ from teal_fast.weights.output import Int8Output
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 CONTEXT = 1024  # tokens a sequence
-
-
-def quantize(folder: Path, out: Path, format: Format, pack: Callable[[str, Tensor], Weight]) -> None:
-    """Fills the folder `out` with a checkpoint, without calibration; `pack` quantizes the layer called so.
-
-    Weights are [K, N]. Raises ValueError on NaN and inf.
-    """
-    with torch.device("meta"):
-        model = sparsify(Transformer(model_args(read_config(folder))), format)
-    with open_safetensors(folder / WEIGHTS) as file:
-        names = set(file.keys())
-        parts: dict[str, Tensor] = {}  # of the weight being written
-
-        def load(name: str) -> Tensor:
-            tensor = file.get_tensor(EMBEDDINGS if name == OUTPUT and name not in names else name)
-            check_finite(name, tensor)
-            return tensor
-
-        def read(name: str) -> Tensor:
-            if name in quantized and name not in parts:
-                module = name.rsplit(".", 1)[0]
-                weight = load(f"{module}.weight")
-                made_of = Int8Output.pack(weight) if f"{module}.weight" == OUTPUT else pack(module, weight)
-                prefix = "output." if f"{module}.weight" == OUTPUT else f"{module}.weight."
-                parts.clear()
-                for part, tensor in made_of.named_parameters():
-                    parts[stored_as(prefix + part, packed)] = tensor.data.cpu()
-            return parts[name] if name in quantized else load(name)
-
-        layout, quantized, packed = {}, set(), PACKED[METADATA["version"]]
-        for name, parameter in model.named_parameters():
-            stored = stored_as(name, packed)
-            if name.endswith((".packed", ".scale")) or name == OUTPUT:
-                quantized.add(stored)
-            layout[stored] = (parameter.dtype if stored in quantized else file.get_tensor(name).dtype, parameter.shape)
-        for path in folder.iterdir():
-            if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):
-                shutil.copyfile(path, out / path.name)
-        write_safetensors(out / WEIGHTS, layout, read, METADATA | format.metadata())
-
-
-def carry_calibration(folder: Path, out: Path) -> None:
-    """Copies the calibration, if there is one, of one checkpoint to another, as that one's."""
-    if (folder / CALIBRATION).exists():
-        calibration = Calibration.load(folder / CALIBRATION)
-        replace(calibration, model=fingerprint(out)).save(out / CALIBRATION)
-
-
-def tune(folder: Path, out: Path, format: Format, sequences: list[list[int]], device: torch.device) -> None:
-    """Tunes the scales of the checkpoint `out` in that format, made from the one in `folder`, to be like that one."""
-    calibration = load_calibration(folder)
-    try:
-        models = (load_model(place, device, torch.float32) for place in (out, folder))
-        factors = tune_scales(*models, calibration, sequences)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"--tune holds both models in fp32, too much for {device}: try --device cpu") from error
-    with open_safetensors(out / WEIGHTS) as file, new_file(out / WEIGHTS) as temporary:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict); memory-mapped
-        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
-
-        def read(name: str) -> Tensor:
-            tensor, layer = stored[name], name.removesuffix(".scale")
-            return tensor * factors[layer].cpu() if name.endswith(".scale") and layer in factors else tensor
-
-        write_safetensors(temporary, layout, read, METADATA | format.metadata())
+PACKED_NAME = PACKED[METADATA["version"]]  # of a quantized layer's tensor in the file
+Pack = Callable[[str, Tensor], Weight]  # a layer's name and weight [K, N] to its quantized weight
 
 
 def check_dense(folder: Path, format: Format) -> None:
-    """Raises ValueError when the checkpoint is unsound or quantized already, or does not fit the format."""
+    """Raises ValueError when the checkpoint is unsound or quantized already, or when the format does not suit it."""
     model = load_model(folder)  # memory-mapped
     if format_of(model) in QUANTIZED:
         raise ValueError(f"{folder} is in {format_of(model)} already: quantize the checkpoint that it was made from")
@@ -106,9 +48,122 @@ def check_dense(folder: Path, format: Format) -> None:
 
 
 def read_sequences(folder: Path, corpus: list[Path], tokens: int, seed: int) -> list[list[int]]:
-    """Token sequences of the corpus, of at most CONTEXT tokens each."""
+    """Draws `tokens` tokens of the corpus, in sequences of at most CONTEXT. Raises ValueError on less than 2 tokens."""
     tokenizer, args = Tokenizer.load(folder), model_args(read_config(folder))
     documents = [tokenizer.encode(text) for text in read_corpus(corpus)]
     if sequences := cut_sequences(documents, min(CONTEXT, args.max_position), tokens, seed):
         return sequences
     raise ValueError("the corpus has fewer than 2 tokens: give more text, or a larger --tokens")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a quantized checkpoint is fitted to, and by which means: gptq for rounding, tune for the scales.
+
+    calibration: the dense checkpoint's, whose thresholds make inputs sparse; sequences: token ids; device: where the
+    computation runs.
+    """
+
+    calibration: Calibration
+    sequences: list[list[int]]
+    device: torch.device
+    gptq: bool
+    tune: bool
+
+
+def make_quantized(folder: Path, out: Path, format: Format, fit: Fit | None = None) -> None:
+    """Fills the folder `out` with a quantized copy of the dense checkpoint in `folder`, calibration included.
+
+    Without GPTQ weights are rounded to nearest. Raises ValueError on NaN and inf, and on inputs that GPTQ cannot use.
+    """
+
+    def pack_nearest(name: str, weight: Tensor) -> Weight:
+        return format.within(name).pack(weight)
+
+    if fit and fit.gptq:
+        quantizer = GptqQuantizer(folder, format, fit.calibration, fit.sequences, fit.device)
+        write_quantized(folder, out, format, quantizer)
+        del quantizer  # frees its hidden states
+    else:
+        write_quantized(folder, out, format, pack_nearest)
+    if fit and fit.tune:
+        tune_checkpoint(folder, out, format, fit)
+    carry_calibration(folder, out)
+
+
+def write_quantized(folder: Path, out: Path, format: Format, pack: Pack) -> None:
+    """Fills the folder `out` with a quantized checkpoint, all but its calibration.
+
+    pack: quantizes a block's linear layer; layers are asked for in the model's order. Raises ValueError on NaN and inf.
+    """
+    with torch.device("meta"):
+        model = sparsify(Transformer(model_args(read_config(folder))), format)
+    with open_safetensors(folder / WEIGHTS) as file:
+        layout, quantized = {}, set()
+        for name, parameter in model.named_parameters():
+            stored = stored_as(name, PACKED_NAME)
+            if name.endswith((".packed", ".scale")) or name == OUTPUT:
+                quantized.add(stored)
+            layout[stored] = (parameter.dtype if stored in quantized else file.get_tensor(name).dtype, parameter.shape)
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):
+                shutil.copyfile(path, out / path.name)
+        source = QuantizedSource(file, quantized, pack)
+        write_safetensors(out / WEIGHTS, layout, source.read, METADATA | format.metadata())
+
+
+class QuantizedSource:
+    """The tensors of a quantized checkpoint by stored name, made one layer at a time from an open dense one's.
+
+    quantized: the stored names that belong to quantized layers; all others are passed on unchanged.
+    """
+
+    def __init__(self, file: Any, quantized: set[str], pack: Pack):
+        self.file, self.names, self.quantized, self.pack = file, set(file.keys()), quantized, pack
+        self.parts: dict[str, Tensor] = {}  # of the layer whose tensors are being written
+
+    def load(self, name: str) -> Tensor:
+        """The dense checkpoint's tensor; a tied output layer's is the embeddings. Raises ValueError on NaN and inf."""
+        tensor = self.file.get_tensor(EMBEDDINGS if name == OUTPUT and name not in self.names else name)
+        check_finite(name, tensor)
+        return tensor
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.quantized:
+            return self.load(name)
+        if name not in self.parts:
+            module = name.rsplit(".", 1)[0]
+            weight = self.load(f"{module}.weight")
+            is_output = f"{module}.weight" == OUTPUT
+            packed = Int8Output.pack(weight) if is_output else self.pack(module, weight)
+            prefix = "output." if is_output else f"{module}.weight."
+            self.parts = {
+                stored_as(prefix + part, PACKED_NAME): tensor.data.cpu() for part, tensor in packed.named_parameters()
+            }
+        return self.parts[name]
+
+
+def tune_checkpoint(folder: Path, out: Path, format: Format, fit: Fit) -> None:
+    """Tunes the scales of the quantized checkpoint `out` towards the dense one in `folder` (tuning.py)."""
+    # A step takes the first half of a full sequence: 8 s for the demo model on 2 cores.
+    sequences = [ids[:STEP_TOKENS] for ids in fit.sequences]
+    try:
+        models = (load_model(place, fit.device, torch.float32) for place in (out, folder))
+        factors = tune_scales(*models, fit.calibration, sequences)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"--tune holds both models in fp32, too much for {fit.device}: try --device cpu") from error
+    with open_safetensors(out / WEIGHTS) as file, new_file(out / WEIGHTS) as temporary:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict); memory-mapped
+        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+
+        def read(name: str) -> Tensor:
+            tensor, layer = stored[name], name.removesuffix(".scale")
+            return tensor * factors[layer].cpu() if name.endswith(".scale") and layer in factors else tensor
+
+        write_safetensors(temporary, layout, read, METADATA | format.metadata())
+
+
+def carry_calibration(folder: Path, out: Path) -> None:
+    """Writes the calibration of `folder`, if it has one, into `out` as that checkpoint's own: thresholds stay valid."""
+    if (path := calibration_path(folder)).exists():
+        replace(Calibration.load(path), model=fingerprint(out)).save(out / CALIBRATION)

@@ -1,10 +1,10 @@
-"""Fits a quantized model's scales to what the original gives in the end, by gradient steps.
+"""Tunes a quantized model's scales by gradient descent: the end-to-end phase of EfficientQAT, arXiv:2407.11062.
 
-Rounding looks at one layer at a time: what the errors of all layers do together, and to a model that drops channels
-besides, shows in the logits only. Here every output's scale moves so that the quantized model's logits, dense and with
-half of its channels dropped, diverge less from the dense original's, read out by the quantized output layer. Rows stay
-as they are, thresholds too, and nothing is added that a token would read. Source: the end-to-end phase of EfficientQAT,
-arXiv:2407.11062, which tunes dense models' scales.
+Rounding looks at one layer at a time; what the errors of all layers do together shows only in the logits. Here the
+output scales of every layer are trained to lower the KL divergence of the quantized model's predictions from those of
+the dense original. Unlike EfficientQAT, the loss is taken twice, for the dense model and for the model that drops half
+of its channels, and both logits are computed with the quantized output layer. Codes, row scales of int4 and thresholds
+stay as they are, so that a token reads no more bytes than before.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from tqdm import tqdm
 from teal_fast.calibration.probe import backward, gradients
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.model import Transformer
-from teal_fast.sparse_model import SparseLinear, leading_dense, sparse_layers
+from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers
 from teal_fast.weights.output import output_weight
 
-SPARSITIES = (0.0, 0.5)  # at which the model shall be like the original; both count alike
-RATE = 3e-3  # of a factor, a step, at first; down to 0 by half a cosine
-BETAS = (0.9, 0.95)  # Adam's: there are few steps, so that its memory is short
-STEP = 512  # tokens a step, at least: a short sequence by itself would move scales as far as a long one
+SPARSITIES = (0.0, 0.5)  # of the two losses, which count alike
+RATE = 3e-3  # Adam's first learning rate for factors that start at 1; it decays to 0 along half a cosine
+BETAS = (0.9, 0.95)  # Adam's; the second is low because there are few steps
+STEP_TOKENS = 512  # the fewest tokens of a step: a short sequence alone would move scales as far as a long one
 
 
 @contextmanager
 def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
-    """In the block, what a layer's weight gives is times its factors [N]; a bias is not."""
+    """In the block, each sparse layer computes factor ⊙ (W x) + bias. factors: [N] by layer name."""
 
     def rescale(name: str, layer: SparseLinear, y: Tensor) -> Tensor:
         return y * factors[name] if layer.bias is None else (y - layer.bias) * factors[name] + layer.bias
@@ -42,10 +42,10 @@ def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
 
 
 def cut_steps(sequences: list[list[int]]) -> list[list[list[int]]]:
-    """The sequences in groups of at least STEP tokens, the last of what is left."""
+    """Groups consecutive sequences into steps of at least STEP_TOKENS tokens; the last step may have fewer."""
     steps: list[list[list[int]]] = []
     for sequence in sequences:
-        if not steps or sum(map(len, steps[-1])) >= STEP:
+        if not steps or sum(map(len, steps[-1])) >= STEP_TOKENS:
             steps.append([])
         steps[-1].append(sequence)
     return steps
@@ -54,10 +54,11 @@ def cut_steps(sequences: list[list[int]]) -> list[list[list[int]]]:
 def tune_scales(
     model: Transformer, original: Transformer, calibration: Calibration, sequences: list[list[int]]
 ) -> dict[str, Tensor]:
-    """What the scales of a quantized model are to be multiplied by, fp32 [N] by layer name.
+    """Trains one factor per output of each sparse layer and returns them: fp32 [N] by layer name.
 
-    Both models are on one device, in fp32; the quantized one is left at the last of SPARSITIES. Raises ValueError when
-    its hidden states are not finite.
+    The caller multiplies the scales by them; this changes no weight. model: quantized; original: dense; both in fp32
+    and on one device. Leaves the thresholds of `model` at the last of SPARSITIES. Raises ValueError when hidden states
+    are not finite.
     """
     layers, device = sparse_layers(model), model.norm.weight.device
     factors = {name: Parameter(torch.ones(layer.weight.out_features, device=device)) for name, layer in layers.items()}
@@ -67,7 +68,6 @@ def tune_scales(
     output = output_weight(model.output).detach()
     with (
         tqdm(total=sum(map(len, sequences)), desc="tuning scales", unit="token") as progress,
-        leading_dense(model, 1),
         rescaled(model, factors),
         gradients(model),
     ):
@@ -76,14 +76,22 @@ def tune_scales(
                 tokens = torch.tensor([sequence], device=device)
                 with torch.no_grad():
                     dense = original.hidden(tokens)[0]
-                for sparsity in SPARSITIES:
-                    set_sparsity(model, calibration, sparsity)
-                    hidden = model.hidden(tokens)[0]
-                    if not hidden.isfinite().all():
-                        raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
-                    backward(hidden, output, tokens[0], dense)
+                add_gradients(model, calibration, output, tokens, dense)
                 progress.update(len(sequence))
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
     return {name: factor.detach() for name, factor in factors.items()}
+
+
+def add_gradients(model: Transformer, calibration: Calibration, output: Tensor, tokens: Tensor, dense: Tensor) -> None:
+    """Adds the gradients of one sequence's losses, one for each of SPARSITIES.
+
+    output: the output layer's weight, fp32 [vocab, dim]; tokens: [1, T]; dense: the original's hidden states [T, dim].
+    """
+    for sparsity in SPARSITIES:
+        set_sparsity(model, calibration, sparsity)
+        hidden = model.hidden(tokens, phase=Phase(1))[0]
+        if not hidden.isfinite().all():
+            raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
+        backward(hidden, output, tokens[0], dense)

@@ -1,7 +1,7 @@
-"""Small charts as SVG, drawn by matplotlib: the report sets them side by side, a phone one below the other.
+"""Draws small charts as SVG with matplotlib, for a page that sets them side by side or, on a phone, in one column.
 
-Colours are CSS variables with the light theme's values as defaults, text is text in the page's font, and one unit of a
-figure is about one pixel, so that nothing has to shrink. Every function returns a Figure; `save` writes one as a file.
+Colours are CSS variables whose defaults are the light theme's. Text stays text, in the page's font. One unit of a
+figure is about one pixel, so that no page has to scale it. Every function returns a Figure; `save` writes it.
 """
 
 import io
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from teal_fast.files.store import new_file
 from teal_fast.report.activations import density
 
-THEME = {  # name: colours of the light and of the dark theme, at least 4.5 : 1 on their grounds where they are text
+THEME = {  # name: light and dark theme; text has a contrast of at least 4.5 : 1
     "ink": ("#1f2933", "#e4e7eb"),
     "muted": ("#5a6675", "#a3aebb"),
     "grid": ("#dfe4ea", "#333d49"),
@@ -82,7 +82,7 @@ class Figure:
 
 
 def draw(name: str, title: str, paint: Callable[[Axes], None], size: tuple[int, int] = SIZE) -> Figure:
-    """A chart of one pair of axes, with a legend above it when `paint` labels anything."""
+    """A chart with one pair of axes, and with a legend above it when `paint` labels anything."""
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         axes = canvas.add_subplot()
@@ -98,7 +98,7 @@ def draw(name: str, title: str, paint: Callable[[Axes], None], size: tuple[int, 
 
 
 def inline(document: str, name: str, title: str) -> str:
-    """An SVG document of matplotlib's as an element for a page: scalable, themed, half as long."""
+    """Turns matplotlib's SVG document into an element for a page: scalable, themed, half as long."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<defs>\s*</defs>", "", svg, flags=re.S)
     used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', svg))
@@ -114,7 +114,7 @@ def inline(document: str, name: str, title: str) -> str:
 
 
 def save(figure: Figure, folder: Path) -> None:
-    """Writes a figure as a file of its own that follows the reader's theme."""
+    """Writes a figure as an SVG file whose colours follow the reader's theme."""
     dark = "".join(f"--{name}: {dark};" for name, (_, dark) in THEME.items())
     about = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     style = f"<style>svg {{font-family: system-ui, sans-serif}} @media (prefers-color-scheme: dark) {{svg {{{dark}}}}}"
@@ -129,7 +129,7 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def histogram(layer: Mapping, sparsities: list[float], small: bool = False) -> Figure:
-    """A layer's distribution, both fits, and what its thresholds drop; small: without legend and axes' labels."""
+    """A layer's distribution, both fits, and the range that its thresholds drop. small: no legend, no axis labels."""
     shape = layer["histogram"]
     edges = np.linspace(shape["low"], shape["high"], len(shape["density"]) + 1)
     x = np.linspace(shape["low"], shape["high"], 81 if small else 161)
@@ -164,7 +164,7 @@ def over_layers(
     nominal: float | None = None,
     size: tuple[int, int] = SIZE,
 ) -> Figure:
-    """One line a series, along the model's layers; unit: of the values; nominal: a level to compare with."""
+    """One line per series along the model's layers. unit: of the values; nominal: a level to compare with."""
 
     def paint(axes: Axes) -> None:
         for series, (key, values) in enumerate(lines.items()):
@@ -183,7 +183,7 @@ def over_layers(
 
 
 def activity(kind: str, curves: list[list[list[float]]], sparsities: list[float]) -> Figure:
-    """How often channels are kept, from the rarest to the busiest. curves: [layers][sparsities][levels] of shares."""
+    """How often channels are kept, in ascending order. curves: shares of tokens [layers][sparsities][points]."""
     data = np.array(curves)
     x = np.linspace(0, 1, data.shape[-1])
 
@@ -208,7 +208,7 @@ def curves(
     unit: FuncFormatter = PERCENT,
     log: bool = True,
 ) -> Figure:
-    """One marked line a series through its points, x ascending; unit: of x; log: y is logarithmic."""
+    """One marked line per series through its points, x ascending. unit: of x; log: y is logarithmic."""
 
     def paint(axes: Axes) -> None:
         for series, (key, points) in enumerate(lines.items()):

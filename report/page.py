@@ -1,10 +1,10 @@
-"""One HTML page of what activation sparsity finds, costs and brings: hidden states, perplexity, speed and bits.
+"""Writes one HTML page about a model's activation sparsity: hidden states, perplexity, speed and bits.
 
     python -m teal_fast.report.page --checkpoint demo
 
-The page holds everything it shows (inline SVG, no scripts, nothing from a network). Hidden states come from
-scripts/plot_activations.py, which is run when its file is not there yet; the rest from the same model's benchmark
-records. What has no record is not shown, but the command that makes it is.
+The page contains everything that it shows: inline SVG, no scripts, nothing from a network. Hidden states come from the
+record of report/plot_activations.py, which is made when it is missing; the rest comes from the same model's benchmark
+records. A section without records shows the command that makes them.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from shlex import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from teal_fast.cli import add_model_arguments, open_calibration, open_checkpoint, pick_device, run
-from teal_fast.evaluation.record import write_records
+from teal_fast.evaluation.record import read_records, write_records
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.paths import ROOT
-from teal_fast.files.store import check_writable, new_file, read_json
+from teal_fast.files.store import check_writable, new_file
 from teal_fast.report.figures import PLAIN, THEME, curves, percent
 from teal_fast.report.plot_activations import (
-    VERSION,
+    RECORD_VERSION,
     Group,
     Section,
     Table,
@@ -40,18 +40,10 @@ TABLE = QUALITY | {"run", "format", "bits", "tokens_per_s", "bytes_per_token"}
 TABLE_HEAD = ["format", "bits", "sparsity", "achieved", "perplexity", "tokens/s", "MB a token", "GB/s"]
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a JSON file. Raises ValueError when it holds no list of them."""
-    records = read_json(path, list, "make it again")
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} is no list of records: make it again")
-    return records
-
-
 def read_activations(path: Path, folder: Path) -> dict:
-    """The record that plot_activations.py wrote. Raises ValueError when it is not one of the checkpoint in `folder`."""
+    """The record that plot_activations.py wrote. Raises ValueError unless it is of the checkpoint in `folder`."""
     record = (read_records(path) or [{}])[0]
-    if (record.get("benchmark"), record.get("version")) != ("activations", VERSION):
+    if (record.get("benchmark"), record.get("version")) != ("activations", RECORD_VERSION):
         raise ValueError(f"{path} is no record of this version of plot_activations.py: remove it, or run that again")
     if record["fingerprint"] != fingerprint(folder):
         raise ValueError(f"{path} is another model's than {folder}: remove it, or choose another with --activations")
@@ -59,7 +51,7 @@ def read_activations(path: Path, folder: Path) -> dict:
 
 
 def by_group(records: list[dict], *keys: str) -> dict[tuple[str, ...], list[dict]]:
-    """Records by their values of `keys`, as text, in the order in which these first occur."""
+    """Groups records by their values of `keys`, as text, in the order of first occurrence."""
     groups: dict[tuple[str, ...], list[dict]] = {}
     for record in records:
         groups.setdefault(tuple(str(record.get(key)) for key in keys), []).append(record)
@@ -67,22 +59,22 @@ def by_group(records: list[dict], *keys: str) -> dict[tuple[str, ...], list[dict
 
 
 def complete(records: list[dict], benchmark: str, keys: set[str]) -> list[dict]:
-    """The records of a benchmark that lack none of `keys`."""
+    """The records of a benchmark that have all of `keys`."""
     return [r for r in records if r.get("benchmark") == benchmark and all(r.get(key) is not None for key in keys)]
 
 
 def method(record: dict) -> str:
-    """How the sparsity was allotted."""
+    """The method by which the sparsity was distributed over the layers."""
     return record.get("method") or allocation(record.get("calibration") or {})
 
 
 def allocation(origin: dict[str, str]) -> str:
-    """What a calibration's origin calls the way in which it allots sparsity."""
+    """The method in a calibration's origin; files of earlier versions call it allocation."""
     return origin.get("method") or origin.get("allocation") or "unnamed"
 
 
 def protocol(record: dict) -> str:
-    """Text and protocol in words."""
+    """A record's text and protocol in words."""
     text = record.get("text") or []
     text = ", ".join(text) if isinstance(text, list) else text
     windows = record.get("windows")
@@ -91,7 +83,7 @@ def protocol(record: dict) -> str:
 
 
 def quality_section(records: list[dict], checkpoint: str) -> Section:
-    """Perplexity over achieved sparsity, a line a method; a chart and a table for each text and protocol."""
+    """Perplexity over achieved sparsity with one line per method: a chart and a table for each text and protocol."""
     found = complete(records, "quality", QUALITY) or complete(records, "eval", QUALITY)
     name, title = "quality", "Perplexity"
     if not found:
@@ -101,11 +93,11 @@ def quality_section(records: list[dict], checkpoint: str) -> Section:
     figures, tables = [], []
     for number, group in enumerate(by_group(found, "text", "windows", "protocol").values()):
         last = {(method(r), r.get("format"), r["sparsity"]): r for r in group}  # of several runs the last one counts
-        several = len({form for _, form, _ in last}) > 1
+        several = len({format for _, format, _ in last}) > 1
         lines, rows = {}, []
-        for way, form in dict.fromkeys(key[:2] for key in last):  # in the order of the records, the baseline first
-            label = f"{way}, {form}" if several else way
-            own = sorted((r for key, r in last.items() if key[:2] == (way, form)), key=lambda r: r["sparsity"])
+        for way, format in dict.fromkeys(key[:2] for key in last):  # in the order of the records, the baseline first
+            label = f"{way}, {format}" if several else way
+            own = sorted((r for key, r in last.items() if key[:2] == (way, format)), key=lambda r: r["sparsity"])
             lines[label] = [(r["achieved_sparsity"], r["perplexity"]) for r in own]
             rows += [[label, *quality_cells(r)] for r in own]
         caption = protocol(group[0])
@@ -120,7 +112,7 @@ def quality_section(records: list[dict], checkpoint: str) -> Section:
 
 
 def quality_cells(record: dict) -> list[str]:
-    """What QUALITY_HEAD calls for, "" where the record lacks it."""
+    """The cells under QUALITY_HEAD, "" where the record has no value."""
     error, kinds = record.get("standard_error"), record.get("achieved_by_kind") or {}
     return [
         percent(record["sparsity"]),
@@ -138,7 +130,7 @@ def without_empty_columns(table: Table) -> Table:
 
 
 def table_section(records: list[dict], checkpoint: str) -> Section:
-    """What bits and sparsity cost and bring together: two charts and a table for each run of benchmarks/table.py."""
+    """Quality and speed by bits and sparsity: two charts and a table for each run of benchmarks/table.py."""
     found = complete(records, "table", TABLE)
     name, title = "table", "Quality, speed, bits"
     if not found:
@@ -166,7 +158,7 @@ def table_section(records: list[dict], checkpoint: str) -> Section:
 
 
 def table_cells(record: dict) -> list[str]:
-    """What TABLE_HEAD calls for."""
+    """The cells under TABLE_HEAD."""
     rate, read = record["tokens_per_s"], record["bytes_per_token"]
     return [
         record["format"],
@@ -177,7 +169,7 @@ def table_cells(record: dict) -> list[str]:
 
 
 def tiles(record: dict) -> list[tuple[str, str]]:
-    """The measurement in four numbers."""
+    """The record of the activations in four numbers, each with a caption."""
     layers, top = record["layers"], len(record["sparsity"]) - 1
     closer = sum(layer["laplacian"]["distance"] < layer["gaussian"]["distance"] for layer in layers)
     largest = max(layers, key=lambda layer: layer["outliers"][0]["ratio"])
@@ -200,7 +192,7 @@ def average(values: list[float], weights: list[float]) -> float:
 
 
 def page(record: dict, sections: list[Section]) -> str:
-    """The report as HTML: sections, below what the record of the activations says of the model."""
+    """The report as HTML. record: of the activations, which describes the model at the top of the page."""
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

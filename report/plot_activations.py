@@ -2,8 +2,8 @@
 
     python -m teal_fast.report.plot_activations --checkpoint demo --figures figures
 
-The calibrated model reads text, by default text that it was not calibrated on. Everything measured goes into one JSON
-file, which scripts/report.py makes a page of; --figures draws it as SVG files besides.
+The model reads text, by default text that it was not calibrated on. All measurements go into one JSON file, from which
+report/page.py makes a page; --figures also draws them as SVG files.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.files.store import check_writable
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.report.activations import HOT, measure
+from teal_fast.report.activations import HOT, measure_activations
 from teal_fast.report.figures import PLAIN, TIMES, WIDE, Figure, activity, histogram, over_layers, percent, save
 from teal_fast.sparse_model import KINDS, format_of
 from teal_fast.weights.formats import DTYPES
 
-VERSION = "1"  # of the record
+RECORD_VERSION = "1"
 
 
 def default_path(folder: Path) -> Path:
@@ -48,7 +48,7 @@ def default_path(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column holds names. span: of three columns of figures, how many it is as wide as."""
+    """Cells as text; the first column holds names. span: width in columns of figures, of which a page has 3."""
 
     head: list[str]
     rows: list[list[str]]
@@ -58,7 +58,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Group:
-    """Figures and tables that belong together; more: smaller figures, to be unfolded."""
+    """Figures and tables that belong together. more: smaller figures, which the reader can unfold."""
 
     figures: list[Figure]
     tables: list[Table] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report. wide: fewer, larger figures; missing: the command that makes its data, if there is none."""
+    """A part of the report. wide: fewer, larger figures; missing: if there are no data, the command that makes them."""
 
     name: str
     title: str
@@ -79,12 +79,12 @@ class Section:
 
 
 def by_kind(record: dict) -> dict[str, list[dict]]:
-    """The layers of a record, in order, by the kind of tensor that they are the input of."""
+    """The layers of a record, in order, by the kind of tensor that reads them."""
     return {kind: [layer for layer in record["layers"] if layer["kind"] == kind] for kind in KINDS.values()}
 
 
 def activation_sections(record: dict) -> Iterator[Section]:
-    """What a record of this script shows."""
+    """The sections of the report that a record of this module fills."""
     kinds, sparsities = by_kind(record), record["sparsity"]
     yield distributions(kinds, sparsities)
     yield fits(kinds)
@@ -221,7 +221,7 @@ def measure_checkpoint(
         raise ValueError("the corpus has fewer than 2 tokens to measure: give more text, or a larger --tokens")
     record = describe(folder.resolve().name, device, format_of(model)) | {
         "benchmark": "activations",
-        "version": VERSION,
+        "version": RECORD_VERSION,
         "fingerprint": fingerprint(folder),
         "corpus": [path.name for path in settings.corpus],
         "tokens": sum(map(len, sequences)) - len(sequences),
@@ -230,7 +230,7 @@ def measure_checkpoint(
         "sparsity": sorted(set(settings.sparsity)),
         "hot_share": HOT,
     }
-    record["layers"] = measure(model, calibration, sequences, record["sparsity"])
+    record["layers"] = measure_activations(model, calibration, sequences, record["sparsity"])
     return record
 
 

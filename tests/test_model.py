@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from teal_fast.families.config import model_args
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.model import Transformer, rotary_frequencies
 from teal_fast.tests.models import LLAMA3_ROPE
@@ -56,16 +56,9 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def made_pair(request, tmp_path_factory):
+def pair(request, tmp_path_factory):
     kind, fields = CASES[request.param]
     return make_pair(kind(**SIZES | fields), tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture
-def pair(made_pair):
-    for layer in made_pair.model.layers:
-        layer.attention.kv_cache = None
-    return made_pair
 
 
 def make_pair(config, folder) -> Pair:
@@ -77,7 +70,7 @@ def make_pair(config, folder) -> Pair:
         elif parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     theirs.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "ours", None)
+    convert_huggingface(folder / "hf", folder / "ours", None)
     tokens = torch.randint(config.vocab_size, (1, TOKENS))
     with torch.inference_mode():
         return Pair(load_model(folder / "ours"), tokens, theirs(tokens).logits)
@@ -85,11 +78,11 @@ def make_pair(config, folder) -> Pair:
 
 def run_in_steps(pair, steps):
     """Logits over a cache that is filled by calls of `steps` tokens each; the first call is a prompt."""
-    pair.model.setup_caches(1, TOKENS)
+    cache = pair.model.new_cache(1, TOKENS)
     logits, start = [], 0
     for step in steps:
         positions = torch.arange(start, start + step) if start else None
-        logits.append(pair.model(pair.tokens[:, start : start + step], positions))
+        logits.append(pair.model(pair.tokens[:, start : start + step], positions, cache))
         start += step
     assert start == TOKENS
     return torch.cat(logits, dim=1)
@@ -109,9 +102,9 @@ def test_cache_matches_transformers(pair, steps):
 
 @torch.inference_mode()
 def test_cache_may_be_longer_than_the_text(pair):
-    pair.model.setup_caches(1, TOKENS + 40)
-    pair.model(pair.tokens[:, :50])
-    found = pair.model(pair.tokens[:, 50:], torch.arange(50, TOKENS))
+    cache = pair.model.new_cache(1, TOKENS + 40)
+    pair.model(pair.tokens[:, :50], None, cache)
+    found = pair.model(pair.tokens[:, 50:], torch.arange(50, TOKENS), cache)
     torch.testing.assert_close(found, pair.expected[:, 50:], rtol=0, atol=TOLERANCE)
 
 
@@ -260,4 +253,4 @@ def test_context_beyond_the_model_is_refused():
     with torch.device("meta"):
         model = Transformer(model_args(LLAMA))
     with pytest.raises(ValueError, match="513 tokens exceeds this model's 512"):
-        model.setup_caches(1, 513)
+        model.new_cache(1, 513)

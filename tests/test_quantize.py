@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from teal_fast import cli, generate, quantize
 from teal_fast import eval as evaluation
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
 from teal_fast.files.checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
+from teal_fast.quantization.gptq_quantizer import GptqQuantizer
 from teal_fast.sparse_model import sparse_layers
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
@@ -58,7 +59,7 @@ def dense(even, tmp_path_factory):
     """The checkpoint whose sizes fit, with a calibration of its own and a text beside it."""
     folder = shutil.copytree(even, tmp_path_factory.mktemp("dense") / "even")
     sequences = torch.randint(3, 40_000, (8, 64), generator=torch.Generator().manual_seed(2)).tolist()
-    made = Calibration(measure(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
+    made = Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
     made.save(folder / CALIBRATION)
     (folder.parent / "text.txt").write_text(TEXT)
     (folder.parent / "other.txt").write_text(OTHER_TEXT)
@@ -269,7 +270,7 @@ def biased(request, tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "qwen2", torch.bfloat16)
+    convert_huggingface(folder / "hf", folder / "qwen2", torch.bfloat16)
     return folder / "qwen2"
 
 
@@ -415,12 +416,21 @@ def test_a_full_disk_leaves_nothing_behind(dense, command, tmp_path, megabytes):
 
 
 def test_sequences_are_no_longer_than_the_model_takes(dense, monkeypatch, tmp_path):
-    seen, init = [], quantize.Calibrated.__init__
+    seen, init = [], GptqQuantizer.__init__
 
-    def watch(self, folder, format, sequences, device):
+    def watch(self, folder, format, calibration, sequences, device):
         seen.extend(map(len, sequences))
-        init(self, folder, format, sequences, device)
+        init(self, folder, format, calibration, sequences, device)
 
-    monkeypatch.setattr(quantize.Calibrated, "__init__", watch)
+    monkeypatch.setattr(GptqQuantizer, "__init__", watch)
     assert run_here(*arguments(dense, "int8", True), "--out", tmp_path / "out")[0] == 0
     assert sum(seen) > 1000 and max(seen) <= load_model(dense).args.max_position
+
+
+def test_a_missing_calibration_is_made(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    (folder / CALIBRATION).unlink()
+    text = ["--corpus", dense.parent / "text.txt", "--tokens", 256]
+    code, _, err = run_here("--checkpoint", folder, "--calibrated", *text, "--device", "cpu", "--out", tmp_path / "out")
+    assert code == 0 and "calibrating, once: python calibrate.py" in err
+    assert load_calibration(tmp_path / "out").origin == load_calibration(folder).origin

@@ -10,22 +10,29 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.cli import pick_device
 from teal_fast.engine.accounting import Tally, bytes_per_token, tally_kept
-from teal_fast.engine.decode import decode_step, prefill
+from teal_fast.engine.cuda_step import plain_step
+from teal_fast.engine.prefill import prefill
 from teal_fast.families.config import model_args
-from teal_fast.files.calibration import Calibration, load_calibration, set_sparsity
+from teal_fast.files.calibration import (
+    Calibration,
+    MissingCalibrationError,
+    load_calibration,
+    set_sparsity,
+)
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint, read_config
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import (
+    DECODE,
     KEEP_ALL,
     KINDS,
     SPARSE_WEIGHT,
+    Phase,
     SparseLinear,
-    leading_dense,
     sparse_layers,
     watch_inputs,
 )
@@ -56,14 +63,14 @@ def biased(tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "qwen2", None)
+    convert_huggingface(folder / "hf", folder / "qwen2", None)
     return folder / "qwen2"
 
 
 @functools.cache
 def calibrate(folder):
     sequences = torch.randint(3, 500, (8, 64), generator=torch.Generator().manual_seed(2)).tolist()
-    return Calibration(measure(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
+    return Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {"corpus": "random"})
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +91,10 @@ def load_dense(folder):
 @torch.no_grad()
 def run(model, tokens, prompt):
     """Logits of a prefill of `prompt` tokens and of every later token, one by one."""
-    model.setup_caches(1, 64)
-    logits = [prefill(model, tokens[:, :prompt])]
+    cache = model.new_cache(1, 64)
+    logits = [prefill(model, cache, tokens[:, :prompt])]
     for position in range(prompt, tokens.shape[1]):
-        logits.append(decode_step(model, tokens[:, position : position + 1], torch.tensor([position])))
+        logits.append(plain_step(model, cache, tokens[:, position : position + 1], torch.tensor([position])))
     return torch.stack(logits)
 
 
@@ -131,19 +138,19 @@ def test_sparsity_zero_is_the_dense_model(name, prompt, request):
 def test_one_compiled_step_serves_every_sparsity_and_prompt(tiny, calibration):
     torch._dynamo.reset()
     model = load_model(tiny)
-    model.setup_caches(1, 64)
-    step = torch.compile(decode_step, fullgraph=True)
+    cache = model.new_cache(1, 64)
+    step = torch.compile(plain_step, fullgraph=True)
     with torch.no_grad():
         for position in range(2):
-            step(model, TOKENS[:, :1], torch.tensor([position]))
+            step(model, cache, TOKENS[:, :1], torch.tensor([position]))
         with torch._dynamo.config.patch(error_on_recompile=True):
             for prompt in (1, 4, 9):
-                prefill(model, TOKENS[:, :prompt])
+                prefill(model, cache, TOKENS[:, :prompt])
                 for index, sparsity in enumerate((0.25, 0.5, 0.9, 0.0)):  # changes between two tokens
                     set_sparsity(model, calibration, sparsity)
                     token, position = TOKENS[:, prompt + index, None], torch.tensor([prompt + index])
-                    eager = decode_step(model, token, position)
-                    torch.testing.assert_close(step(model, token, position), eager, **ROUNDING)
+                    eager = plain_step(model, cache, token, position)
+                    torch.testing.assert_close(step(model, cache, token, position), eager, **ROUNDING)
     torch._dynamo.reset()
 
 
@@ -159,19 +166,19 @@ def test_set_sparsity_keeps_addresses_and_shape(tiny, calibration):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dense", [0, 1, 3, 6, 9])
-def test_leading_dense_masks_the_later_tokens(dense, batch, bias):
+def test_a_phase_masks_the_later_tokens(dense, batch, bias):
     layer = make_layer(bias=bias)
     x = torch.randn(batch, 6, 48, generator=torch.Generator().manual_seed(4))
-    with leading_dense(layer, dense):
-        torch.testing.assert_close(layer(x), masked_by_hand(layer, x, dense), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x, Phase(dense)), masked_by_hand(layer, x, dense), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("tokens, dense", [(1, 0), (2, 2), (6, 6)])  # one token is decoded, several are a prompt
-def test_without_leading_dense_only_single_tokens_are_sparse(tokens, dense, batch):
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_without_a_phase_all_tokens_are_dense(tokens, batch):
     layer = make_layer(bias=True)
     x = torch.randn(batch, tokens, 48, generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(layer(x), masked_by_hand(layer, x, dense), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), masked_by_hand(layer, x, tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x, DECODE), masked_by_hand(layer, x, 0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -179,9 +186,8 @@ def test_one_token_and_several_agree(dtype):
     layer = make_layer(bias=True).to(dtype)
     layer.threshold = layer.threshold.float()
     x = torch.randn(1, 5, 48, generator=torch.Generator().manual_seed(6)).to(dtype)
-    single = torch.cat([layer(x[:, t : t + 1]) for t in range(5)], dim=1)
-    with leading_dense(layer, 0):
-        together = layer(x)
+    single = torch.cat([layer(x[:, t : t + 1], DECODE) for t in range(5)], dim=1)
+    together = layer(x, DECODE)
     # A last bit may differ, and in bf16 one path rounds before it adds the bias.
     tolerance = 8 * torch.finfo(dtype).eps * together.abs().max().item()
     torch.testing.assert_close(single, together, rtol=0, atol=tolerance)
@@ -194,9 +200,8 @@ def test_threshold_boundary():
     layer.threshold.copy_(torch.tensor([0.5, 0.5, below - 1e-7, 0.5 - 1e-7, 0.0, KEEP_ALL]))
     assert layer.dropped(x).flatten().tolist() == [True, True, False, False, True, False]
     x[..., 3] = -0.75
-    assert layer(x).item() == -0.25
-    with leading_dense(layer, 0):
-        assert layer(x.expand(1, 2, 6)).flatten().tolist() == [-0.25, -0.25]
+    assert layer(x, DECODE).item() == -0.25
+    assert layer(x.expand(1, 2, 6), DECODE).flatten().tolist() == [-0.25, -0.25]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -207,28 +212,16 @@ def test_nan_and_inf_travel_as_in_a_dense_layer(value, tokens):
     x[..., 10] = value
     expected = F.linear(x, layer.weight.packed.t())
     assert not expected.isfinite().any()
-    with leading_dense(layer, 0):
-        y = layer(x)
-    torch.testing.assert_close(y, expected, equal_nan=True)
+    torch.testing.assert_close(layer(x, DECODE), expected, equal_nan=True)
 
 
 def test_one_token_prompts_are_prefilled_densely(tiny, calibration):
     model, dense = load_model(tiny), load_dense(tiny)
     set_sparsity(model, calibration, 0.9)
     with torch.no_grad():
-        assert torch.equal(prefill(model, TOKENS[:, :1]), dense(TOKENS[:, :1])[0, -1])
-        assert not torch.allclose(model(TOKENS[:, :1]), dense(TOKENS[:, :1]))
-
-
-def test_leading_dense_restores_what_was_there(tiny):
-    model = load_model(tiny)
-    layers = sparse_layers(model).values()
-    with leading_dense(model, 3):
-        with pytest.raises(RuntimeError), leading_dense(model, 7):
-            assert all(layer.dense_tokens == 7 for layer in layers)
-            raise RuntimeError
-        assert all(layer.dense_tokens == 3 for layer in layers)
-    assert all(layer.dense_tokens is None for layer in layers)
+        cache = model.new_cache(1, 1)
+        assert torch.equal(prefill(model, cache, TOKENS[:, :1]), dense(TOKENS[:, :1])[0, -1])
+        assert not torch.allclose(model(TOKENS[:, :1], phase=DECODE), dense(TOKENS[:, :1]))
 
 
 def test_tally_counts_what_is_kept(tiny, calibration):
@@ -236,14 +229,13 @@ def test_tally_counts_what_is_kept(tiny, calibration):
     set_sparsity(model, calibration, 0.4)
     inputs = {}
 
-    def keep(name, layer, x):
-        inputs.setdefault(name, []).append(x[:, 2:].clone() if x.shape[1] > 1 else x.clone())
+    def keep(name, layer, x, phase):
+        inputs.setdefault(name, []).append(x[:, phase.dense_tokens :].clone())
 
-    model.setup_caches(1, 64)
+    cache = model.new_cache(1, 64)
     with torch.no_grad(), watch_inputs(model, keep), tally_kept(model) as tally:
-        with leading_dense(model, 2):
-            model.hidden(TOKENS)
-        model.hidden(TOKENS[:, :1], torch.tensor([20]))
+        model.hidden(TOKENS, None, cache, Phase(2))
+        model.hidden(TOKENS[:, :1], torch.tensor([20]), cache, DECODE)
     assert len(inputs) == 8
     seen, kept = 0, 0
     for name, layer in sparse_layers(model).items():
@@ -372,6 +364,12 @@ def test_calibration_of_other_layers_is_refused(tiny, calibration):
         quantiles = {name: points for name, points in (calibration.curves | change).items() if points is not None}
         with pytest.raises(ValueError, match=message):
             Calibration(quantiles, calibration.model, calibration.origin).check(tiny)
+
+
+def test_a_missing_calibration_is_an_error_for_libraries(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "fresh")
+    with pytest.raises(MissingCalibrationError, match=rf"run `python calibrate\.py --checkpoint {folder}`"):
+        load_calibration(folder)
 
 
 def test_load_calibration_takes_another_file(tiny, tmp_path, calibration):

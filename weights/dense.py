@@ -1,4 +1,8 @@
-"""TODO."""
+"""What a sparse layer asks of its weight, whatever its format, and the unquantized weight that answers it.
+
+A weight lies as [K, N]: each input channel is one contiguous row, so that a dropped channel's row is never read. The
+protocol keeps formats out of the layers (sparse_model.py) and of the engine. Quantized weights are in quantized.py.
+"""
 
 from typing import Protocol
 
@@ -14,8 +18,14 @@ Kept = tuple[Tensor, Tensor, Tensor]  # index, value, count of a vector's kept c
 
 
 class Weight(Protocol):
+    """A linear layer's weight [K, N] in some format, and the products with it that decoding and prompts need.
+
+    The matvecs skip rows: `sparse_matvec` those with |x| <= threshold, on any device; the two `compact` ones, on CUDA
+    only, all rows but those that a vector's list of kept channels names.
+    """
+
     packed: Tensor
-    scale: Tensor | None  # fp32 [N], times what the rows give
+    scale: Tensor | None  # fp32 [N]: each output is multiplied by its own; None: by 1
     in_features: int
     out_features: int
     format: str
@@ -26,12 +36,12 @@ class Weight(Protocol):
     def compact_matvec(
         self, kept: Kept, arrived: Tensor
     ) -> Tensor: ...  # fp32 [N], on CUDA; counts: kernels/arrivals.py
-    # SiLU(gate) ⊙ up, compacted, on CUDA, of rows whose columns are gate and up
+    # SiLU(gate) ⊙ up, compacted, on CUDA; the columns of packed are those of gate, then those of up
     def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept: ...
 
 
 class DenseWeight(nn.Module):
-    """Rows [K, N] in fp32, bf16 or fp16."""
+    """An unquantized weight [K, N] in fp32, bf16 or fp16."""
 
     format, scale = "dense", None
 
@@ -57,7 +67,7 @@ class DenseWeight(nn.Module):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times weight [K, N], plus bias, in x's type."""
+    """Computes x weight + bias in x's dtype. x [..., K]; weight [K, N]; bias [N]."""
     if x.device.type == "cpu" and x.dtype != torch.float32:
         # A CPU without bf16 matrix instructions multiplies bf16 9x slower than fp32 (512x576x1536 on Zen 3).
         return F.linear(x.float(), weight.float().t(), None if bias is None else bias.float()).to(x.dtype)

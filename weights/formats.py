@@ -1,4 +1,8 @@
-"""TODO."""
+"""The formats of quantized weights as values: what a checkpoint's metadata say, and how a weight is made from them.
+
+A further format is one class in quantized.py, one grid in grids.py and one line in QUANTIZED. DTYPES are the
+computation types; the dtype of an unquantized weight is not a Format.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +19,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Format:
-    """A format of storage as a checkpoint's metadata name it; `group`: outputs that share a scale in int4.
+    """A quantized checkpoint's format, "int8" or "int4"; group: how many outputs share a row scale in int4, else 0.
 
-    A checkpoint in int4 has attention's weights in int8: they are a quarter, and in int4 they lose more than the
-    others.
+    In an int4 checkpoint the attention's weights are int8: they are a quarter of the weights, and in int4 they cost
+    more quality than the others.
     """
 
     name: str
@@ -29,25 +33,27 @@ class Format:
         return {"weights": self.name} | ({"group": str(self.group)} if self.group else {})
 
     def within(self, name: str) -> "Format":
-        """The format of the layer called so."""
+        """The format of one layer of the checkpoint, by its module name."""
         return Format("int8") if ".attention." in name else self
 
     def empty(self, K: int, N: int) -> Weight:
-        """A weight [K, N] of this format that is yet to be filled."""
+        """A weight [K, N] in this format whose tensors are yet to be filled. Raises ValueError on a misfit of N."""
         return QUANTIZED[self.name].empty(K, N, self.group)
 
     def pack(
         self,
         weight: Tensor,
         importance: Tensor | None = None,
-        rounded: Callable[[Tensor, Grid], tuple[Tensor, ...]] | None = None,
+        round_to: Callable[[Tensor, Grid], tuple[Tensor, ...]] | None = None,
     ) -> Weight:
-        """weight [K, N] on this format's grid: rounded to nearest, or as `rounded` does (quantization/gptq.py).
+        """Quantizes weight [K, N] to this format.
 
-        importance [K]: of an input channel's squared error where the grid's scales are chosen. Raises on a misfit.
+        round_to: rounds a weight to a grid, as `gptq_round` does; by default each entry goes to its nearest code.
+        importance: fp32 [K], what a squared error in an input channel counts when int8 scales are chosen. Raises
+        ValueError when N does not suit the format.
         """
         grid = QUANTIZED[self.name].grid(weight, self.group, importance)
-        codes = rounded(weight, grid) if rounded else grid.round(weight.float())
+        codes = round_to(weight, grid) if round_to else grid.round(weight.float())
         return QUANTIZED[self.name].from_codes(grid, *codes)
 
 

@@ -1,4 +1,11 @@
-"""TODO."""
+"""Quantization grids: the numbers that int8 and int4 weights can take, and how their scales are chosen.
+
+Scales are found by a search for the least squared error below the absmax scale, which represents the largest weight
+exactly: clipping a few large weights often costs less than a coarse step for all others. An int4 grid first evens out
+the sizes of its outputs by Sinkhorn balancing (in the manner of SINQ, arXiv:2509.22944), because outputs share scales.
+How codes lie in memory is not decided here (quantized.py), nor how errors of rounding are compensated
+(quantization/gptq.py).
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,86 +13,114 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Scales tried, as shares of the one that just reaches the largest weight.
-SHARES = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-AT_ONCE = 2**20  # weights searched at a time: 4 MB a scale
-TINY = 1e-30  # instead of a scale of zero
+SCALE_FACTORS = (
+    0.6,
+    0.65,
+    0.7,
+    0.75,
+    0.8,
+    0.85,
+    0.9,
+    0.95,
+    1.0,
+)  # the search tries these multiples of the absmax scale
+CHUNK = 2**20  # weights searched at a time: each tried scale takes 4 MB
+EPSILON = 1e-30  # the least absmax and the least damping: an all-zero channel must not lead to a division by zero
 
 
 class Grid(Protocol):
-    def round(self, weight: Tensor) -> tuple[Tensor, ...]: ...  # codes of weight [R, N], as `restore` takes them
-    def restore(self, *codes: Tensor) -> Tensor: ...  # fp32 [R, N]
+    def round(self, weight: Tensor) -> tuple[Tensor, ...]: ...  # weight [R, N] to the nearest codes
+    def dequantize(self, *codes: Tensor) -> Tensor: ...  # codes of `round` to fp32 [R, N]
 
 
 @dataclass
 class Int8Grid:
-    """Whole numbers from -127 to 127 times scale [N]."""
+    """Symmetric int8 with one scale per output channel: w[k, n] = code[k, n] scale[n], codes from -127 to 127.
+
+    scale: fp32 [N].
+    """
 
     scale: Tensor
 
     @classmethod
     def fit(cls, weight: Tensor, importance: Tensor | None = None) -> "Int8Grid":
-        """The scales with the least squared error, that of an input channel weighed by importance [K]."""
+        """Chooses the scales of weight [K, N] that minimize sum_k importance[k] (rounded[k, n] - weight[k, n])².
+
+        importance: fp32 [K], by default 1.
+        """
         importance = weight.new_ones(len(weight), dtype=torch.float32) if importance is None else importance
-        shares, scales = torch.tensor(SHARES, device=weight.device), []
-        for columns in weight.split(max(AT_ONCE // len(weight), 1), dim=1):
+        factors, scales = torch.tensor(SCALE_FACTORS, device=weight.device), []
+        for columns in weight.split(max(CHUNK // len(weight), 1), dim=1):
             columns = columns.float()
-            reach = columns.abs().amax(0).clamp(min=TINY) / 127
-            errors = [importance @ (cls(reach * share).nearest(columns) - columns).square() for share in SHARES]
-            scales.append(reach * shares[torch.stack(errors).argmin(0)])
+            absmax_scale = columns.abs().amax(0).clamp(min=EPSILON) / 127
+            errors = [
+                importance @ (cls(absmax_scale * factor).nearest(columns) - columns).square()
+                for factor in SCALE_FACTORS
+            ]
+            scales.append(absmax_scale * factors[torch.stack(errors).argmin(0)])
         return cls(torch.cat(scales))
 
     def nearest(self, weight: Tensor) -> Tensor:
+        """Rounds weight [R, N] to the grid and returns fp32 [R, N]."""
         return (weight / self.scale).round_().clamp_(-127, 127).mul_(self.scale)
 
     def round(self, weight: Tensor) -> tuple[Tensor]:
+        """Rounds weight [R, N] to int8 codes [R, N]."""
         return ((weight / self.scale).round_().clamp_(-127, 127).to(torch.int8),)
 
-    def restore(self, codes: Tensor) -> Tensor:
+    def dequantize(self, codes: Tensor) -> Tensor:
         return codes * self.scale
 
 
 @dataclass
 class Int4Grid:
-    """Whole numbers from -8 to 7 times a bf16 scale for every `group` outputs of a row, times scale [N]."""
+    """Int4 in groups of outputs: w[k, n] = (code[k, n] - 8) row_scale[k, n // group] scale[n], codes from 0 to 15.
+
+    scale: fp32 [N]. The row scales, bf16 [R, N / group], belong to the codes: `round` chooses them for each row.
+    """
 
     scale: Tensor
     group: int
 
     @classmethod
     def fit(cls, weight: Tensor, group: int) -> "Int4Grid":
-        """Scales that give the outputs of a group, rows being of one size, weights of one size."""
+        """Chooses output scales for weight [K, N] by Sinkhorn balancing.
+
+        Afterwards all rows have one root mean square and all columns too, so that the outputs of a group can share a
+        row scale.
+        """
         weight = weight.float()
         scale = weight.new_ones(weight.shape[1])
-        for _ in range(5):  # by turns rows and columns, which settles quickly (Sinkhorn)
+        for _ in range(5):  # it settles quickly
             balanced = weight / scale
-            rows = balanced.square().mean(1, keepdim=True).clamp(min=TINY).sqrt()
-            columns = (balanced / rows).square().mean(0).sqrt()
-            scale *= torch.where(columns > 0, columns, 1)  # an output that is always zero keeps its scale
+            row_rms = balanced.square().mean(1, keepdim=True).clamp(min=EPSILON).sqrt()
+            column_rms = (balanced / row_rms).square().mean(0).sqrt()
+            scale *= torch.where(column_rms > 0, column_rms, 1)  # an output that is always zero keeps its scale
         return cls(scale, group)
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [R, N] from 0 to 15, that is plus 8, and bf16 [R, N / group]: for each the scale of the least error.
+        """Rounds weight [R, N] to uint8 codes [R, N] from 0 to 15 and bf16 row scales [R, N / group].
 
-        Of 16 numbers one side has 8, the other 7, so that a scale may be negative.
+        Each row scale has the least squared error among those tried. It may be negative: code - 8 runs from -8 to 7,
+        and the sign decides which side gets the eighth step.
         """
-        parts = [self._round(rows) for rows in weight.split(max(AT_ONCE // weight.shape[1], 1))]
-        values, scales = zip(*parts, strict=True)
-        return torch.cat(values), torch.cat(scales)
+        parts = [self._round_rows(rows) for rows in weight.split(max(CHUNK // weight.shape[1], 1))]
+        codes, row_scales = zip(*parts, strict=True)
+        return torch.cat(codes), torch.cat(row_scales)
 
-    def _round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _round_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         groups = (weight / self.scale).view(len(weight), -1, self.group)
-        importance = self.scale.square().view(-1, self.group)
-        reach = groups.abs().amax(-1).clamp(min=TINY) / 8
-        shares = torch.tensor(SHARES, device=weight.device)
-        tried = torch.cat((shares, -shares))[:, None, None] * reach
+        importance = self.scale.square().view(-1, self.group)  # of an error in w / scale, measured in w
+        absmax_scale = groups.abs().amax(-1).clamp(min=EPSILON) / 8
+        factors = torch.tensor(SCALE_FACTORS, device=weight.device)
+        tried = torch.cat((factors, -factors))[:, None, None] * absmax_scale
         tried = tried.bfloat16().float()[..., None]  # [scales, R, groups, 1]
         errors = (((groups / tried).round_().clamp_(-8, 7) * tried - groups).square_() * importance).sum(-1)
         best = errors.argmin(0)
-        scale = tried.squeeze(-1).gather(0, best[None])[0]
-        values = (groups / scale[..., None]).round_().clamp_(-8, 7) + 8
-        return values.to(torch.uint8).view(weight.shape), scale.bfloat16()
+        row_scale = tried.squeeze(-1).gather(0, best[None])[0]
+        codes = (groups / row_scale[..., None]).round_().clamp_(-8, 7) + 8
+        return codes.to(torch.uint8).view(weight.shape), row_scale.bfloat16()
 
-    def restore(self, values: Tensor, scales: Tensor) -> Tensor:
-        groups = (values.float() - 8).view(len(values), -1, self.group) * scales.float()[..., None]
-        return groups.view(values.shape) * self.scale
+    def dequantize(self, codes: Tensor, row_scales: Tensor) -> Tensor:
+        groups = (codes.float() - 8).view(len(codes), -1, self.group) * row_scales.float()[..., None]
+        return groups.view(codes.shape) * self.scale

@@ -1,4 +1,9 @@
-"""TODO."""
+"""The output layer (LM head) in int8.
+
+It is a fifth of a model like the demo and is read whole for every token: TEAL drops inputs of the blocks' layers only.
+Its weight is kept as [vocab, dim], one row per logit, unlike the weights of the sparse layers. An unquantized model has
+a plain nn.Linear instead.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +14,7 @@ from teal_fast.weights.grids import Int8Grid
 
 
 class Int8Output(nn.Module):
-    """The output layer in int8: rows [vocab, dim] as an nn.Linear has them, one scale each; never sparse."""
+    """logits[v] = scale[v] (weight[v] · x). weight: int8 [vocab, dim], row-major; scale: fp32 [vocab]."""
 
     def __init__(self, weight: Tensor, scale: Tensor):
         super().__init__()
@@ -18,20 +23,22 @@ class Int8Output(nn.Module):
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8Output":
+        """Rounds weight [vocab, dim] to nearest, with the scales of `Int8Grid.fit`."""
         grid = Int8Grid.fit(weight.t())
         return cls(grid.round(weight.t().float())[0].t(), grid.scale)
 
     @classmethod
     def empty(cls, vocab_size: int, dim: int) -> "Int8Output":
+        """An output layer whose tensors are yet to be filled."""
         return cls(torch.empty(vocab_size, dim, dtype=torch.int8), torch.empty(vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim] -> logits [..., vocab] in x's type."""
+        """x [..., dim] -> logits [..., vocab], in x's dtype."""
         if x.numel() == x.shape[-1]:
             return output_gemv(x.flatten(), self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
         return F.linear(x.float(), output_weight(self)).to(x.dtype)
 
 
 def output_weight(output: nn.Module) -> Tensor:
-    """The output layer's weight as fp32 [vocab, dim]."""
+    """The output layer's weight, dequantized if need be: fp32 [vocab, dim]."""
     return output.weight * output.scale[:, None] if isinstance(output, Int8Output) else output.weight.float()

@@ -1,4 +1,9 @@
-"""TODO."""
+"""Quantized weights: int8 with a scale per output, int4 with a scale per group of outputs in each input channel.
+
+int4's groups lie along the outputs, not along the inputs as is usual: a skipped input channel then skips its scales
+too, which lie in its row beside its codes. This file ties the layout in memory to the kernels; choosing codes and
+scales is the matter of grids.py.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +16,14 @@ from teal_fast.kernels.quantized_gemm import MOST_TOKENS, quantized_gemm
 from teal_fast.kernels.rows import ALIGNMENT
 from teal_fast.kernels.sparse_gemv import sparse_gemv
 from teal_fast.weights.dense import Kept, _linear
-from teal_fast.weights.grids import TINY, Int4Grid, Int8Grid
+from teal_fast.weights.grids import EPSILON, Int4Grid, Int8Grid
 
 
 class QuantizedWeight(nn.Module):
-    """What int8 and int4 share: a scale [N] fp32, and products by kernels that tell formats by their dtype."""
+    """What int8 and int4 have in common: a scale fp32 [N], and kernels that tell the formats apart by dtype.
+
+    packed: the codes, one row per input channel; group: outputs that share a row scale, 0 for int8.
+    """
 
     format: str
 
@@ -29,9 +37,10 @@ class QuantizedWeight(nn.Module):
         return widen(self.packed, self.scale, self.group)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The weight is widened for it: a tile at a time for few tokens on CUDA, else a copy of one layer's.
+        """Computes x [..., K] -> [..., N] in x's dtype from the dequantized weight.
 
-        The former has no gradient; where one is wanted (probe.py) it is not used.
+        On CUDA a kernel dequantizes one tile at a time, for up to MOST_TOKENS tokens and where no gradient is needed
+        (calibration/probe.py needs one); otherwise the whole weight is dequantized into a temporary copy.
         """
         if x.is_cuda and not x.requires_grad and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
             tokens = x.reshape(-1, x.shape[-1])
@@ -50,13 +59,13 @@ class QuantizedWeight(nn.Module):
 
 
 class Int8Weight(QuantizedWeight):
-    """Rows [K, N] of int8, symmetric, with one fp32 scale [N] an output channel: w[k, n] = packed[k, n] scale[n]."""
+    """Symmetric int8: w[k, n] = packed[k, n] scale[n]. packed: int8 [K, N]; scale: fp32 [N]."""
 
     format = "int8"
 
     @staticmethod
     def grid(weight: Tensor, group: int, importance: Tensor | None = None) -> Int8Grid:
-        """Raises ValueError when the kernels take no such number of outputs."""
+        """The grid of weight [K, N]. Raises ValueError when N does not suit the kernels."""
         check_outputs(weight.shape[1])
         return Int8Grid.fit(weight, importance)
 
@@ -71,26 +80,27 @@ class Int8Weight(QuantizedWeight):
 
 
 class Int4Weight(QuantizedWeight):
-    """Rows of four-bit values with a bf16 scale for every `group` outputs (kernels/int4.py), and a scale [N] fp32.
+    """Int4 in groups of outputs: w[k, n] = (code[k, n] - 8) row_scale[k, n // group] scale[n].
 
-    w[k, n] = (value[k, n] - 8) row_scale[k, n // group] scale[n]. Row scales, at most 1, lie in their row, so that a
-    skipped channel skips them too; those of the outputs even out what would else be a group of large and small weights.
+    packed: uint8 [K, bytes], each row holding its codes and its bf16 row scales (kernels/int4.py); scale: fp32 [N].
+    |row_scale| <= 1. Output scales even out the sizes of the outputs, whose groups share row scales (Int4Grid).
     """
 
     format = "int4"
 
     @staticmethod
     def grid(weight: Tensor, group: int, importance: Tensor | None = None) -> Int4Grid:
-        """Raises ValueError when groups of that size do not fit."""
+        """The grid of weight [K, N]; importance is not used. Raises ValueError when N does not divide into groups."""
         row_bytes(weight.shape[1], group)
         return Int4Grid.fit(weight, group)
 
     @classmethod
-    def from_codes(cls, grid: Int4Grid, values: Tensor, scales: Tensor) -> "Int4Weight":
-        # At most 1, so that a GPU's fixed point holds x times any of them. A power of two moves without rounding.
-        power = scales.float().abs().amax(0).clamp(min=TINY).log2().ceil().exp2()
-        rows = pack_int4(values, (scales / power).bfloat16())
-        return cls(rows, grid.scale * power.repeat_interleave(grid.group), grid.group)
+    def from_codes(cls, grid: Int4Grid, codes: Tensor, row_scales: Tensor) -> "Int4Weight":
+        # Row scales move below 1, because the CUDA kernels hold x row_scale in fixed point. Powers of two move from a
+        # group's row scales to its output scales without rounding.
+        power = row_scales.float().abs().amax(0).clamp(min=EPSILON).log2().ceil().exp2()
+        packed = pack_int4(codes, (row_scales / power).bfloat16())
+        return cls(packed, grid.scale * power.repeat_interleave(grid.group), grid.group)
 
     def row_scales(self, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """Scales bf16 [R, N / group] of the first `rows` rows, or of all, and the bytes that follow them, zeros."""

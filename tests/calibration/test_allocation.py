@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from teal_fast.calibration.allocation import (
-    DAMPING,
-    LARGEST_STEP,
+    CORRECTION_EXPONENT,
+    MAX_CORRECTION,
     Costs,
     Sizes,
     Spread,
-    between,
-    correct,
+    allocate,
+    correct_costs,
     curves,
-    spend,
+    interpolate,
     thresholds,
 )
 
@@ -51,31 +51,31 @@ def test_dropped_and_threshold_are_inverse():
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.8, 0.99])
 def test_the_budget_is_spent_at_one_price(target):
     found, cost = spread(scale=(9.0, 9.0, 9.0)), per_layer(1.0, 4.0, 3.0)
-    at = spend(found, SIZES, cost, target)
+    at = allocate(found, SIZES, cost, target)
     assert saved(found, at) == pytest.approx(target, abs=1e-6)
     price = at**2 * cost / SIZES.row
     inside = at < 9.0
     assert price[inside].max() == pytest.approx(price[inside].min().item())
 
 
-def test_what_costs_more_is_dropped_less_and_wide_rows_more():
-    even = spend(spread(), SIZES, per_layer(1.0, 1.0, 1.0), 0.4)
+def test_costly_layers_are_dropped_less_and_wide_rows_more():
+    even = allocate(spread(), SIZES, per_layer(1.0, 1.0, 1.0), 0.4)
     assert even[0] == pytest.approx(even[1].item())
     assert even[2] == pytest.approx(even[0].item() * 3**0.5)  # its rows hold three times the bytes
-    dear = spend(spread(), SIZES, per_layer(1.0, 9.0, 1.0), 0.4)
+    dear = allocate(spread(), SIZES, per_layer(1.0, 9.0, 1.0), 0.4)
     assert dear[1] == pytest.approx(dear[0].item() / 3)
 
 
 def test_all_is_dropped_at_last():
-    assert saved(spread(), spend(spread(), SIZES, per_layer(1.0, 100.0, 1e-3), 1.0)) == pytest.approx(1)
+    assert saved(spread(), allocate(spread(), SIZES, per_layer(1.0, 100.0, 1e-3), 1.0)) == pytest.approx(1)
 
 
-def test_between_interpolates_and_holds_the_last():
+def test_interpolation_holds_the_last():
     spreads = [spread(0.0), spread(0.5, scale=(3.0, 1.0, 1.0))]
-    assert between(spreads, 0.25).quantiles[:, -1].tolist() == pytest.approx([2, 1, 1])
+    assert interpolate(spreads, 0.25).quantiles[:, -1].tolist() == pytest.approx([2, 1, 1])
     for target in (0.5, 0.9):
-        assert between(spreads, target).quantiles[:, -1].tolist() == pytest.approx([3, 1, 1])
-    assert between(spreads[:1], 0.3).quantiles[:, -1].tolist() == [1, 1, 1]
+        assert interpolate(spreads, target).quantiles[:, -1].tolist() == pytest.approx([3, 1, 1])
+    assert interpolate(spreads[:1], 0.3).quantiles[:, -1].tolist() == [1, 1, 1]
 
 
 def test_costs_lie_between_those_found():
@@ -102,8 +102,8 @@ def test_curves_ascend_and_hit_their_targets(rule):
     assert (found.diff(dim=1) >= 0).all()
     for point in (2, 10, 13):
         target = point / 20
-        at = thresholds(between(spreads, target), SIZES, rule, target)
-        assert saved(between(spreads, target), at) == pytest.approx(target, abs=1e-6)
+        at = thresholds(interpolate(spreads, target), SIZES, rule, target)
+        assert saved(interpolate(spreads, target), at) == pytest.approx(target, abs=1e-6)
         assert (found[:, point] >= at - 1e-12).all()
 
 
@@ -115,6 +115,6 @@ def test_given_shares_are_taken():
 
 def test_correct_moves_costs_towards_what_was_measured():
     cost = torch.tensor([1.0, 2.0, 3.0]).double()
-    torch.testing.assert_close(correct(cost, 7 * cost), cost)  # a common factor changes nothing
-    found = correct(cost, cost * torch.tensor([1.0, 3.0, -1.0]).double()) / cost
-    assert found.tolist() == pytest.approx([1, 3**DAMPING, LARGEST_STEP**-DAMPING])
+    torch.testing.assert_close(correct_costs(cost, 7 * cost), cost)  # a common factor changes nothing
+    found = correct_costs(cost, cost * torch.tensor([1.0, 3.0, -1.0]).double()) / cost
+    assert found.tolist() == pytest.approx([1, 3**CORRECTION_EXPONENT, MAX_CORRECTION**-CORRECTION_EXPONENT])

@@ -3,7 +3,7 @@
 import torch
 
 from teal_fast.calibration.blockwise import STEPS, blockwise_shares
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.load import load_model
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
 
@@ -14,7 +14,7 @@ def test_blocks_drop_equal_bytes_and_what_costs_least_first(tiny):
     model = load_model(tiny)
     free = model.layers[1].attention.wo
     free.weight.packed = torch.nn.Parameter(torch.zeros_like(free.weight.packed), requires_grad=False)
-    quantiles = measure(model, [SEQUENCE])
+    quantiles = measure_quantiles(model, [SEQUENCE])
     shares = blockwise_shares(model, SEQUENCE, quantiles)
     assert shares.shape == (8, STEPS + 1)
     assert ((shares >= 0) & (shares <= 1)).all()

@@ -12,7 +12,7 @@ import torch
 from teal_fast.calibrate import main
 from teal_fast.calibration import hub
 from teal_fast.calibration.hub import make_card, read_results
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import CALIBRATION, Calibration
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint
 from teal_fast.files.load import load_model
@@ -25,7 +25,7 @@ REPO = "ours/tiny-teal"
 @pytest.fixture(scope="module")
 def calibration(tiny):
     ids = torch.randint(3, 40_000, (8, 50), generator=torch.Generator().manual_seed(0)).tolist()
-    return Calibration(measure(load_model(tiny), ids), fingerprint(tiny), ORIGIN)
+    return Calibration(measure_quantiles(load_model(tiny), ids), fingerprint(tiny), ORIGIN)
 
 
 @pytest.fixture

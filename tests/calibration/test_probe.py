@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from teal_fast.calibration.probe import BORDER, POINTS, AbsHistogram, measure, observe
+from teal_fast.calibration.probe import BORDER, POINTS, AbsHistogram, measure_quantiles, observe
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import ROOT
 from teal_fast.sparse_model import sparse_layers, watch_inputs
 
-LEVELS = torch.linspace(0, 1, POINTS)
+QUANTILE_LEVELS = torch.linspace(0, 1, POINTS)
 
 
 def draw(name, entries=40_000):
@@ -40,20 +40,20 @@ def histogram(*parts):
 def test_quantiles_of_continuous_data(name):
     x = draw(name)
     quantiles = histogram(x[:100].view(2, 5, 10), x[100:])  # any shape, in parts
-    exact = torch.quantile(x.float().abs(), LEVELS)
+    exact = torch.quantile(x.float().abs(), QUANTILE_LEVELS)
     torch.testing.assert_close(quantiles[1:], exact[1:], rtol=0.01, atol=0)
     assert 0 <= quantiles[0] <= exact[0]
     shares = (x.float().abs()[:, None] <= quantiles).float().mean(0)
-    torch.testing.assert_close(shares, LEVELS, rtol=0, atol=0.005)
+    torch.testing.assert_close(shares, QUANTILE_LEVELS, rtol=0, atol=0.005)
 
 
 def test_quantiles_of_bf16():
     x = draw("normal").bfloat16()
     quantiles = histogram(x)
-    torch.testing.assert_close(quantiles[1:], torch.quantile(x.float().abs(), LEVELS)[1:], rtol=0.01, atol=0)
+    torch.testing.assert_close(quantiles[1:], torch.quantile(x.float().abs(), QUANTILE_LEVELS)[1:], rtol=0.01, atol=0)
     # Values lie in steps of up to 0.8 %, so that a threshold can only drop a whole step or none of it.
     shares = (x.abs()[:, None] <= quantiles).float().mean(0)
-    torch.testing.assert_close(shares, LEVELS, rtol=0, atol=0.01)
+    torch.testing.assert_close(shares, QUANTILE_LEVELS, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("value", [1.0, -0.3, 3e-38, 1e38])
@@ -72,21 +72,21 @@ def test_quantiles_of_many_zeros():
     x[: len(x) * 6 // 10] = 0
     quantiles = histogram(x)
     assert (quantiles[:121] == 0).all()  # up to 60 %
-    torch.testing.assert_close(quantiles[121:], torch.quantile(x.abs(), LEVELS)[121:], rtol=0.01, atol=0)
+    torch.testing.assert_close(quantiles[121:], torch.quantile(x.abs(), QUANTILE_LEVELS)[121:], rtol=0.01, atol=0)
 
 
-def test_measure_is_the_quantile_of_what_layers_saw(tiny):
+def test_measure_quantiles_of_the_inputs_that_layers_saw(tiny):
     model = load_model(tiny)
     sequences = torch.randint(3, 40_000, (6, 50), generator=torch.Generator().manual_seed(0)).tolist()
     seen = {name: [] for name in sparse_layers(model)}
-    with torch.no_grad(), watch_inputs(model, lambda name, layer, x: seen[name].append(x.abs())):
+    with torch.no_grad(), watch_inputs(model, lambda name, layer, x, phase: seen[name].append(x.abs())):
         for sequence in sequences:
             model.hidden(torch.tensor([sequence]))
-    quantiles = measure(model, sequences)
+    quantiles = measure_quantiles(model, sequences)
     assert list(quantiles) == list(seen)
     for name, parts in seen.items():
         later = torch.cat([x[:, 1:].flatten() for x in parts])
-        torch.testing.assert_close(quantiles[name][1:], torch.quantile(later, LEVELS)[1:], rtol=0.01, atol=0)
+        torch.testing.assert_close(quantiles[name][1:], torch.quantile(later, QUANTILE_LEVELS)[1:], rtol=0.01, atol=0)
     assert not any(layer._forward_pre_hooks for layer in sparse_layers(model).values())
 
 
@@ -95,8 +95,8 @@ def test_first_tokens_are_not_counted(tiny):
     with torch.no_grad():
         model.tok_embeddings.weight = torch.nn.Parameter(model.tok_embeddings.weight.clone())
         model.tok_embeddings.weight[7] = 0  # silences every layer at its position
-    apart = measure(model, [[7, 8]])
-    first, last = measure(model, [[7] + [8] * 9]), measure(model, [[8] * 9 + [7]])
+    apart = measure_quantiles(model, [[7, 8]])
+    first, last = measure_quantiles(model, [[7] + [8] * 9]), measure_quantiles(model, [[8] * 9 + [7]])
     name = "layers.0.attention.wqkv"
     assert first[name][1:].min() > 0
     torch.testing.assert_close(first[name], apart[name], rtol=0.01, atol=1e-3)
@@ -109,7 +109,7 @@ def test_nan_in_the_model_is_an_error(tiny):
     rows[0, 0] = torch.nan
     model.layers[1].feed_forward.w13.weight.packed = torch.nn.Parameter(rows)
     with pytest.raises(ValueError, match="NaN or inf on this corpus: is the checkpoint sound"):
-        measure(model, [[5, 6, 7]])
+        measure_quantiles(model, [[5, 6, 7]])
     assert not any(layer._forward_pre_hooks for layer in sparse_layers(model).values())
 
 
@@ -119,13 +119,13 @@ def test_calibrating_adds_little_memory(demo):
         import sys
         from pathlib import Path
         import torch
-        from probe import measure
-        from checkpoint import find_checkpoint
-        from sparse_model import load_model
+        from teal_fast.calibration.probe import measure_quantiles
+        from teal_fast.files.checkpoint import find_checkpoint
+        from teal_fast.files.load import load_model
         model = load_model(find_checkpoint("demo"))
         sequences = torch.randint(3, 40_000, (2, 512), generator=torch.Generator().manual_seed(0)).tolist()
         if sys.argv[1] == "measure":
-            measure(model, sequences)
+            measure_quantiles(model, sequences)
         else:
             with torch.no_grad():
                 for sequence in sequences:
@@ -152,7 +152,7 @@ def test_gradients_of_the_text_are_those_of_autograd(tiny):
     name, sequence = "layers.1.feed_forward.w13", text(1)[0]
     held = {}
 
-    def keep(found, layer, x):
+    def keep(found, layer, x, phase):
         if found == name:
             held["x"] = x.detach().requires_grad_()
             return held["x"]
@@ -173,14 +173,14 @@ def test_cost_is_the_first_order_gain_of_keeping_what_is_at_the_border(tiny):
     model, sequences = load_model(tiny), text(2)
     name = "layers.1.feed_forward.w2"
     layer = sparse_layers(model)[name]
-    layer.threshold.fill_(measure(model, sequences)[name][120].item())
+    layer.threshold.fill_(measure_quantiles(model, sequences)[name][120].item())
     seen = observe(model, sequences, "costs", "divergence")[name]
     dense = load_model(tiny)
     gain = square = 0.0
     for sequence in sequences:
         tokens, factor = torch.tensor([sequence]), torch.zeros((), requires_grad=True)
 
-        def scale(found, _, x, factor=factor):
+        def scale(found, _, x, phase, factor=factor):
             if found == name:
                 nonlocal square
                 dropped, share = layer.dropped(x), x.abs() / layer.threshold

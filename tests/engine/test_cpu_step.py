@@ -14,10 +14,12 @@ from torch import Tensor
 from teal_fast.benchmarks.shapes import calibrate_on_random_tokens, random_model
 from teal_fast.engine import cpu_step
 from teal_fast.engine.cpu_step import CpuStep
-from teal_fast.engine.decode import Sample, decode, decode_step
+from teal_fast.engine.engine import Engine
+from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.steps import PlainStep
 from teal_fast.files.calibration import Calibration, set_sparsity
-from teal_fast.model import Transformer
+from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import sparse_layers, watch_inputs
 from teal_fast.tests.cpp import RUNNABLE, compiled
 from teal_fast.tests.models import TINY
@@ -85,7 +87,7 @@ def make_step(request, monkeypatch):
     """CpuStep, with the kernels of an instruction set."""
     native = compiled(request.param)
     monkeypatch.setattr(cpu_step, "library", lambda: native)
-    return CpuStep
+    return lambda model: CpuStep(model, model.cache)
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def make(
     """A random model with random keys and values in its cache."""
     model, calibration = made(case, dtype, format)
     set_sparsity(model, calibration, sparsity)
-    model.setup_caches(1, length)
+    model.cache = model.new_cache(1, length)  # these tests' models carry theirs along
     generator = torch.Generator().manual_seed(2)
     for tensor in caches(model):
         tensor.normal_(generator=generator)
@@ -116,7 +118,7 @@ def make(
 
 
 def caches(model: Transformer) -> list[Tensor]:
-    return [tensor for layer in model.layers for tensor in layer.attention.kv_cache.buffers()]
+    return [*model.cache.k, *model.cache.v]
 
 
 def restore(model: Transformer, before: list[Tensor]) -> None:
@@ -125,15 +127,15 @@ def restore(model: Transformer, before: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def run(model: Transformer, step, token: int, position: int) -> Tensor:
-    return step(model, torch.tensor([[token]]), torch.tensor([position])).float().clone()
+def run(step, token: int, position: int) -> Tensor:
+    return step(torch.tensor([[token]]), torch.tensor([position])).float().clone()
 
 
 def margin(model: Transformer, token: int, position: int) -> float:
     """How near an activation of the plain step comes to its threshold."""
     nearest, before = [], [tensor.clone() for tensor in caches(model)]
-    with watch_inputs(model, lambda _, layer, x: nearest.append((x.abs() - layer.threshold).abs().min().item())):
-        run(model, decode_step, token, position)
+    with watch_inputs(model, lambda _, layer, x, phase: nearest.append((x.abs() - layer.threshold).abs().min().item())):
+        run(PlainStep(model, model.cache), token, position)
     restore(model, before)
     return min(nearest)
 
@@ -147,7 +149,7 @@ def poison(model: Transformer, step: CpuStep) -> None:
     """Fills the step's own memory with NaN, so that what is read before it is written shows."""
     embedding, before = model.tok_embeddings.weight[0].clone(), [tensor.clone() for tensor in caches(model)]
     model.tok_embeddings.weight[0] = torch.nan
-    assert run(model, step, 0, model.max_seq_length - 1).isnan().all()
+    assert run(step, 0, model.cache.length - 1).isnan().all()
     model.tok_embeddings.weight[0] = embedding
     restore(model, before)
 
@@ -155,11 +157,11 @@ def poison(model: Transformer, step: CpuStep) -> None:
 def check(model: Transformer, step: CpuStep, token: int, position: int) -> None:
     """Both steps give the same logits and write the same keys and values, and nothing else, into the cache."""
     before = [tensor.clone() for tensor in caches(model)]
-    expected = run(model, decode_step, token, position)
+    expected = run(PlainStep(model, model.cache), token, position)
     assert expected.std() > 0.05
     written = [tensor[:, :, position].clone() for tensor in caches(model)]
     restore(model, before)
-    torch.testing.assert_close(run(model, step, token, position), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(run(step, token, position), expected, rtol=0, atol=TOLERANCE)
     for tensor, old, new in zip(caches(model), before, written, strict=True):
         torch.testing.assert_close(tensor[:, :, position], new, rtol=0, atol=TOLERANCE)
         tensor[:, :, position] = old[:, :, position]
@@ -180,13 +182,13 @@ def test_equals_the_plain_step(make_step, case, sparsity):
 def test_saturated_softmax_and_silu(make_step, case):
     """Scores and gates of hundreds: weights that underflow, in a chunk and between chunks, exp out of its range."""
     model = copy.deepcopy(make(case, 0))
-    for layer in model.layers:
-        layer.attention.kv_cache.k *= 100
+    for keys, layer in zip(model.cache.k, model.layers, strict=True):
+        keys *= 100
         layer.feed_forward.w13.weight.packed *= 100
     step = make_step(model)
     poison(model, step)
     for position in POSITIONS:
-        expected, found = run(model, decode_step, 5, position), run(model, step, 5, position)
+        expected, found = run(PlainStep(model, model.cache), 5, position), run(step, 5, position)
         assert found.isfinite().all() and (found - expected).norm() < 1e-4 * expected.norm()
 
 
@@ -195,9 +197,10 @@ def test_saturated_softmax_and_silu(make_step, case):
 def test_half_precision(make_step, case, dtype):
     model = make(case, 0, dtype)  # dense: on a threshold, the last bit of a rounding decides
     wide, step = copy.deepcopy(model).float(), make_step(model)
+    wide.cache = KVCache([k.float() for k in model.cache.k], [v.float() for v in model.cache.v])
     poison(model, step)
     for position in POSITIONS:
-        expected, found = run(wide, decode_step, 5, position), run(model, step, 5, position)
+        expected, found = run(PlainStep(wide, wide.cache), 5, position), run(step, 5, position)
         assert (found - expected).norm() < TOLERANCE_HALF[dtype] * expected.norm()
 
 
@@ -207,7 +210,7 @@ def test_thresholds_change_between_two_tokens(make_step):
     for sparsity in (0, 0.5, 0.25, 0):
         set_sparsity(model, calibration, sparsity)
         check(model, step, clear_of_thresholds(model, 70), 70)
-        found.append(run(model, step, 9, 70))
+        found.append(run(step, 9, 70))
     assert torch.equal(found[0], found[3])
     assert all((a - b).abs().max() > 0.01 for a, b in itertools.combinations(found[:3], 2))
 
@@ -220,7 +223,7 @@ def test_same_bits_for_any_number_of_threads(make_step, case, dtype, set_threads
     for threads in (1, 2, 3, 4, 8):
         set_threads(threads)
         restore(model, before)
-        logits = [run(model, step, 7, position) for position in (0, 63, 64, LENGTH - 1)]
+        logits = [run(step, 7, position) for position in (0, 63, 64, LENGTH - 1)]
         found.append([*logits, *(tensor.float() for tensor in caches(model))])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -241,12 +244,12 @@ def errors(model: Transformer, step, other: Transformer) -> Tensor:
     found = []
     for position in POSITIONS:
         token, before = clear_of_thresholds(model, position), [tensor.clone() for tensor in caches(model)]
-        logits = run(model, step, token, position)
+        logits = run(step, token, position)
         for changed, old in zip(caches(model), before, strict=True):  # nothing else in the cache was written to
             changed[:, :, position] = old[:, :, position]
             assert torch.equal(changed, old)
         restore(other, before)
-        expected = run(other, decode_step, token, position)
+        expected = run(PlainStep(other, other.cache), token, position)
         restore(other, before)
         found.append((logits - expected).norm() / expected.norm())
     return torch.stack(found)
@@ -285,7 +288,7 @@ def test_quantized_same_bits_for_any_number_of_threads(make_step, case, format, 
     for threads in (1, 2, 4):
         set_threads(threads)
         restore(model, before)
-        logits = [run(model, step, 7, position) for position in (0, 63, 64, LENGTH - 1)]
+        logits = [run(step, 7, position) for position in (0, 63, 64, LENGTH - 1)]
         found.append([*logits, *(tensor.float() for tensor in caches(model))])
     restore(model, before)
     for other in found[1:]:
@@ -293,8 +296,8 @@ def test_quantized_same_bits_for_any_number_of_threads(make_step, case, format, 
 
 
 def greedy(model: Transformer, step, prompt: list[int], tokens: int) -> list[int]:
-    sample = Sample(len(prompt))
-    return list(decode(model, step, prompt, tokens, Sampling(0.0), torch.Generator(), frozenset(), sample))
+    engine = Engine(model, made("llama", model.norm.weight.dtype)[1], cache=model.cache, step=step)
+    return [token.id for token in engine.stream(Request(prompt, Sampling(0.0), 0.5, tokens))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -331,7 +334,7 @@ def test_nan_travels_as_in_the_plain_step(make_step):
     for tensor, row in ((embeddings, 7), (output, 3)):
         before = tensor[row].clone()
         tensor[row, 20] = torch.nan
-        expected, found = run(model, decode_step, 7, 5), run(model, step, 7, 5)
+        expected, found = run(PlainStep(model, model.cache), 7, 5), run(step, 7, 5)
         tensor[row] = before
         assert torch.equal(found.isnan(), expected.isnan()) and expected.isnan().sum() in (1, 500)
 
@@ -339,13 +342,13 @@ def test_nan_travels_as_in_the_plain_step(make_step):
 def test_dropped_rows_are_not_read(make_step):
     model = copy.deepcopy(make("biases", 0.5))
     step, token, dropped = make_step(model), clear_of_thresholds(model, 5), {}
-    with watch_inputs(model, lambda _, layer, x: dropped.update({layer: layer.dropped(x[0, 0])})):
-        run(model, decode_step, token, 5)
-    expected = run(model, step, token, 5)
+    with watch_inputs(model, lambda _, layer, x, phase: dropped.update({layer: layer.dropped(x[0, 0])})):
+        run(PlainStep(model, model.cache), token, 5)
+    expected = run(step, token, 5)
     for layer, rows in dropped.items():
         assert rows.sum() > 10
         layer.weight.packed[rows] = torch.nan
-    assert torch.equal(run(model, step, token, 5), expected)
+    assert torch.equal(run(step, token, 5), expected)
 
 
 @pytest.mark.parametrize("token, position", [(-1, 5), (500, 5), (7, -1), (7, LENGTH)])
@@ -354,7 +357,7 @@ def test_outside_vocabulary_or_cache_is_refused(make_step, token, position):
     model = make("llama", 0)
     before = [tensor.clone() for tensor in caches(model)]
     with pytest.raises(ValueError, match=f"token {token} at position {position} is outside"):
-        run(model, make_step(model), token, position)
+        run(make_step(model), token, position)
     assert all(torch.equal(tensor, old) for tensor, old in zip(caches(model), before, strict=True))
 
 
@@ -366,7 +369,7 @@ def test_memory_does_not_grow(make_step):
 
     def resident(steps: int) -> int:
         for i in range(steps):
-            run(model, step, 7, i % LENGTH)
+            run(step, 7, i % LENGTH)
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident(300)

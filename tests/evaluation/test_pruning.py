@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from teal_fast import eval, quantize
-from teal_fast.evaluation.pruning import outputs, prune, pruned, zeros_by_kind
+from teal_fast.evaluation.pruning import projection_sizes, prune, pruned, zeros_by_kind
 from teal_fast.files.load import load_model
 from teal_fast.sparse_model import sparse_layers, watch_inputs
 
@@ -28,7 +28,7 @@ def test_magnitude_ranks_each_projection_for_itself(tiny):
         sparse_layers(model)["layers.0.attention.wqkv"].weight.packed[:, 64:96] *= 100
     prune(model, "magnitude", 0.4)
     for name, layer in sparse_layers(model).items():
-        for part in layer.weight.packed.split(outputs(name, model.args), dim=1):
+        for part in layer.weight.packed.split(projection_sizes(name, model.args), dim=1):
             assert (part == 0).float().mean() == pytest.approx(0.4, abs=1 / part.numel())
             assert part[part != 0].abs().min() > 0
     after = sparse_layers(model)["layers.0.attention.wqkv"].weight.packed[:, :64]
@@ -41,7 +41,7 @@ def test_wanda_scores_by_the_inputs_that_pruned_layers_pass_on(tiny):
     model, dense = load_model(tiny), load_model(tiny)
     prune(model, "wanda", 0.5, TOKENS)
     inputs = {}
-    with watch_inputs(model, lambda name, layer, x: inputs.__setitem__(name, x.clone())), torch.no_grad():
+    with watch_inputs(model, lambda name, layer, x, phase: inputs.__setitem__(name, x.clone())), torch.no_grad():
         model.hidden(TOKENS)  # each layer's input now comes from pruned layers only, as it did when it was pruned
     for name, layer in sparse_layers(model).items():
         original = sparse_layers(dense)[name].weight.packed

@@ -12,11 +12,11 @@ import transformers
 from tqdm import tqdm
 
 from teal_fast import eval as evaluation
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.evaluation.tasks import (
     PREFILLS,
     Likelihood,
-    Request,
+    TaskItem,
     TaskScore,
     encode_pair,
     judge,
@@ -29,7 +29,7 @@ from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.sparse_model import leading_dense
+from teal_fast.sparse_model import Phase
 from teal_fast.weights.output import output_weight
 
 IDS = torch.randint(3, 40_000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -47,7 +47,7 @@ EITHER = [{"ctx": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "conts": [" ran.
 def calibrated(tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
     sequences = [IDS[start : start + 50] for start in range(0, 400, 50)]
-    Calibration(measure(load_model(folder), sequences), fingerprint(folder), {}).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), sequences), fingerprint(folder), {}).save(folder / CALIBRATION)
     return folder
 
 
@@ -66,8 +66,8 @@ def run_here(run_main):
 
 def whole_sequence(model, context, continuation, dense):
     """Log-likelihood and greediness from one pass over both, without a cache."""
-    with torch.no_grad(), leading_dense(model, dense):
-        logits = model(torch.tensor([context + continuation]))[0, len(context) - 1 : -1]
+    with torch.no_grad():
+        logits = model(torch.tensor([context + continuation]), phase=Phase(dense))[0, len(context) - 1 : -1]
     target = torch.tensor(continuation)
     return -F.cross_entropy(logits, target, reduction="sum").item(), bool((logits.argmax(-1) == target).all())
 
@@ -77,12 +77,12 @@ def whole_sequence(model, context, continuation, dense):
 def test_likelihoods_are_those_of_a_whole_pass(calibrated, prefill, dense, sparsity):
     model = load_model(calibrated)
     set_sparsity(model, Calibration.load(calibrated / CALIBRATION), sparsity)
-    with torch.no_grad(), leading_dense(model, dense):
-        greedy = [model(torch.tensor([CONTEXT]))[0, -1].argmax().item()]
+    with torch.no_grad():
+        greedy = [model(torch.tensor([CONTEXT]), phase=Phase(dense))[0, -1].argmax().item()]
     expected = [whole_sequence(model, CONTEXT, ids, dense) for ids in [*CONTINUATIONS, greedy]]
-    model.setup_caches(1, 30)
+    cache = model.new_cache(1, 30)
     output = output_weight(model.output)
-    found = list(likelihoods(model, output, CONTEXT, [*CONTINUATIONS, greedy], PREFILLS[prefill]))
+    found = list(likelihoods(model, cache, output, CONTEXT, [*CONTINUATIONS, greedy], PREFILLS[prefill]))
     assert [f.log_likelihood for f in found] == pytest.approx([e[0] for e in expected], rel=1e-4)
     assert [f.greedy for f in found] == [e[1] for e in expected]
     assert found[-1].greedy and not found[0].greedy
@@ -91,17 +91,18 @@ def test_likelihoods_are_those_of_a_whole_pass(calibrated, prefill, dense, spars
 def test_what_is_sparsified_moves_the_score(calibrated):
     model = load_model(calibrated)
     set_sparsity(model, Calibration.load(calibrated / CALIBRATION), 0.8)
-    model.setup_caches(1, 30)
+    cache = model.new_cache(1, 30)
     totals = set()
     for dense in PREFILLS.values():
-        totals.add(next(likelihoods(model, output_weight(model.output), CONTEXT, [IDS[20:25]], dense)).log_likelihood)
+        output = output_weight(model.output)
+        totals.add(next(likelihoods(model, cache, output, CONTEXT, [IDS[20:25]], dense)).log_likelihood)
     assert len(totals) == 3
 
 
 def test_dense_likelihood_is_that_of_transformers(tiny, tiny_hf):
     model = load_model(tiny)
-    model.setup_caches(1, 30)
-    found = likelihoods(model, output_weight(model.output), CONTEXT, CONTINUATIONS, PREFILLS["full"])
+    cache = model.new_cache(1, 30)
+    found = likelihoods(model, cache, output_weight(model.output), CONTEXT, CONTINUATIONS, PREFILLS["full"])
     reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_hf)
     for likelihood, ids in zip(found, CONTINUATIONS, strict=True):
         labels = torch.tensor([[-100] * len(CONTEXT) + ids])
@@ -111,15 +112,15 @@ def test_dense_likelihood_is_that_of_transformers(tiny, tiny_hf):
 
 
 def test_metrics_by_hand():
-    def item(*totals):
+    def scored(*totals):
         return [Likelihood(total, False) for total in totals]
 
-    request = Request(("q", "q"), (" no", " a long answer"), 1)
-    assert judge(request, item(-3.0, -9.0)) == {"acc": 0, "acc_norm": 1}  # -3 / 2 characters, -9 / 13
-    assert judge(request, item(-9.0, -3.0)) == {"acc": 1, "acc_norm": 1}
-    assert judge(request, item(-1.0, -9.0)) == {"acc": 0, "acc_norm": 0}
-    assert judge(Request(("a", "b"), (" x", " x"), 0), item(-1.0, -2.0)) == {"acc": 1}
-    assert judge(Request(("q",), (" x",), None), [Likelihood(-2.5, True)]) == {"acc": 1, "loss": 2.5}
+    item = TaskItem(("q", "q"), (" no", " a long answer"), 1)
+    assert judge(item, scored(-3.0, -9.0)) == {"acc": 0, "acc_norm": 1}  # -3 / 2 characters, -9 / 13
+    assert judge(item, scored(-9.0, -3.0)) == {"acc": 1, "acc_norm": 1}
+    assert judge(item, scored(-1.0, -9.0)) == {"acc": 0, "acc_norm": 0}
+    assert judge(TaskItem(("a", "b"), (" x", " x"), 0), scored(-1.0, -2.0)) == {"acc": 1}
+    assert judge(TaskItem(("q",), (" x",), None), [Likelihood(-2.5, True)]) == {"acc": 1, "loss": 2.5}
 
 
 def test_errors_are_of_the_mean_and_changes_are_paired():
@@ -143,16 +144,14 @@ def test_score_task(tiny, data):
     model, tokenizer = load_model(tiny), Tokenizer.load(tiny)
     plain = load_model(tiny)
     for name in ("choices", "clozes", "either"):
-        requests = read_task(data, name)
-        score = score_task(model, tokenizer, requests, PREFILLS["full"], SILENT)
-        for i, request in enumerate(requests):
-            pairs = [
-                encode_pair(tokenizer, *pair) for pair in zip(request.contexts, request.continuations, strict=True)
-            ]
-            expected = judge(request, [Likelihood(*whole_sequence(plain, *pair, 1)) for pair in pairs])
+        items = read_task(data, name)
+        score = score_task(model, tokenizer, items, PREFILLS["full"], SILENT)
+        for i, item in enumerate(items):
+            pairs = [encode_pair(tokenizer, *pair) for pair in zip(item.contexts, item.continuations, strict=True)]
+            expected = judge(item, [Likelihood(*whole_sequence(plain, *pair, 1)) for pair in pairs])
             assert {key: values[i].item() for key, values in score.metrics.items()} == pytest.approx(expected, rel=1e-4)
         assert score.achieved["all"] == 0
-        assert len(score.metrics["acc"]) == len(requests)
+        assert len(score.metrics["acc"]) == len(items)
 
 
 def test_pairs_are_cut_as_the_harness_cuts_them(tiny):
@@ -166,9 +165,9 @@ def test_pairs_are_cut_as_the_harness_cuts_them(tiny):
 
 
 def test_limit_spreads_over_the_file(data):
-    assert [request.contexts[0][23] for request in read_task(data, "choices", 3)] == ["0", "2", "4"]
+    assert [item.contexts[0][23] for item in read_task(data, "choices", 3)] == ["0", "2", "4"]
     assert read_task(data, "choices", 50) == read_task(data, "choices")
-    assert read_task(data, "clozes")[0] == Request((CLOZES[0]["ctx"],), (" again",), None)
+    assert read_task(data, "clozes")[0] == TaskItem((CLOZES[0]["ctx"],), (" again",), None)
     assert read_task(data, "either")[0].contexts == tuple(EITHER[0]["ctx"])
 
 
@@ -193,7 +192,7 @@ def test_command(run_here, calibrated, data, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "holds no requests"),
+        ("", "holds no items"),
         ("[]", "line 1: expected"),
         ('{"ctx": "a", "conts": [" b"]}', "line 1: expected"),
         ('{"ctx": "a", "cont": " b"}\n{"ctx": "a", "conts": [" b", " c"], "gold": 2}', "line 2: expected"),

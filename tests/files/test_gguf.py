@@ -14,7 +14,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from teal_fast.files.checkpoint import WEIGHTS, read_config
-from teal_fast.files.gguf import convert
+from teal_fast.files.gguf import convert_gguf
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
 from teal_fast.files.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def test_logits_match_transformers(case, tmp_path):
     model = make_model(case)
     extra = {"rope_freqs.weight": rope_divisors(model).numpy()} if case == "llama3_rope" else None
     write_gguf(tmp_path / "model.gguf", model, extra=extra)
-    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
     same_logits(model, tmp_path / "out")
 
 
@@ -57,15 +57,15 @@ def test_every_stored_type_is_dequantized(kind, tmp_path):
     original, model = make_model(), make_model()
     write_gguf(tmp_path / "model.gguf", model, kind)
     assert not torch.equal(original.lm_head.weight, model.lm_head.weight)
-    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
     same_logits(model, tmp_path / "out")
 
 
 def test_rows_dequantized_in_parts_are_the_same(tmp_path, monkeypatch):
     write_gguf(tmp_path / "model.gguf", make_model(), Type.Q4_0)
-    convert(tmp_path / "model.gguf", tmp_path / "whole", torch.bfloat16)
-    monkeypatch.setattr("scripts.convert_gguf.VALUES_AT_ONCE", 7 * 64)
-    convert(tmp_path / "model.gguf", tmp_path / "parts", torch.bfloat16)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "whole", torch.bfloat16)
+    monkeypatch.setattr("teal_fast.files.gguf.VALUES_AT_ONCE", 7 * 64)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "parts", torch.bfloat16)
     assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
@@ -74,7 +74,7 @@ def test_rope_divisors_are_the_llama3_scaling(tmp_path):
     divisors = rope_divisors(model)
     assert divisors.max() > 4 and divisors.min() == 1
     write_gguf(tmp_path / "model.gguf", model, extra={"rope_freqs.weight": divisors.numpy()})
-    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
     scaling = read_config(tmp_path / "out")["rope_scaling"]
     assert scaling == {"rope_type": "factors", "factors": divisors.tolist()}
     torch.testing.assert_close(load_model(tmp_path / "out").frequencies, model.model.rotary_emb.inv_freq)
@@ -93,13 +93,13 @@ def test_rope_divisors_are_the_llama3_scaling(tmp_path):
 def test_rope_scaling_is_read_as_llama_cpp_reads_it(tmp_path, metadata, expected):
     """https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp, load_hparams."""
     write_gguf(tmp_path / "model.gguf", make_model(), metadata=metadata)
-    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
     assert read_config(tmp_path / "out").get("rope_scaling") == expected
 
 
 def test_tokenizer_comes_along(tmp_path):
     write_gguf(tmp_path / "model.gguf", make_model())
-    convert(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert [VOCABULARY[i] for i in tokenizer.encode("thein")] == ["the", "in"]
     assert read_config(tmp_path / "out")["eos_token_id"] == VOCABULARY.index("<end>")
@@ -120,7 +120,7 @@ def refuses(path, tmp_path, message):
     parent = tmp_path / "parent"
     parent.mkdir()
     with pytest.raises((ValueError, OSError)) as error:
-        convert(path, parent / "out", torch.float32)
+        convert_gguf(path, parent / "out", torch.float32)
     assert message in str(error.value)
     assert os.listdir(parent) == []
 
@@ -239,7 +239,7 @@ def demo_gguf() -> Path:
 @pytest.fixture(scope="module")
 def demo_fp32(demo_gguf, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "fp32"
-    convert(demo_gguf, out, torch.float32)
+    convert_gguf(demo_gguf, out, torch.float32)
     yield out
     shutil.rmtree(out)
 
@@ -259,11 +259,11 @@ def test_demo_continues_as_in_transformers(theirs, demo_fp32):
     """Their choice after each of our prefixes is our next token: by induction both write the same text."""
     model, tokenizer = load_model(demo_fp32), Tokenizer.load(demo_fp32)
     tokens = torch.tensor([tokenizer.encode(prompt)[:4] for prompt in PROMPTS])  # one length: one batch
-    model.setup_caches(len(PROMPTS), 36)
-    logits = model(tokens)
+    cache = model.new_cache(len(PROMPTS), 36)
+    logits = model(tokens, None, cache)
     for position in range(4, 36):
         tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
-        logits = model(tokens[:, -1:], torch.tensor([position]))
+        logits = model(tokens[:, -1:], torch.tensor([position]), cache)
     assert torch.equal(theirs(tokens).logits[:, 3:-1].argmax(-1), tokens[:, 4:])
     assert len(tokens.unique(dim=0)) == len(PROMPTS)
 
@@ -285,7 +285,7 @@ def test_demo_perplexity_is_that_of_transformers(theirs, demo_fp32, demo):
 
 def test_demo_takes_hardly_more_memory_than_its_size(demo_gguf, tiny_gguf, tmp_path):
     """Resident memory counts the mapped files. The tokenizer's 98,000 metadata objects are in it as well."""
-    converting = "convert_gguf.convert(Path({!r}), Path({!r}), torch.bfloat16)".format
+    converting = "gguf.convert_gguf(Path({!r}), Path({!r}), torch.bfloat16)".format
     out, small = tmp_path / "out", tmp_path / "small"
     converted = peak_bytes(converting(str(demo_gguf), str(out)), warm_up=converting(str(tiny_gguf), str(small)))
     loaded = peak_bytes(f"forward({str(out)!r})", warm_up=f"forward({str(small)!r})")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from teal_fast.files.checkpoint import CONFIG, WEIGHTS
-from teal_fast.files.huggingface import convert
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.tests.memory import peak_bytes
 
@@ -50,7 +50,7 @@ def damaged(source, tmp_path):
 @pytest.fixture(scope="module")
 def expected(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("expected") / "model"
-    convert(source, out, None)
+    convert_huggingface(source, out, None)
     return out
 
 
@@ -69,7 +69,7 @@ def test_sharded_safetensors(expected, source, tmp_path):
     assert len({where[f"{PREFIX}self_attn.{part}_proj.weight"] for part in "qkv"}) > 1
     assert any(len(load_file(tmp_path / "hf" / shard)) == 1 for shard in where.values())
     shutil.copyfile(source / CONFIG, tmp_path / "hf" / CONFIG)
-    convert(tmp_path / "hf", tmp_path / "out", None)
+    convert_huggingface(tmp_path / "hf", tmp_path / "out", None)
     same_files(tmp_path / "out", expected)
 
 
@@ -87,7 +87,7 @@ def test_pickled_weights(expected, damaged, tmp_path, parts):
             torch.save({name: state[name] for name in names[part::parts]}, damaged / shard)
             where |= dict.fromkeys(names[part::parts], shard)
         (damaged / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    convert(damaged, tmp_path / "out", None)
+    convert_huggingface(damaged, tmp_path / "out", None)
     same_files(tmp_path / "out", expected)
 
 
@@ -99,7 +99,7 @@ def test_a_shard_without_matrices(expected, damaged, tmp_path):
     where = {name: "a.safetensors" if name in norms else "b.safetensors" for name in tensors}
     (damaged / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": where}))
     (damaged / WEIGHTS).unlink()
-    convert(damaged, tmp_path / "out", None)
+    convert_huggingface(damaged, tmp_path / "out", None)
     same_files(tmp_path / "out", expected)
 
 
@@ -108,7 +108,7 @@ def test_parameters_in_a_pickle_and_buffers_of_old_models(expected, damaged, tmp
     state[f"{PREFIX}self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     (damaged / WEIGHTS).unlink()
     torch.save(state, damaged / "pytorch_model.bin")
-    convert(damaged, tmp_path / "out", None)
+    convert_huggingface(damaged, tmp_path / "out", None)
     same_files(tmp_path / "out", expected)
 
 
@@ -116,7 +116,7 @@ def test_tokenizer_files_come_along(damaged, tmp_path):
     copied = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
     for name in copied:
         (damaged / name).write_text(name)
-    convert(damaged, tmp_path / "out", None)
+    convert_huggingface(damaged, tmp_path / "out", None)
     assert {name: (tmp_path / "out" / name).read_text() for name in copied} == {name: name for name in copied}
 
 
@@ -132,7 +132,7 @@ def stored_types(folder):
 def test_stored_type_is_kept(tmp_path, dtype, stored):
     model = make_model(dtype)
     model.save_pretrained(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "out", None)
+    convert_huggingface(tmp_path / "hf", tmp_path / "out", None)
     assert stored_types(tmp_path / "out") == {stored}
     found = load_file(tmp_path / "out" / WEIGHTS)
     assert torch.equal(found["output.weight"], model.lm_head.weight)
@@ -141,7 +141,7 @@ def test_stored_type_is_kept(tmp_path, dtype, stored):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conversion_rounds_once(source, tmp_path, dtype):
-    convert(source, tmp_path / "out", dtype)
+    convert_huggingface(source, tmp_path / "out", dtype)
     model = load_model(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     original = load_file(source / WEIGHTS)[f"{PREFIX}mlp.down_proj.weight"]
@@ -155,13 +155,13 @@ def test_the_widest_matrix_decides(damaged, tmp_path):
             continue  # a file may start with any: norms are often fp32 beside bf16 matrices
         tensors[name] = tensor.half() if "q_proj" in name else tensor.bfloat16()
     save_file(tensors, damaged / WEIGHTS)
-    convert(damaged, tmp_path / "wide", None)
+    convert_huggingface(damaged, tmp_path / "wide", None)
     assert stored_types(tmp_path / "wide") == {"F32"}
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
     for name in [name for name in tensors if "q_proj" in name]:
         tensors[name] = tensors[name].bfloat16()
     save_file(tensors, damaged / WEIGHTS)
-    convert(damaged, tmp_path / "narrow", None)
+    convert_huggingface(damaged, tmp_path / "narrow", None)
     assert stored_types(tmp_path / "narrow") == {"BF16"}
 
 
@@ -185,7 +185,7 @@ def refuses(folder, tmp_path, message, dtype=None):
     parent = tmp_path / "parent"
     parent.mkdir()
     with pytest.raises((ValueError, OSError)) as error:
-        convert(folder, parent / "out", dtype)
+        convert_huggingface(folder, parent / "out", dtype)
     assert message in str(error.value)
     assert os.listdir(parent) == []
 
@@ -265,7 +265,7 @@ def test_index_never_leaves_the_folder(damaged, tmp_path):
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
         (damaged / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
         with pytest.raises(FileNotFoundError, match=r"model/outside\.safetensors is missing"):
-            convert(damaged, tmp_path / "out", None)
+            convert_huggingface(damaged, tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
 
 
@@ -358,7 +358,7 @@ def test_tied_output_must_be_the_embeddings(damaged, expected, tmp_path):
     (damaged / CONFIG).write_text(json.dumps(config | {"tie_word_embeddings": True}))
     refuses(damaged, tmp_path, "ties lm_head.weight to model.embed_tokens.weight, but the checkpoint's two differ")
     change(damaged, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
-    convert(damaged, tmp_path / "tied", None)
+    convert_huggingface(damaged, tmp_path / "tied", None)
     assert load_file(tmp_path / "tied" / WEIGHTS).keys() == load_file(expected / WEIGHTS).keys() - {"output.weight"}
 
 
@@ -417,7 +417,7 @@ def test_a_gigabyte_takes_hardly_more_memory_than_its_size(gigabyte, source, exp
     """Resident memory counts the mapped files: all of the checkpoint, and on top of it what is being built."""
     size = sum(path.stat().st_size for path in gigabyte.iterdir())
     assert 0.9e9 < size < 1.2e9
-    converting = "convert_hf_checkpoint.convert(Path({!r}), Path({!r}), None)".format
+    converting = "huggingface.convert_huggingface(Path({!r}), Path({!r}), None)".format
     small = converting(str(source), str(tmp_path / "small"))
     try:
         assert peak_bytes(converting(str(gigabyte), str(tmp_path / "out")), warm_up=small) < 1.2 * size

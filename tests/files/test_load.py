@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from teal_fast.files.checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
 from teal_fast.files.load import load_model
-from teal_fast.quantization.checkpoint import quantize
+from teal_fast.quantization.checkpoint import make_quantized
 from teal_fast.sparse_model import sparse_layers
 from teal_fast.weights.formats import Format
 from teal_fast.weights.quantized import Int4Weight
@@ -37,7 +37,7 @@ def folders(even, tmp_path_factory) -> dict[str, Path]:
     for name, format in FORMATS.items():
         if format:
             (root / name).mkdir()
-            quantize(folder, root / name, format, lambda layer, w, format=format: format.within(layer).pack(w))
+            make_quantized(folder, root / name, format)
     return {name: root / name for name in FORMATS}
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
+from teal_fast.engine.load import load
 from teal_fast.evaluation.tasks import PREFILLS, read_task, score_task
-from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
+from teal_fast.files.calibration import CALIBRATION, Calibration
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
-from teal_fast.files.tokenizer import Tokenizer
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 with_harness = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed: it is optional")
@@ -29,7 +29,7 @@ ITEMS = {
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
 def test_without_the_harness_one_line_says_how_to_get_it(command):
-    done = command("scripts.lm_eval_teal", "--help")
+    done = command("integrations.lm_eval", "--help")
     assert done.returncode == 1
     assert done.stderr.startswith("error: the harness is not installed") and "pip install lm-eval==" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -73,7 +73,7 @@ def harness(tmp_path, monkeypatch):
 def calibrated(tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
     ids = torch.randint(3, 40_000, (8, 50), generator=torch.Generator().manual_seed(0)).tolist()
-    Calibration(measure(load_model(folder), ids), fingerprint(folder), {}).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), ids), fingerprint(folder), {}).save(folder / CALIBRATION)
     return folder
 
 
@@ -84,7 +84,7 @@ def test_dense_scores_are_those_of_the_harness_with_transformers(tiny, tiny_hf, 
     from teal_fast.integrations.lm_eval import TealLM
 
     call, _ = harness
-    results, likelihoods = call(TealLM(load_model(tiny), Tokenizer.load(tiny)))
+    results, likelihoods = call(TealLM(*load(tiny)))
     expected, expected_likelihoods = call(HFLM(pretrained=str(tiny_hf), device="cpu", dtype="float32"))
     for name in ITEMS:
         assert likelihoods[name] == pytest.approx(expected_likelihoods[name], rel=1e-4)
@@ -99,9 +99,9 @@ def test_sparse_scores_are_those_of_tasks(calibrated, harness, prefill):
     from teal_fast.integrations.lm_eval import TealLM
 
     call, data = harness
-    model, tokenizer = load_model(calibrated), Tokenizer.load(calibrated)
-    set_sparsity(model, Calibration.load(calibrated / CALIBRATION), 0.6)
-    results, _ = call(TealLM(model, tokenizer, prefill))
+    engine, tokenizer = load(calibrated)
+    model = engine.model
+    results, _ = call(TealLM(engine, tokenizer, 0.6, prefill))
     for name in ITEMS:
         score = score_task(model, tokenizer, read_task(data, name), PREFILLS[prefill], tqdm(disable=True))
         assert results[name]["acc,none"] == pytest.approx(score.metrics["acc"].mean().item())
@@ -121,7 +121,7 @@ def test_rolling_likelihood_and_generation(calibrated, tiny_hf):
 
     from teal_fast.integrations.lm_eval import TealLM
 
-    ours = TealLM(load_model(calibrated), Tokenizer.load(calibrated))
+    ours = TealLM(*load(calibrated))
     theirs = HFLM(pretrained=str(tiny_hf), device="cpu", dtype="float32", max_length=512)
     text = " ".join(f"The {i}th sentence is about {i * i} whales." for i in range(80))  # some windows of 512
     rolling = [Instance("loglikelihood_rolling", {}, (text,), 0)]
@@ -145,6 +145,6 @@ def test_rolling_likelihood_and_generation(calibrated, tiny_hf):
 def test_unknown_or_unreachable_task_is_one_line(command, calibrated):
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
     for name in ("no_such_task", "hellaswag"):
-        done = command("scripts.lm_eval_teal", "--checkpoint", calibrated, "--tasks", name, env=environment)
+        done = command("integrations.lm_eval", "--checkpoint", calibrated, "--tasks", name, env=environment)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr

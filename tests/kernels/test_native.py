@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from teal_fast.calibration.passes import cut_sequences
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import Calibration
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
@@ -221,7 +221,7 @@ def test_text_is_the_same_without_cpp(tiny, command, tmp_path, monkeypatch):
     model = load_model(tiny)
     ids = torch.randint(model.args.vocab_size, (256,), generator=torch.Generator().manual_seed(0)).tolist()
     calibration = tmp_path / "calibration.safetensors"
-    Calibration(measure(model, cut_sequences([ids], 256, 256, 0)), fingerprint(tiny), {}).save(calibration)
+    Calibration(measure_quantiles(model, cut_sequences([ids], 256, 256, 0)), fingerprint(tiny), {}).save(calibration)
     monkeypatch.delenv("XDG_CACHE_HOME")
     found, said = [], []
     for changes in ({}, {"TEAL_CPU": "torch"}, {"PATH": str(tmp_path)}):

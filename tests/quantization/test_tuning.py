@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.quantization import tuning
-from teal_fast.quantization.tuning import SPARSITIES, STEP, cut_steps, rescaled, tune_scales
-from teal_fast.sparse_model import KEEP_ALL, DenseWeight, SparseLinear, leading_dense, sparse_layers
+from teal_fast.quantization.tuning import SPARSITIES, STEP_TOKENS, cut_steps, rescaled, tune_scales
+from teal_fast.sparse_model import DENSE, KEEP_ALL, DenseWeight, Phase, SparseLinear, sparse_layers
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
 
@@ -33,13 +33,13 @@ def original(even):
 
 @pytest.fixture(scope="module")
 def calibration(even, original):
-    return Calibration(measure(original, draw_sequences(8, 2)), fingerprint(even), {})
+    return Calibration(measure_quantiles(original, draw_sequences(8, 2)), fingerprint(even), {})
 
 
 @pytest.fixture
 def short_steps(monkeypatch):
     """As many steps as sequences."""
-    monkeypatch.setattr(tuning, "STEP", 32)
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 32)
 
 
 def quantized(even, format):
@@ -54,8 +54,9 @@ def quantized(even, format):
 def divergence(model, original, sequences):
     """From the dense original, in nats a token."""
     tokens = torch.tensor(sequences)
-    with leading_dense(model, 1):
-        found, expected = (m(tokens).float().log_softmax(-1) for m in (model, original))
+    found, expected = (
+        m(tokens, phase=phase).float().log_softmax(-1) for m, phase in ((model, Phase(1)), (original, DENSE))
+    )
     return F.kl_div(found, expected, log_target=True, reduction="sum").item() / tokens.numel()
 
 
@@ -119,9 +120,14 @@ def test_hidden_states_that_are_not_finite_are_refused(even, original, calibrati
 
 
 def test_short_sequences_share_a_step():
-    lengths = [STEP, 36, STEP, STEP - 1, 2, 2]
+    lengths = [STEP_TOKENS, 36, STEP_TOKENS, STEP_TOKENS - 1, 2, 2]
     steps = cut_steps([[1] * length for length in lengths])
-    assert [[len(sequence) for sequence in step] for step in steps] == [[STEP], [36, STEP], [STEP - 1, 2], [2]]
+    assert [[len(sequence) for sequence in step] for step in steps] == [
+        [STEP_TOKENS],
+        [36, STEP_TOKENS],
+        [STEP_TOKENS - 1, 2],
+        [2],
+    ]
 
 
 @pytest.mark.gpu

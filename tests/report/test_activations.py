@@ -19,7 +19,7 @@ from teal_fast.report.activations import (
     fit_gaussian,
     fit_laplacian,
     ks_distance,
-    measure,
+    measure_activations,
 )
 from teal_fast.sparse_model import sparse_layers, watch_inputs
 
@@ -126,14 +126,14 @@ def folder(tiny, tmp_path_factory):
 def test_measure_leaves_out_first_tokens_and_sees_the_sparse_model(folder):
     model, calibration = load_model(folder), load_calibration(folder)
     sequences = [list(range(100, 164)), list(range(900, 920))]
-    found = measure(model, calibration, sequences, [0.3, 0.6])
+    found = measure_activations(model, calibration, sequences, [0.3, 0.6])
     assert [layer["name"] for layer in found] == list(sparse_layers(model))
     assert [layer["kind"] for layer in found] == ["qkv", "o", "gate+up", "down"] * 2
 
     inputs = {}
     set_sparsity(model, calibration, 0.6)
     with (
-        watch_inputs(model, lambda name, layer, x: inputs.setdefault(name, []).append(x[0, 1:].clone())),
+        watch_inputs(model, lambda name, layer, x, phase: inputs.setdefault(name, []).append(x[0, 1:].clone())),
         torch.no_grad(),
     ):
         for sequence in sequences:

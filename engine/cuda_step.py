@@ -1,0 +1,93 @@
+"""The decode step on CUDA: fused sparse kernels, recorded once as a CUDA graph and replayed for every token.
+
+The graph serves every prompt length, position and sparsity: position and thresholds are tensors that change in place
+between replays. A layer is eight launches: norm and compaction, q/k/v, attention, its merge, o, norm and compaction,
+gate/up, down. The residual stream stays in fp32.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from teal_fast.kernels.decode_attention import GROUP, decode_attention
+from teal_fast.kernels.merge_attention import merge_attention
+from teal_fast.kernels.norm_compact import norm_compact
+from teal_fast.kernels.semaphore import arrivals
+from teal_fast.model import KVCache, Transformer
+from teal_fast.sparse_model import DECODE, KEEP_ALL, sparse_layers
+
+Compute = Callable[
+    [Transformer, KVCache, Tensor, Tensor], Tensor
+]  # model, cache, token [1, 1], input_pos [1] -> logits
+
+
+def can_fuse(model: Transformer) -> bool:
+    """Whether `fused_step` computes this model: no biases but those of q/k/v, no q/k norms, a head size it can take."""
+    args = model.args
+    biased = any(layer.bias is not None for name, layer in sparse_layers(model).items() if not name.endswith("wqkv"))
+    whole = args.head_dim >= 32 and args.head_dim & (args.head_dim - 1) == 0
+    return whole and not biased and not args.qk_norm and args.n_heads // args.n_kv_heads <= GROUP
+
+
+def fused_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Tensor) -> Tensor:
+    """Logits [vocab] after token [1, 1] at input_pos [1] by the fused kernels; the plain step's up to rounding."""
+    eps = model.args.norm_eps
+    keep_all = model.norm.weight.new_full(model.norm.weight.shape, KEEP_ALL, dtype=torch.float32)
+    residual = model.tok_embeddings(token)[0, 0].float()
+    update = None
+    arrived = arrivals(max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device)
+    for number, (layer, window) in enumerate(zip(model.layers, model.args.sliding_windows, strict=True)):
+        attention, ffn, k_cache, v_cache = layer.attention, layer.feed_forward, cache.k[number], cache.v[number]
+        wqkv, wo, w13, w2 = attention.wqkv, attention.wo, ffn.w13, ffn.w2
+        residual, *x = norm_compact(residual, update, layer.attention_norm.weight, wqkv.threshold, eps)
+        qkv = wqkv.weight.compact_matvec(x, arrived)
+        if wqkv.bias is not None:
+            qkv += wqkv.bias
+        shares = decode_attention(
+            qkv, model.frequencies, k_cache[0], v_cache[0], input_pos, model.args.n_heads, window or 0
+        )
+        x = merge_attention(*shares, wo.threshold, k_cache.dtype)
+        update = wo.weight.compact_matvec(x, arrived)
+        residual, *x = norm_compact(residual, update, layer.ffn_norm.weight, w13.threshold, eps)
+        x = w13.weight.compact_gate_up(x, w2.threshold, arrived)
+        update = w2.weight.compact_matvec(x, arrived)
+    _, _, x, _ = norm_compact(residual, update, model.norm.weight, keep_all, eps)  # the whole vector as a list
+    return model.output(x)[0]
+
+
+def plain_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Tensor) -> Tensor:
+    """Logits [vocab] after token [1, 1] at input_pos [1], computed sparsely by the model itself."""
+    return model(token, input_pos, cache, DECODE)[0, -1]
+
+
+class CapturedStep:
+    """A decode step over one model and one cache, recorded once as a CUDA graph; each replay fills the same logits."""
+
+    mode = "captured"
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, cache: KVCache, compute: Compute | None = None):
+        """`compute` None: the fastest that serves this model."""
+        started = time.perf_counter()
+        compute = compute or (fused_step if can_fuse(model) else plain_step)
+        device = model.norm.weight.device
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.input_pos = torch.zeros(1, dtype=torch.long, device=device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # compiles the kernels; the cache's first row is written and means nothing yet
+            compute(model, cache, self.token, self.input_pos)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = compute(model, cache, self.token, self.input_pos)
+        print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+    def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
+        self.token.copy_(token)
+        self.input_pos.copy_(input_pos)
+        self.graph.replay()
+        return self.logits

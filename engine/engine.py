@@ -1,0 +1,194 @@
+"""The engine: one model, its key/value cache and the one decode loop. Ids go in, tokens come out; text is text.py's.
+
+The cache keeps the last conversation. A request computes only what comes after the longest common prefix of its prompt
+and of what the cache holds; at sparsity 0 the prefix counts only as far as it was computed densely from its start.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from teal_fast.engine.accounting import recount
+from teal_fast.engine.prefill import Prefill, prefill
+from teal_fast.engine.request import Request, Token
+from teal_fast.engine.steps import Step, fast_step
+from teal_fast.files.calibration import Calibration, set_sparsity
+from teal_fast.model import KVCache, Transformer
+
+CONTEXT = 4096  # the default size of a cache, in tokens
+
+
+class Engine:
+    """A model that answers one request at a time. It owns the model's thresholds and a cache of `context` tokens.
+
+    calibration: what thresholds are read from; None serves sparsity 0 only. stop: ids that end an answer unless the
+    request names others. step: the decode step over the model and its cache; None for the fastest. prefill: the
+    prompt's pass.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        calibration: Calibration | None = None,
+        stop: frozenset[int] = frozenset(),
+        cache: KVCache | None = None,
+        step: Step | None = None,
+        prefill: Prefill = prefill,
+    ):
+        self.model, self.calibration, self.stop, self.prefill = model, calibration, frozenset(stop), prefill
+        self.cache = cache or model.new_cache(1, min(CONTEXT, model.args.max_position))
+        self.step = step or fast_step(model, self.cache)
+        self.ids: list[int] = []  # the tokens whose keys and values the cache holds, from position 0 on
+        self.dense = 0  # so many of them were computed densely, from the first on
+        self.sparsity = 0.0  # of the thresholds now set
+        self._pending: float | None = None  # a sparsity to be set before the next step
+        self._decoded = (0, 0)  # where the last answer's decoded tokens begin and end in the cache
+        self._lock, self._owner = threading.Lock(), None
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self.cache.length
+
+    def stream(self, request: Request) -> Iterator[Token]:
+        """Yields the answer's tokens as they are drawn; a stop token is the last one.
+
+        Other threads' streams wait until this one is finished or closed. Raises ValueError at once on a request that
+        can't be served: a prompt that is too long or outside the vocabulary, a sparsity without calibration.
+        """
+        room = self.context - len(request.prompt)
+        if (request.max_new_tokens or 1) > room:
+            needed = f"{len(request.prompt)} prompt and {request.max_new_tokens or 1} new tokens"
+            raise ValueError(f"{needed} do not fit the context of {self.context}: shorten the prompt or the answer")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.args.vocab_size:
+            raise ValueError(f"the prompt has ids outside the model's vocabulary of {self.model.args.vocab_size}")
+        self._check_sparsity(request.sparsity)
+        return self._stream(request, request.max_new_tokens or room)
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Changes the running answer from its next token on; without one, what the next request sets again."""
+        self._check_sparsity(sparsity)
+        self._pending = sparsity
+
+    def achieved_sparsity(self) -> dict[str, float]:
+        """What the last answer's decoded tokens skipped, by tensor kind and "all", at the sparsity now set."""
+        with self._held():
+            begin, end = self._decoded
+            return recount(self.model, self.cache, begin, self.ids[begin:end])
+
+    def _check_sparsity(self, sparsity: float) -> None:
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"sparsity {sparsity}: expected a fraction from 0 (dense) to 1")
+        if sparsity and self.calibration is None:
+            raise ValueError(f"sparsity {sparsity} needs a calibration, and the engine was opened without one")
+
+    def _apply(self, sparsity: float) -> None:
+        """Sets the model's thresholds, whatever another engine over the same model has left there."""
+        set_sparsity(self.model, self.calibration, sparsity)
+        self.sparsity, self._pending = sparsity, None
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """In the block, model and cache are this thread's. Raises where the thread has them already: it would wait."""
+        if self._owner == threading.get_ident():
+            raise ValueError("the engine is in the middle of another answer: finish or close that stream first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def known(self, prompt: Sequence[int], sparsity: float = 1.0) -> int:
+        """How many of the prompt's first tokens a request at that sparsity need not compute: the cache holds them."""
+        most = min(len(prompt) - 1, len(self.ids) if sparsity else self.dense)
+        return next((i for i in range(most) if prompt[i] != self.ids[i]), most)
+
+    def _start(self, request: Request) -> Tensor:
+        """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
+        prompt, start = request.prompt, self.known(request.prompt, request.sparsity)
+        dense = len(prompt) if start <= self.dense else self.dense  # on keys made sparsely nothing is dense
+        self.ids, self.dense = self.ids[:start], min(start, self.dense)  # what holds should the pass be interrupted
+        device = self.model.norm.weight.device
+        logits = self.prefill(self.model, self.cache, torch.tensor([prompt[start:]], device=device), start)
+        self.ids, self.dense = list(prompt), dense
+        return logits
+
+    @torch.no_grad()
+    def _stream(self, request: Request, new_tokens: int) -> Iterator[Token]:
+        with self._held():
+            self._apply(request.sparsity)
+            begin = len(request.prompt)
+            self._decoded = (begin, begin)
+            yield from self._decode(request, new_tokens)
+
+    def _decode(self, request: Request, new_tokens: int) -> Iterator[Token]:
+        """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
+        device = self.model.norm.weight.device
+        draw, generator = request.sampling.draw, _generator(device, request.seed)
+        stop = self.stop if request.stop is None else request.stop
+        ahead = 1 if device.type == "cuda" else 0
+        logits = self._start(request)
+        token, position = draw(logits, generator), torch.tensor([len(request.prompt)], device=device)
+        drawn, launched, previous = deque([_Drawn(token, logits, request.logprobs, 0.0)]), 1, None
+        for count in range(1, new_tokens + 1):
+            while launched < new_tokens and len(drawn) <= ahead:
+                if self._pending is not None:
+                    self._apply(self._pending)
+                logits = self.step(token.view(1, 1), position)
+                token, position = draw(logits, generator), position + 1
+                drawn.append(_Drawn(token, logits, request.logprobs, self.sparsity))
+                launched += 1
+            found = drawn.popleft()
+            id, logprob = found.wait()
+            if previous is not None:  # the step that gave this token has put that one into the cache
+                self._remember(previous, found.sparsity)
+            previous = id
+            reason = "stop" if id in stop else "length" if count == new_tokens else None
+            yield Token(id, logprob, found.sparsity, reason)
+            if reason:
+                return
+
+    def _remember(self, token: int, sparsity: float) -> None:
+        """Notes that the cache holds the keys and values of one more token, from a step at this sparsity."""
+        if sparsity == 0 and self.dense == len(self.ids):
+            self.dense += 1
+        self.ids.append(token)
+        self._decoded = (self._decoded[0], len(self.ids))
+
+
+def _generator(device: torch.device, seed: int | None) -> torch.Generator:
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+class _Drawn:
+    """A token on its way to the host: a copy that waits for the steps up to it, not for those enqueued since."""
+
+    def __init__(self, token: Tensor, logits: Tensor, logprob: bool, sparsity: float):
+        self.sparsity, self.copied = sparsity, None
+        self.logprob = logits.float().log_softmax(-1)[token] if logprob else None
+        self.token = token
+        if token.is_cuda:
+            self.token = _to_host(token)
+            self.logprob = None if self.logprob is None else _to_host(self.logprob)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def wait(self) -> tuple[int, float | None]:
+        """The token's id and, if asked for, its log-probability."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return int(self.token), None if self.logprob is None else float(self.logprob)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

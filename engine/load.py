@@ -1,0 +1,36 @@
+"""Opens an engine for programs: `engine, tokenizer = load("demo")`."""
+
+from pathlib import Path
+
+from teal_fast.engine.device import pick_device
+from teal_fast.engine.engine import CONTEXT, Engine
+from teal_fast.files.calibration import MissingCalibrationError, load_calibration
+from teal_fast.files.checkpoint import find_checkpoint
+from teal_fast.files.load import load_model
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.weights.formats import DTYPES
+
+
+def load(
+    checkpoint: str | Path,
+    device: str | None = None,
+    dtype: str | None = None,
+    context: int = CONTEXT,
+    calibration: Path | None = None,
+) -> tuple[Engine, Tokenizer]:
+    """An engine over a converted checkpoint's folder, or "demo", and its tokenizer.
+
+    device: cpu, cuda or cuda:N, by default CUDA where there is one. dtype: bf16, fp16 or fp32, by default the stored
+    one. context: the most tokens of a prompt with its answer; the model's own limit holds besides. calibration: a file,
+    by default the checkpoint's own; without one the engine serves sparsity 0. Nothing is downloaded or calibrated:
+    FileNotFoundError and ValueError say what to run.
+    """
+    folder, where = find_checkpoint(str(checkpoint)), pick_device(device)
+    tokenizer = Tokenizer.load(folder)
+    try:
+        found = load_calibration(folder, calibration)
+    except MissingCalibrationError:
+        found = None
+    model = load_model(folder, where, DTYPES.get(dtype))
+    cache = model.new_cache(1, min(context, model.args.max_position))
+    return Engine(model, found, tokenizer.eos_ids, cache), tokenizer

@@ -1,0 +1,40 @@
+"""The prompt's pass through the model, without sparsity, which fills the cache."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_fast.model import KVCache, Transformer
+from teal_fast.sparse_model import DENSE
+
+FEWEST_ROWS = 12  # MKL's products of 5 to 11 rows depend on the number of threads, so shorter prompts are padded
+PromptLogits = Callable[[Transformer, KVCache, Tensor, Tensor | None, Tensor], Tensor]
+Prefill = Callable[[Transformer, KVCache, Tensor, int], Tensor]
+
+
+def prompt_logits(model: Transformer, cache: KVCache, tokens: Tensor, input_pos: Tensor | None, last: Tensor) -> Tensor:
+    """Fills the cache with tokens [1, T]; logits [vocab] after their number `last` [1]. See Transformer.hidden."""
+    return model.output(model.hidden(tokens, input_pos, cache, DENSE)[0, last])[0]
+
+
+def prefill(
+    model: Transformer, cache: KVCache, tokens: Tensor, start: int = 0, compute: PromptLogits = prompt_logits
+) -> Tensor:
+    """Logits [vocab] after tokens [1, T] at positions from `start` on, whose keys and values fill the cache.
+
+    Earlier positions must be filled. The cache's rows behind padded tokens are written again before they are read.
+    """
+    count = tokens.shape[1]
+    padding = max(0, min(FEWEST_ROWS, cache.length - start) - count)
+    padded, end = F.pad(tokens, (0, padding)), start + count + padding
+    input_pos = torch.arange(start, end, device=tokens.device) if start else None
+    last = torch.tensor([count - 1], device=tokens.device)
+    return compute(model, cache.head(end) if start else cache, padded, input_pos, last)
+
+
+def compiled_prefill() -> Prefill:
+    """`prefill`, compiled on first use: once for prompts from their start, once for such as continue a cache."""
+    return functools.partial(prefill, compute=torch.compile(prompt_logits, dynamic=True, fullgraph=True))

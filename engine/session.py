@@ -1,0 +1,136 @@
+"""A text or a chat at a terminal: prompts in, streamed text out, and what each answer cost."""
+
+import statistics
+import sys
+from dataclasses import dataclass
+
+from teal_fast.engine.accounting import bytes_per_token
+from teal_fast.engine.engine import Engine
+from teal_fast.engine.measure import Sample
+from teal_fast.engine.request import Request
+from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.text import TextStream
+from teal_fast.files.tokenizer import Tokenizer
+
+Message = dict[str, str]  # of a chat: role and content
+
+
+@dataclass
+class Session:
+    """Answers prompts one after another with the same settings.
+
+    chat: the messages so far, at first the system's or none; None where each prompt is a text of its own. seed: of the
+    next answer; it counts up.
+    """
+
+    tokenizer: Tokenizer
+    sampling: Sampling
+    sparsity: float
+    max_new_tokens: int
+    seed: int
+    chat: list[Message] | None
+    engine: Engine | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, in a chat as its next message."""
+        if not text.strip():
+            raise ValueError("the prompt is empty: give some text with --prompt")
+        if self.chat is None:
+            return self.tokenizer.encode(text)
+        return self.tokenizer.encode_chat([*self.chat, _message("user", text)])
+
+    def answer(self, prompt: list[int], sample: Sample) -> None:
+        """Prints the answer's text as it comes; what there is of it and of the sample survives Ctrl-C."""
+        new_tokens = min(self.max_new_tokens, self.engine.context - len(prompt))
+        request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed)
+        self.seed += 1
+        text, stream = TextStream(self.tokenizer), self.engine.stream(request)
+        try:
+            for token in sample.watch(stream):
+                print(text.push(token), end="", flush=True)
+        finally:
+            stream.close()
+            print(text.flush(), flush=True)
+
+    def turn(self, text: str) -> Sample:
+        """Answers one prompt of a terminal session. A chat's oldest turns are dropped when the context is full.
+
+        An interrupted answer does not become part of the chat.
+        """
+        prompt, messages = self._fit(text)
+        known = self.engine.known(prompt, self.sparsity)
+        print(f"reading {len(prompt) - known} of {len(prompt)} tokens …", file=sys.stderr, flush=True)
+        sample = Sample(len(prompt))
+        try:
+            self.answer(prompt, sample)
+        except KeyboardInterrupt:
+            return sample
+        if messages is not None:
+            ids = [token.id for token in sample.tokens]
+            self.chat = [*messages, _message("assistant", self.tokenizer.decode(ids))]
+        return sample
+
+    def _fit(self, text: str) -> tuple[list[int], list[Message] | None]:
+        """The prompt's ids, and the chat's messages with it, as many of them as leave half of the context free."""
+        room = self.engine.context - min(self.max_new_tokens, self.engine.context // 2)
+        prompt, dropped = self.encode(text), 0
+        kept = self.chat
+        while kept is not None and len(prompt) > room and len(shorter := _without_oldest_turn(kept)) < len(kept):
+            kept = shorter
+            dropped += 1
+            prompt = self.tokenizer.encode_chat([*kept, _message("user", text)])
+        if len(prompt) >= self.engine.context:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.engine.context}: shorten it")
+        if dropped:
+            turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+            print(f"the context is full: the oldest {turns} dropped", file=sys.stderr)
+            self.chat = kept
+        return prompt, None if kept is None else [*kept, _message("user", text)]
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def summarize(engine: Engine, samples: list[Sample]) -> dict:
+    """What the samples cost, as fields of a benchmark record."""
+    rates = [sample.tokens_per_s for sample in samples if sample.decode_s]
+    achieved = engine.achieved_sparsity()
+    read = bytes_per_token(engine.model, achieved.get("all", 0.0))
+    rate = statistics.median(rates) if rates else 0.0
+    return {
+        "benchmark": "decode",
+        "sparsity": engine.sparsity,
+        "achieved_sparsity": achieved.get("all"),
+        "achieved_by_kind": {kind: value for kind, value in achieved.items() if kind != "all"},
+        "mode": engine.step.mode,
+        "prompt_tokens": samples[-1].prompt_tokens,
+        "new_tokens": [len(sample.tokens) for sample in samples],
+        "finish_reason": samples[-1].tokens[-1].finish_reason,
+        "first_token_s": statistics.median(sample.first_token_s for sample in samples),
+        "tokens_per_s": rate,
+        "tokens_per_s_spread": [min(rates, default=0.0), max(rates, default=0.0)],
+        "bytes_per_token": read,
+        "gb_per_s": rate * read / 1e9,
+    }
+
+
+def describe_cost(record: dict) -> str:
+    """What the samples cost in a line or two."""
+    lines = [
+        f"first token {record['first_token_s']:.2f} s · {record['tokens_per_s']:.1f} tokens/s "
+        f"(median of {len(record['new_tokens'])}) · {record['gb_per_s']:.2f} GB/s of weights read "
+        f"({record['bytes_per_token'] / 1e6:.0f} MB a token)"
+    ]
+    if record["achieved_sparsity"] is not None:
+        kinds = " · ".join(f"{kind} {value:.1%}" for kind, value in record["achieved_by_kind"].items())
+        achieved, nominal = record["achieved_sparsity"], record["sparsity"]
+        lines.append(f"sparsity {achieved:.1%} achieved, {nominal:.0%} nominal ({kinds})")
+    return "\n".join(lines)
+
+
+def _without_oldest_turn(chat: list[Message]) -> list[Message]:
+    """The chat without its first message of a user and what follows it up to the next one."""
+    start = next((i for i, message in enumerate(chat) if message["role"] == "user"), len(chat))
+    end = next((i for i in range(start + 1, len(chat)) if chat[i]["role"] == "user"), len(chat))
+    return chat[:start] + chat[end:]

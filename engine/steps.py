@@ -1,0 +1,42 @@
+"""A decode step bound to its model and cache: step(token [1, 1], position [1]) -> logits [vocab].
+
+There are three: plain PyTorch, C++ on the CPU (cpu_step.py), a CUDA graph of fused sparse kernels (cuda_step.py). The
+last two return the same tensor each time.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from teal_fast.engine.cpu_step import CpuStep
+from teal_fast.engine.cuda_step import CapturedStep, plain_step
+from teal_fast.kernels.native import library
+from teal_fast.model import KVCache, Transformer
+
+
+class Step(Protocol):
+    mode: str  # how it runs, as a benchmark record says it: plain, compiled, captured
+
+    def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor: ...
+
+
+class PlainStep:
+    """The decode step by the model itself, on any device."""
+
+    mode = "plain"
+
+    def __init__(self, model: Transformer, cache: KVCache):
+        self.model, self.cache = model, cache
+
+    def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
+        return plain_step(self.model, self.cache, token, input_pos)
+
+
+def fast_step(model: Transformer, cache: KVCache) -> Step:
+    """The fastest step for the model's device: captured on CUDA, in C++ on the CPU.
+
+    Where C++ can't be built it is plain, as kernels/native.py says in a line.
+    """
+    if model.norm.weight.is_cuda:
+        return CapturedStep(model, cache)
+    return PlainStep(model, cache) if library() is None else CpuStep(model, cache)

@@ -1,0 +1,55 @@
+"""Text of an answer whose tokens arrive one by one: streamed detokenizing and stop strings, one for all clients."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from teal_fast.engine.request import Token
+from teal_fast.files.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Turns tokens into pieces of text that are certain; joined they are the text up to the first stop string.
+
+    What may be the beginning of a stop string is held back until it is certain that it is none. `stopped` tells that a
+    stop string was met: what comes after it is dropped, and the stream of tokens can be closed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        if not all(stop):
+            raise ValueError("a stop string is empty: give some text")
+        self.pieces, self.stop = tokenizer.stream(), tuple(stop)
+        self.held, self.stopped = "", False
+
+    def push(self, token: Token) -> str:
+        """The text that became certain with this token; a stop token has none."""
+        return "" if token.finish_reason == "stop" else self._release(self.pieces.push(token.id))
+
+    def flush(self) -> str:
+        """What is held back at the end of the tokens."""
+        return self._release(self.pieces.flush(), ended=True)
+
+    def _release(self, text: str, ended: bool = False) -> str:
+        if self.stopped:
+            return ""
+        text, self.held = self.held + text, ""
+        begun = len(text) - (0 if ended else max((_overlap(text, stop) for stop in self.stop), default=0))
+        end = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)
+        if end is not None and end <= begun:  # else another one has begun before it, which may yet be the first
+            self.stopped = True
+            return text[:end]
+        self.held = text[begun:]
+        return text[:begun]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of the text that is a beginning of the stop string, but not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stream_text(tokens: Iterable[Token], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """Yields the pieces of text of the tokens, up to the first stop string, and then takes no more of them."""
+    text = TextStream(tokenizer, stop)
+    for token in tokens:
+        yield text.push(token)
+        if text.stopped:
+            return
+    yield text.flush()

@@ -1,0 +1,137 @@
+"""Quantizes a whole model with GPTQ, one block at a time, for dense and for sparse inputs at once.
+
+The Hessian of a layer counts each input twice: as it is, and with half of its channels dropped, because decoding reads
+the same weight both ways. The hidden states of the calibration text travel through the model twice as well: through the
+blocks quantized so far, and through the original blocks, whose states are the target (GPTAQ, arXiv:2504.02692). Only
+one block's weights and the hidden states are in memory. The output layer is not quantized here.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from teal_fast.files.calibration import Calibration
+from teal_fast.files.load import load_model, stored_as
+from teal_fast.files.store import is_finite
+from teal_fast.model import Call
+from teal_fast.quantization.gptq import compensate_inputs, gptq_round
+from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers
+from teal_fast.weights.dense import Weight
+from teal_fast.weights.formats import Format
+
+INPUT_SPARSITY = 0.5  # of the sparse copy of each input
+HiddenFunction = Callable[[Tensor], Tensor]  # [1, T, dim] -> [1, T, …]
+
+
+class _PassOn(Module):
+    """Stands in for a linear layer and returns what would reach it."""
+
+    def forward(self, x: Tensor, phase: Phase | None = None) -> Tensor:
+        return x
+
+
+class GptqQuantizer:
+    """Quantizes a model's linear layers, which have to be asked for in the model's order.
+
+    Each half of a block, attention and MLP, has an input layer, which reads normed hidden states (wqkv, w13), and an
+    output layer, whose outputs are added to the hidden states (wo, w2). Before a layer is rounded, its weight is moved
+    to compensate for the errors of the layers before it: an input layer aims at the outputs that it has in the
+    original model, an output layer at the hidden states that the original model has behind it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        format: Format,
+        calibration: Calibration,
+        sequences: list[list[int]],
+        device: torch.device,
+    ):
+        self.format, self.calibration, self.device = format, calibration, device
+        self.model = load_model(folder)  # memory-mapped: a block is read when its turn comes
+        self.hidden = [self.model.tok_embeddings(torch.tensor([ids])).to(device, torch.float32) for ids in sequences]
+        self.target_hidden = self.hidden  # the original model's hidden states
+        self.block = 0
+        self.packed: dict[str, Weight] = {}
+
+    def __call__(self, name: str, weight: Tensor) -> Weight:
+        """The quantized weight of the layer `name`; weight [K, N] is the one that the checkpoint holds."""
+        while name not in self.packed:
+            self.packed = self.quantize_block()
+        return self.packed[name]
+
+    @torch.no_grad()
+    def quantize_block(self) -> dict[str, Weight]:
+        """Quantizes the next block and returns its weights by layer name. Raises ValueError on NaN and inf."""
+        prefix, block = f"layers.{self.block}.", self.model.layers[self.block].to(self.device, torch.float32)
+        for name, parameter in block.named_parameters():
+            check_finite(stored_as(prefix + name), parameter)
+        window = self.model.args.sliding_windows[self.block]
+
+        def attend(x: Tensor) -> Tensor:
+            positions = torch.arange(x.shape[1])
+            mask = self.model.mask(positions, None, window)
+            cos, sin = (part.to(self.device) for part in self.model.rotary(positions, x.dtype))
+            return block.attention(x, Call(cos, sin, positions), mask if mask is None else mask.to(self.device))
+
+        self.quantize_half(prefix + "attention.", block.attention, block.attention_norm, attend, ("wqkv", "wo"))
+        mlp = block.feed_forward
+        self.quantize_half(prefix + "feed_forward.", mlp, block.ffn_norm, mlp, ("w13", "w2"))
+        self.model.layers[self.block] = torch.nn.Identity()  # frees the block's memory
+        self.block += 1
+        return {prefix + name: linear.weight for name, linear in sparse_layers(block).items()}
+
+    def quantize_half(
+        self, prefix: str, half: Module, norm: Module, run: HiddenFunction, names: tuple[str, str]
+    ) -> None:
+        """Quantizes half a block and moves the hidden states past it.
+
+        names: the input and the output layer of `half`. run: computes half(norm(x)) from norm(x).
+        """
+        input_layer, output_layer = (getattr(half, name) for name in names)
+        target_hidden = [x + run(norm(x)) for x in self.target_hidden]
+        inputs = [norm(x) for x in self.hidden]
+        residual_errors = (
+            input_layer.weight.matmul(norm(target) - x) for target, x in zip(self.target_hidden, inputs, strict=True)
+        )
+        self.quantize_layer(prefix + names[0], input_layer, zip(inputs, residual_errors, strict=True))
+
+        setattr(half, names[1], _PassOn())  # `run` then returns the output layer's inputs
+        inputs = [run(x) for x in inputs]
+        setattr(half, names[1], output_layer)
+        residual_errors = (
+            target - x - output_layer(y) for target, x, y in zip(target_hidden, self.hidden, inputs, strict=True)
+        )
+        self.quantize_layer(prefix + names[1], output_layer, zip(inputs, residual_errors, strict=True))
+        self.hidden = [x + output_layer(y) for x, y in zip(self.hidden, inputs, strict=True)]
+        self.target_hidden = target_hidden
+
+    def quantize_layer(self, name: str, linear: SparseLinear, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Replaces a layer's weight by a quantized one.
+
+        pairs: for each sequence the layer's inputs [1, T, K] and the residual errors of its outputs [1, T, N]: target
+        minus output. Raises ValueError when the inputs' second moments are not positive definite.
+        """
+        hessian = residual = 0
+        threshold = self.calibration.threshold(name, INPUT_SPARSITY).to(self.device)
+        for (x,), (residual_error,) in pairs:
+            kept = x.masked_fill(x.abs() <= threshold, 0)
+            kept[0] = 0  # the first token, an attention sink, is always dense
+            hessian = hessian + x.t() @ x + kept.t() @ kept
+            residual = residual + x.t() @ residual_error
+        try:
+            weight = compensate_inputs(linear.weight.dequantize(), hessian, residual)
+            format = self.format.within(name)
+            linear.weight = format.pack(weight, hessian.diagonal(), partial(gptq_round, hessian=hessian))
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"{name}: too few or too large inputs to round by: more --tokens?") from error
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ValueError when a checkpoint's tensor holds NaN or inf."""
+    if not is_finite(tensor):
+        raise ValueError(f"{name} holds NaN or inf, which no scale can hold: is the checkpoint sound?")

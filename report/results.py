@@ -1,0 +1,125 @@
+"""Writes docs/results.md: the tables of all benchmark records, between the paragraphs of a template.
+
+    python -m teal_fast.report.results
+
+A record's `benchmark` field says which section it belongs to (SECTIONS), and some of its fields which records it shares
+a section with; the template's line `<!-- decode -->` says where the sections of that kind go. So new records of a known
+kind show up by themselves, and a record of an unknown kind is an error. tests/report/test_results.py fails when the
+page is not what the records say.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from teal_fast.evaluation.record import read_records
+from teal_fast.report.results_quality import perplexity_section, quality_section, tasks_section
+from teal_fast.report.results_section import Record, Section, by, read_text, unique
+from teal_fast.report.results_speed import decode_section, kernels_section, prompts_section, table_section
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+TEMPLATE = Path(__file__).with_name("results_template.md")
+PROGRAMS = {"torch": "PyTorch", "triton": "Triton", "python": "Python"}
+UNCOMMITTED = "†"  # the template says what it means
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How records of a benchmark become sections: those that agree in `keys` share one."""
+
+    keys: tuple[str, ...]
+    section: Callable[[list[Record]], Section]
+
+
+SECTIONS = {
+    "decode": Kind(("file", "run", "model"), decode_section),
+    "prompts": Kind(("file", "run", "model"), prompts_section),
+    "kernels": Kind(("file", "run", "model"), kernels_section),
+    "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
+    "perplexity": Kind(("texts", "protocol"), perplexity_section),
+    "tasks": Kind(("file", "model", "format", "protocol"), tasks_section),
+    "table": Kind(("file", "run"), table_section),
+}
+
+
+def read_results(folder: Path) -> list[Record]:
+    """The records of all JSON files in the folder, each with its file's name. Raises ValueError for anything else."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        records += [record | {"file": path.name, "texts": read_text(record)} for record in read_records(path)]
+    if not records:
+        raise FileNotFoundError(f"{folder} holds no JSON records: run a benchmark with --out {folder}/NAME.json")
+    return records
+
+
+def kind(record: Record) -> str:
+    """The section a record belongs to: its benchmark, of which eval.py's makes two kinds of tables."""
+    name = record.get("benchmark")
+    if name == "eval":
+        name = "tasks" if record.get("task") else "perplexity"
+    if name not in SECTIONS:
+        raise ValueError(f"{record['file']} has a record of benchmark {name!r}, expected one of {', '.join(SECTIONS)}")
+    return name
+
+
+def origin(record: Record) -> str:
+    """Where, with what and when a record was measured."""
+    versions = record["versions"]
+    commit = versions["commit"] or "unknown"
+    if commit.endswith("+"):
+        commit = commit.removesuffix("+") + UNCOMMITTED
+    parts = [
+        record["device"],
+        record.get("instruction_set"),
+        f"{record['threads']} threads",
+        *(f"{name}={value}" for name, value in (record.get("settings") or {}).items()),
+        *(f"{title} {versions[name]}" for name, title in PROGRAMS.items() if versions.get(name)),
+        f"commit {commit}",
+        record["date"],
+    ]
+    return f"[{record['file']}](../benchmarks/results/{record['file']}): {', '.join(filter(None, parts))}"
+
+
+def render(section: Section, records: list[Record]) -> str:
+    """A section as Markdown: its title, what it was measured with, its tables."""
+    measured = "\n".join(f"- {line}" for line in unique(map(origin, records)))
+    notes = "; ".join(filter(None, section.notes))
+    sentence = f"{notes[0].upper()}{notes[1:]}." if notes else ""
+    return "\n\n".join(filter(None, (f"### {section.title}", measured, sentence, *section.tables)))
+
+
+def make_page(records: list[Record], template: str) -> str:
+    """The page: the template with every line `<!-- kind -->` replaced by the sections of that kind."""
+    kinds: dict[str, list[Record]] = {name: [] for name in SECTIONS}
+    for record in records:
+        kinds[kind(record)].append(record)
+    if missing := [name for name in SECTIONS if f"<!-- {name} -->\n" not in template]:
+        raise ValueError(f"the template has no line <!-- {missing[0]} -->, so that these records would be left out")
+
+    def sections(marker: re.Match) -> str:
+        name = marker[1]
+        groups = by(kinds[name], *SECTIONS[name].keys).values()
+        return "\n\n".join(render(SECTIONS[name].section(group), group) for group in groups) or "No records."
+
+    return re.sub(r"^<!-- (\w+) -->$", sections, template, flags=re.M)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (default: docs/results.md)")
+    options = parser.parse_args()
+    page = make_page(read_results(options.results), TEMPLATE.read_text(encoding="utf-8"))
+    options.out.write_text(page, encoding="utf-8")
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

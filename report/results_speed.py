@@ -1,0 +1,142 @@
+"""The sections of docs/results.md that speak of speed: from the records of one run of a benchmark to a Section.
+
+Ratios of speed are medians over rounds of the ratio within a round, of rows of one run; best rounds stand in brackets.
+"""
+
+import statistics
+
+from teal_fast.report.results_section import Record, Section, by, each, listed, markdown, percent, unique
+
+
+def is_ours(record: Record) -> bool:
+    return not record["peer"] and "cublas" not in record["mode"]
+
+
+def row_name(record: Record) -> str:
+    if record["peer"]:
+        return record["peer"]
+    return f"{record['format']}, {'dense by cuBLAS' if 'cublas' in record['mode'] else percent(record['sparsity'])}"
+
+
+def ratio(record: Record, other: Record) -> str:
+    """Median of the rounds' ratios, and in brackets that of the best rounds."""
+    rounds = zip(record["tokens_per_s_rounds"], other["tokens_per_s_rounds"], strict=True)
+    paired = statistics.median(mine / theirs for mine, theirs in rounds)
+    best = record["tokens_per_s_spread"][1] / other["tokens_per_s_spread"][1]
+    return f"{paired:.2f} ({best:.2f})"
+
+
+def decode_section(records: list[Record]) -> Section:
+    ours = [record for record in records if is_ours(record)]
+    lengths = sorted({record["prompt_tokens"] for record in records})
+    after = "; ".join(f"{length:,}" for length in lengths)
+    rows = []
+    for row in by(records, "format", "sparsity", "mode", "peer").values():
+        row = sorted(row, key=lambda record: record["prompt_tokens"])
+        rates = {r["prompt_tokens"]: f"{r['tokens_per_s']:.1f} ({r['tokens_per_s_spread'][1]:.1f})" for r in row}
+        achieved = "" if "cublas" in row[0]["mode"] else each(row, "achieved_sparsity", lambda value: percent(value, 1))
+        rows.append(
+            [
+                *(row_name(row[0]), row[0]["mode"], achieved, *(rates.get(length, "") for length in lengths)),
+                each(row, "bytes_per_token", lambda value: f"{value / 1e6:,.0f}"),
+                each(row, "bandwidth_share", percent),
+                each(row, "host_share", percent),
+                each(row[:1], "max_memory_bytes", lambda value: f"{value / 1e9:.1f}"),
+            ]
+        )
+    head = ["", "step", f"achieved after {after}", *(f"tokens/s after {length:,}" for length in lengths)]
+    head += [f"MB a token after {after}", "share of bandwidth", "outside the step", "memory, GB"]
+    formats = listed(record["format"] for record in ours)
+    rounds = listed(len(record["tokens_per_s_rounds"]) for record in records)
+    return Section(
+        f"{records[0]['model']} in {formats} on {records[0]['device']}",
+        [markdown(head, rows), *ratio_table(records)],
+        [
+            f"{listed(record['new_tokens'] for record in records)} tokens a round, {rounds} rounds",
+            f"read bandwidth {bandwidth(ours)}" if ours else "",
+            listed(f"{r['peer']} {r['peer_version']}" for r in records if r.get("peer_version")),
+        ],
+    )
+
+
+def bandwidth(records: list[Record]) -> str:
+    low, high = (pick(record["read_gb_per_s"] for record in records) for pick in (min, max))
+    return f"{low:.0f} GB/s" if round(low) == round(high) else f"{low:.0f} to {high:.0f} GB/s, row by row"
+
+
+def ratio_table(records: list[Record]) -> list[str]:
+    """Our rows at 0 and 50 % over others of their run, after prompts of the same length; nothing without others."""
+    ours = sorted(
+        (record for record in records if is_ours(record) and record["sparsity"] in (0, 0.5)),
+        key=lambda record: record["prompt_tokens"],
+    )
+    places = {(row_name(record), record["prompt_tokens"]): record for record in records}
+    shortest = min(record["prompt_tokens"] for record in records)
+    formats = unique(record["format"] for record in ours)
+    others = unique(row_name(record) for record in records if not is_ours(record))
+    head = ["", "after", "of 0 % in this format", *(f"of {formats[0]}, 50 %" for _ in formats[1:2])]
+    head += [*(f"of {name}" for name in others), f"of itself after {shortest:,}"]
+    rows = []
+    for record in ours:
+        length = record["prompt_tokens"]
+        names = [f"{record['format']}, 0 %", *(f"{formats[0]}, 50 %" for _ in formats[1:2]), *others]
+        compared = [places.get((name, length)) for name in names] + [places.get((row_name(record), shortest))]
+        cells = ["" if other is None or other is record else ratio(record, other) for other in compared]
+        if any(cells):
+            rows.append([row_name(record), f"{length:,}", *cells])
+    return [markdown(head, rows)] if rows else []
+
+
+def prompts_section(records: list[Record]) -> Section:
+    rows = []
+    lengths = sorted({record["prompt_tokens"] for record in records})
+    for (format,), row in by(records, "format").items():
+        found = {record["prompt_tokens"]: record for record in row}
+        cells = [found.get(length) for length in lengths]
+        rows.append([format, *("" if r is None else f"{1e3 * r['seconds']:.1f} ({r['ratio']:.2f})" for r in cells)])
+    head = ["ms (times as long as in the first row)", *(f"{length:,} tokens" for length in lengths)]
+    rounds = listed(len(record["seconds_rounds"]) for record in records)
+    return Section(
+        f"{records[0]['model']} on {records[0]['device']}", [markdown(head, rows)], [f"{rounds} rounds, medians"]
+    )
+
+
+def kernels_section(records: list[Record]) -> Section:
+    def column(record: Record) -> str:
+        return "dense" if record["implementation"] == "dense" else percent(record["sparsity"])
+
+    columns = unique(map(column, sorted(records, key=lambda r: (r["implementation"] == "dense", r["sparsity"]))))
+    rows = []
+    for row in by(records, "op", "shape").values():
+        found = {column(r): f"{r['us']:,.1f} ({percent(r['bandwidth_share'])})" for r in row}
+        shape = "all four" if row[0]["shape"] is None else " x ".join(map(str, row[0]["shape"]))
+        rows.append([row[0]["op"], shape, *(found.get(name, "") for name in columns)])
+    head = ["us (share of bandwidth)", "inputs x outputs", *columns]
+    title = f"{records[0]['model']}'s products in {listed(r['format'] for r in records)} on {records[0]['device']}"
+    return Section(title, [markdown(head, rows)], [f"read bandwidth {bandwidth(records)}"])
+
+
+def table_section(records: list[Record]) -> Section:
+    rows = []
+    for record in records:
+        rate, read = record["tokens_per_s"], record["bytes_per_token"]
+        rows.append(
+            [
+                *(record["format"], f"{record['bits']:.2f}", percent(record["sparsity"])),
+                *(percent(record["achieved_sparsity"], 1), f"{record['perplexity']:.2f}"),
+                *(f"{rate:.1f} ({record['tokens_per_s_spread'][1]:.1f})", f"{read / 1e6:.0f}"),
+                *(f"{rate * read / 1e9:.1f}", percent(record["bandwidth_share"])),
+            ]
+        )
+    head = ["format", "bits a weight", "sparsity", "achieved on the text", "perplexity", "tokens/s", "MB a token"]
+    about = records[0]
+    return Section(
+        f"{about['model']} on {about['device']}, {about['texts']}",
+        [markdown([*head, "GB/s", "share of bandwidth"], rows)],
+        [
+            about["protocol"],
+            f"{about['new_tokens']} tokens a round after {about['prompt_tokens']}",
+            f"{len(about['tokens_per_s_rounds'])} rounds",
+            f"read bandwidth {bandwidth(records)}",
+        ],
+    )

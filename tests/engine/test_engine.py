@@ -1,0 +1,332 @@
+"""The engine: tokens against transformers and against recomputing, the prefix cache, the dial, threads, refusals."""
+
+import shutil
+import threading
+from itertools import islice
+
+import pytest
+import torch
+import transformers
+
+import teal_fast
+from teal_fast.calibration.probe import measure
+from teal_fast.engine.cuda_step import plain_step
+from teal_fast.engine.engine import Engine
+from teal_fast.engine.load import load
+from teal_fast.engine.measure import Sample, cache_length
+from teal_fast.engine.prefill import prefill
+from teal_fast.engine.request import Request
+from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.steps import PlainStep
+from teal_fast.files.calibration import CALIBRATION, Calibration
+from teal_fast.files.checkpoint import fingerprint
+from teal_fast.files.load import load_model
+from teal_fast.sparse_model import Phase, sparse_layers
+
+PROMPT = [504, 2217, 282, 260]
+GREEDY = Sampling(0.0)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny, tmp_path_factory):
+    """A copy of the tiny checkpoint with a calibration beside it."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
+    ids = torch.randint(3, 40_000, (8, 50), generator=torch.Generator().manual_seed(0)).tolist()
+    Calibration(measure(load_model(folder), ids), fingerprint(folder), {}).save(folder / CALIBRATION)
+    return folder
+
+
+@pytest.fixture
+def engine(calibrated):
+    return load(calibrated, context=128)[0]
+
+
+def ask(prompt=PROMPT, sparsity=0.5, new_tokens=12, sampling=GREEDY, **more) -> Request:
+    return Request(prompt, sampling, sparsity, new_tokens, **{"stop": ()} | more)
+
+
+def answer(engine, *arguments, **more) -> list[int]:
+    return [token.id for token in engine.stream(ask(*arguments, **more))]
+
+
+@torch.no_grad()
+def recomputed(model, new_tokens):
+    """Greedy tokens by running the whole sequence anew for each: no cache, no one-token kernel."""
+    tokens = list(PROMPT)
+    for _ in range(new_tokens):
+        tokens.append(model(torch.tensor([tokens]), phase=Phase(len(PROMPT)))[0, -1].argmax().item())
+    return tokens[len(PROMPT) :]
+
+
+# --- what it decodes
+
+
+def test_dense_decoding_gives_the_tokens_of_transformers(tiny_hf, engine):
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tiny_hf, dtype=torch.float32)
+    expected = peer.generate(
+        torch.tensor([PROMPT]), attention_mask=torch.ones(1, 4), max_new_tokens=40, do_sample=False, eos_token_id=None
+    )
+    assert answer(engine, sparsity=0, new_tokens=40) == expected[0, len(PROMPT) :].tolist()
+
+
+def test_sparse_decoding_equals_recomputing_the_sequence(engine):
+    tokens = answer(engine, new_tokens=24)
+    assert tokens == recomputed(engine.model, 24)
+    for layer in sparse_layers(engine.model).values():
+        layer.threshold.fill_(-1)
+    assert tokens != recomputed(engine.model, 24)  # the sparsity above did change something
+
+
+def test_a_prompt_of_one_token_is_dense(engine):
+    (token,) = engine.stream(ask([5], 0.9, 1))
+    with torch.no_grad():
+        assert token.id == engine.model(torch.tensor([[5]]))[0, -1].argmax()
+    assert (token.sparsity, engine.sparsity) == (0, 0.9)
+
+
+def test_a_stop_token_ends_the_answer_and_is_its_last(engine):
+    tokens = answer(engine, new_tokens=20)
+    stopped = list(engine.stream(ask(new_tokens=20, stop={tokens[7]})))
+    assert [token.id for token in stopped] == tokens[: tokens.index(tokens[7]) + 1]
+    assert [token.finish_reason for token in stopped] == [None] * (len(stopped) - 1) + ["stop"]
+    engine.stop = frozenset({tokens[7]})  # the checkpoint's own
+    assert len(list(engine.stream(Request(PROMPT, GREEDY, 0.5, 20)))) == len(stopped)
+
+
+def test_it_fills_the_context_to_its_end(engine):
+    tokens = list(engine.stream(Request(PROMPT, GREEDY, stop=())))
+    assert len(tokens) == 124 and tokens[-1].finish_reason == "length"
+
+
+def test_seeds(engine):
+    hot = {"sampling": Sampling(1.0), "new_tokens": 20}
+    assert answer(engine, seed=1, **hot) == answer(engine, seed=1, **hot)
+    assert answer(engine, seed=1, **hot) != answer(engine, seed=2, **hot)
+    assert answer(engine, **hot) != answer(engine, **hot)  # without one, a new one each time
+
+
+def test_logprobs_are_the_models_own(engine):
+    found = list(engine.stream(ask(sparsity=0, sampling=Sampling(2.0, top_k=5), seed=3, logprobs=True)))
+    ids = torch.tensor([PROMPT + [token.id for token in found]])
+    with torch.no_grad():
+        logprobs = engine.model(ids)[0].log_softmax(-1)
+    expected = [logprobs[len(PROMPT) - 1 + i, token.id].item() for i, token in enumerate(found)]
+    assert [token.logprob for token in found] == pytest.approx(expected, abs=1e-4)
+    assert all(token.logprob is None for token in engine.stream(ask()))
+
+
+def test_the_dial_turns_between_two_tokens(engine):
+    stream = engine.stream(ask(new_tokens=12, sparsity=0))
+    found = list(islice(stream, 4))
+    engine.set_sparsity(0.9)
+    found += stream
+    assert [token.sparsity for token in found] == [0] * 4 + [0.9] * 8
+    assert [token.id for token in found][:4] == answer(engine, sparsity=0, new_tokens=4)
+    assert engine.dense == len(PROMPT) + 3
+
+
+# --- what it remembers
+
+
+def computed(engine, request) -> tuple[list[int], int]:
+    """The answer, and how many tokens of the prompt were computed for it."""
+    rows, given = [], engine.prefill
+
+    def counting(model, cache, tokens, start):
+        rows.append(tokens.shape[1])
+        return given(model, cache, tokens, start)
+
+    engine.prefill = counting
+    try:
+        return [token.id for token in engine.stream(request)], rows[0]
+    finally:
+        engine.prefill = given
+
+
+def test_a_second_turn_computes_only_what_is_new(engine, calibrated):
+    first = answer(engine)
+    prompt = [*PROMPT, *first, 7, 8, 9]
+    tokens, rows = computed(engine, ask(prompt))
+    assert rows == 3 + 1  # the last token of the answer was drawn, but not fed
+    other = load(calibrated, context=128)[0]
+    answer(other)
+    assert tokens == answer(other, prompt)
+    _, rows = computed(engine, ask([*prompt[:6], 11, 12]))
+    assert rows == 2
+    _, rows = computed(engine, ask([*prompt[:6], 11, 12]))
+    assert rows == 1  # the same prompt again: its last token gives the logits
+    _, rows = computed(engine, ask([1, 2, 3]))
+    assert rows == 3
+
+
+def test_a_dense_turn_reuses_only_what_was_made_densely(engine, calibrated):
+    """A sparse turn, then a dense one: as a fresh dense run whose prompt is cut at the same place."""
+    first = answer(engine, sparsity=0.9)
+    prompt = [*PROMPT, *first, 7, 8, 9]
+    tokens, rows = computed(engine, ask(prompt, 0, 20))
+    assert rows == len(prompt) - len(PROMPT) and engine.dense == len(engine.ids)
+    fresh = load(calibrated, context=128)[0]
+    answer(fresh, PROMPT, 0, 1)
+    assert tokens == answer(fresh, prompt, 0, 20)
+    for ours, theirs in zip((*engine.cache.k, *engine.cache.v), (*fresh.cache.k, *fresh.cache.v), strict=True):
+        assert torch.equal(ours[:, :, : len(engine.ids)], theirs[:, :, : len(fresh.ids)])
+    sparse = load(calibrated, context=128)[0]
+    answer(sparse, sparsity=0.9)
+    answer(sparse, prompt, 0.5, 20)  # a sparse turn builds on the sparse keys
+    assert not torch.equal(sparse.cache.k[1][:, :, : len(prompt)], fresh.cache.k[1][:, :, : len(prompt)])
+    assert sparse.dense == len(PROMPT)
+
+
+def test_a_closed_or_failing_stream_leaves_a_sound_cache(engine, calibrated):
+    stream = engine.stream(ask())
+    begun = [token.id for token in islice(stream, 5)]
+    stream.close()
+    assert engine.ids == [*PROMPT, *begun[:-1]]
+
+    def failing(model, cache, tokens, start):
+        prefill(model, cache, tokens, start)
+        raise KeyboardInterrupt
+
+    engine.prefill, given = failing, engine.prefill
+    with pytest.raises(KeyboardInterrupt):
+        answer(engine, [*PROMPT, 1, 2])
+    engine.prefill = given
+    assert engine.ids == PROMPT
+    prompt = [*PROMPT, *begun, 7]
+    other = load(calibrated, context=128)[0]
+    answer(other, new_tokens=1)
+    assert answer(engine, prompt) == answer(other, prompt)
+
+
+def test_achieved_sparsity_is_that_of_the_decode_steps_and_changes_nothing(engine):
+    tokens = answer(engine, new_tokens=40)
+    kept = dict.fromkeys(sparse_layers(engine.model), 0)
+    before = [cache.clone() for cache in (*engine.cache.k, *engine.cache.v)]
+    achieved = engine.achieved_sparsity()
+    assert all(torch.equal(a, b) for a, b in zip(before, (*engine.cache.k, *engine.cache.v), strict=True))
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda layer, x, name=name: kept.update({name: kept[name] + (x[0].abs() > layer.threshold).sum().item()})
+        )
+        for name, layer in sparse_layers(engine.model).items()
+    ]
+    with torch.no_grad():
+        for position, token in enumerate(tokens[:-1], start=len(PROMPT)):
+            plain_step(engine.model, engine.cache, torch.tensor([[token]]), torch.tensor([position]))
+    for hook in hooks:
+        hook.remove()
+    down = [name for name in kept if name.endswith("w2")]
+    expected = 1 - sum(kept[name] for name in down) / (39 * 172 * len(down))
+    assert achieved["down"] == pytest.approx(expected, abs=2e-3)
+    assert set(achieved) == {"qkv", "o", "gate+up", "down", "all"}
+    answer(engine, new_tokens=1)
+    assert engine.achieved_sparsity() == {}
+
+
+def test_a_sample_takes_the_time_of_every_step(engine):
+    sample = Sample(len(PROMPT))
+    tokens = list(sample.watch(engine.stream(ask(new_tokens=20))))
+    assert tokens == sample.tokens and len(sample.decode_s) == 19
+    assert sample.tokens_per_s > 0 and sample.first_token_s > 0
+    assert [cache_length(engine.model, n) for n in (1, 256, 257, 500, 5000)] == [256, 256, 512, 512, 512]
+
+
+# --- threads
+
+
+@pytest.mark.parametrize("make_step", [None, PlainStep], ids=["fast", "plain"])
+def test_one_model_two_caches_two_threads(calibrated, make_step):
+    """One prefills again and again while the other decodes: steps stay sparse, texts are those made alone."""
+    model, calibration = load_model(calibrated), Calibration.load(calibrated / CALIBRATION)
+
+    def make():
+        cache = model.new_cache(1, 256)
+        return Engine(model, calibration, cache=cache, step=make_step and make_step(model, cache))
+
+    prompts = [list(range(9 + i, 60 + i)) for i in range(12)]
+    decoding, prefilling = make(), make()
+    alone = answer(decoding, sparsity=0.5, new_tokens=200)
+    dense = answer(decoding, sparsity=0, new_tokens=200)
+    firsts = [answer(prefilling, prompt, 0.5, 2) for prompt in prompts]
+    assert alone != dense
+    decoding, prefilling, found = make(), make(), {"first": [], "text": None}
+    decoding._apply(0.5)
+    done = threading.Event()
+
+    def prefill_on():
+        while not done.is_set():
+            prefilling.ids = []
+            found["first"].append([answer(prefilling, prompt, 0.5, 2) for prompt in prompts])
+
+    thread = threading.Thread(target=prefill_on)
+    thread.start()
+    try:
+        found["text"] = answer(decoding, sparsity=0.5, new_tokens=200)
+    finally:
+        done.set()
+        thread.join()
+    assert found["text"] == alone
+    assert len(found["first"]) > 1 and all(first == firsts for first in found["first"])
+
+
+def test_streams_of_several_threads_take_turns(engine):
+    expected = {prompt: answer(engine, list(prompt)) for prompt in [(5, 6, 7), (8, 9), (10, 11, 12, 13)]}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda prompt=prompt: found.update({prompt: answer(engine, list(prompt))}))
+        for prompt in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_a_thread_that_would_wait_for_itself_is_told(engine):
+    stream = engine.stream(ask())
+    next(stream)
+    with pytest.raises(ValueError, match="in the middle of another answer: finish or close that stream first"):
+        next(engine.stream(ask()))
+    stream.close()
+    assert len(answer(engine)) == 12
+
+
+# --- what it refuses
+
+
+@pytest.mark.parametrize(
+    "request_, said",
+    [
+        (lambda: ask(list(range(100)), new_tokens=60), "100 prompt and 60 new tokens do not fit the context of 128"),
+        (lambda: ask([5] * 128, new_tokens=1), "128 prompt and 1 new tokens do not fit"),
+        (lambda: ask([5, 60_000]), "outside the model's vocabulary of 49152"),
+        (lambda: ask([-1]), "outside the model's vocabulary"),
+        (lambda: ask([]), "the prompt is empty"),
+        (lambda: ask(sparsity=1.5), "sparsity 1.5: expected a fraction"),
+        (lambda: ask(sparsity=float("nan")), "sparsity nan: expected a fraction"),
+        (lambda: ask(new_tokens=0), "max_new_tokens 0: expected at least 1"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(engine, request_, said):
+    with pytest.raises(ValueError, match=said):
+        engine.stream(request_())
+
+
+def test_sparsity_needs_a_calibration(tiny):
+    engine, _ = load(tiny)
+    assert len(answer(engine, sparsity=0)) == 12
+    for refused in (lambda: engine.stream(ask(sparsity=0.5)), lambda: engine.set_sparsity(0.5)):
+        with pytest.raises(ValueError, match=r"sparsity 0\.5 needs a calibration"):
+            refused()
+
+
+def test_load_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load(tmp_path / "none")
+
+
+def test_the_package_offers_them():
+    assert teal_fast.load is load and teal_fast.Engine is Engine and teal_fast.Request is Request
+    with pytest.raises(AttributeError, match="no attribute 'engines'"):
+        teal_fast.engines  # noqa: B018

@@ -1,0 +1,70 @@
+"""Prompts: padded when short, from their start or on a cache that is filled, compiled for any length."""
+
+import pytest
+import torch
+
+from teal_fast.engine.cuda_step import plain_step
+from teal_fast.engine.prefill import FEWEST_ROWS, compiled_prefill, prefill, prompt_logits
+from teal_fast.tests.engine.random_models import DEVICE, MISTRAL, PROMPT, make
+from teal_fast.tests.models import TINY
+
+
+@pytest.mark.parametrize("config", [TINY, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("tokens", [1, 5, 11, 12, 13])
+@torch.no_grad()
+def test_short_prompts_are_padded_and_answered_as_they_are(config, tokens):
+    model, _, _ = make(config, torch.float32, 0)
+    prompt, rows = torch.arange(5, 5 + tokens, device=DEVICE)[None], []
+
+    def compute(model, cache, padded, input_pos, last):
+        rows.append(padded.shape[1])
+        return prompt_logits(model, cache, padded, input_pos, last)
+
+    answers = []
+    for answer in (
+        lambda cache: prefill(model, cache, prompt, compute=compute),
+        lambda cache: prompt_logits(model, cache, prompt, None, prompt.new_tensor([-1])),
+    ):
+        cache = model.new_cache(1, 64)
+        first = answer(cache)
+        token, place = torch.tensor([[7]], device=DEVICE), torch.tensor([tokens], device=DEVICE)
+        answers.append(torch.stack([first, *(plain_step(model, cache, token, place + i) for i in range(3))]))
+    assert rows == [max(tokens, FEWEST_ROWS)] and answers[0].std() > 0.1
+    torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_shorter_than_the_padding():
+    model, _, _ = make(TINY, torch.float32, 0)
+    prompt = torch.arange(5, 9, device=DEVICE)[None]
+    expected = prefill(model, model.new_cache(1, 64), prompt)
+    for length in (4, 7):
+        torch.testing.assert_close(prefill(model, model.new_cache(1, length), prompt), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("start, length", [(1, 64), (9, 64), (20, 64), (29, 30), (29, 35)])
+@torch.no_grad()
+def test_a_prompt_continues_a_filled_cache(config, start, length):
+    model, _, _ = make(config, torch.float32, 0.9)  # thresholds, which a prompt does not meet
+    prompt = torch.arange(5, 35, device=DEVICE)[None]
+    expected = prefill(model, model.new_cache(1, 64), prompt)
+    cache = model.new_cache(1, length)
+    prefill(model, cache, prompt[:, :start])
+    torch.testing.assert_close(prefill(model, cache, prompt[:, start:], start), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_compiled_prefill_serves_every_length():
+    model, cache, _ = make(TINY | {"num_hidden_layers": 1}, torch.float32, 0.5)
+    compiled, other = compiled_prefill(), model.new_cache(1, 64)
+    prompts = [torch.arange(5, 5 + length, device=DEVICE)[None] for length in (9, 23, 40, 2, 1)]
+    for start in (0, len(PROMPT)):
+        compiled(model, cache, prompts[1], start)
+        compiled(model, cache, prompts[0], start)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for prompt in prompts:
+                prefill(model, other, torch.tensor([PROMPT], device=DEVICE))
+                prefill(model, cache, torch.tensor([PROMPT], device=DEVICE))
+                expected = prefill(model, other, prompt, start)
+                torch.testing.assert_close(compiled(model, cache, prompt, start), expected, rtol=0, atol=1e-4)

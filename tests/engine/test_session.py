@@ -1,0 +1,97 @@
+"""A chat at a terminal: it keeps its prefix, drops its oldest turns when the context is full, and counts its cost."""
+
+import pytest
+
+from teal_fast.engine.load import load
+from teal_fast.engine.measure import Sample
+from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.session import Session, describe_cost, summarize
+
+SYSTEM = {"role": "system", "content": "Answer briefly."}
+
+
+@pytest.fixture(scope="module")
+def opened(tiny):
+    return load(tiny, context=128)
+
+
+def make(opened, chat, max_new_tokens=8, context=None):
+    engine, tokenizer = opened
+    engine.ids, engine.dense = [], 0
+    return Session(tokenizer, Sampling(0.0), 0.0, max_new_tokens, 1, chat, engine)
+
+
+def test_a_second_turn_reads_only_what_is_new(opened, capsys):
+    session = make(opened, [SYSTEM])
+    session.turn("What is a whale?")
+    session.turn("And a shark?")
+    lines = capsys.readouterr().err.splitlines()
+    counts = [tuple(int(word) for word in line.split() if word.isdecimal()) for line in lines]
+    assert counts[0][0] == counts[0][1] and counts[1][0] < counts[1][1] / 2
+    assert [message["role"] for message in session.chat] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_the_oldest_turns_are_dropped_with_a_word(opened, capsys):
+    session = make(opened, [SYSTEM])
+    for number in range(8):
+        session.turn(f"Question number {number}: what is a whale?")
+        assert len(session.engine.ids) < 128
+    said = capsys.readouterr().err
+    assert "the context is full: the oldest turn was dropped" in said
+    assert session.chat[0] == SYSTEM and session.chat[1]["role"] == "user"
+    assert "number 0" not in str(session.chat) and "number 7" in session.chat[-2]["content"]
+
+
+def test_a_turn_that_fits_no_context_is_refused_and_forgotten(opened):
+    session = make(opened, [SYSTEM])
+    session.turn("What is a whale?")
+    before = list(session.chat)
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, the context 128: shorten it"):
+        session.turn("word " * 200)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        session.turn("  ")
+    assert session.chat == before
+    session.turn("And a shark?")
+
+
+def test_an_interrupted_answer_is_no_part_of_the_chat(opened, monkeypatch):
+    session = make(opened, [])
+    session.turn("What is a whale?")
+    before, step = list(session.chat), session.engine.step
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.engine, "step", interrupted)
+    sample = session.turn("And a shark?")
+    assert session.chat == before and len(sample.tokens) == 1
+    monkeypatch.setattr(session.engine, "step", step)
+    session.turn("And a shark?")
+    assert len(session.chat) == 4
+
+
+def test_texts_of_their_own_forget_each_other(opened, capsys):
+    session = make(opened, None)
+    session.turn("The sea was")
+    session.turn("The sea was")
+    assert session.chat is None and "reading 1 of " in capsys.readouterr().err.splitlines()[1]
+
+
+def test_the_same_seed_draws_the_same_texts(opened, capsys):
+    texts = []
+    for _ in range(2):
+        session = make(opened, None, max_new_tokens=12)
+        session.sampling = Sampling(1.0)
+        for _ in range(2):
+            session.answer(session.encode("The sea was"), Sample(3))
+            texts.append(capsys.readouterr().out)
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
+
+
+def test_cost(opened):
+    session = make(opened, None, max_new_tokens=6)
+    samples = [session.turn("The sea was") for _ in range(2)]
+    record = summarize(session.engine, samples)
+    assert record["new_tokens"] == [6, 6] and record["finish_reason"] == "length"
+    assert record["achieved_sparsity"] == 0 and record["mode"] in ("compiled", "plain")
+    assert "tokens/s (median of 2)" in describe_cost(record) and "0.0% achieved" in describe_cost(record)
