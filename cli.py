@@ -81,6 +81,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="computation type (default: the stored one)")
+    add_prepare_argument(parser)
+
+
+def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of every command that would make what it misses."""
     parser.add_argument(
         "--no_prepare",
         action="store_true",

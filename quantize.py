@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from teal_fast.calibration.make import DEFAULT_CORPUS
-from teal_fast.cli import open_calibration, open_checkpoint, pick_device, positive_int, run
+from teal_fast.cli import add_prepare_argument, open_calibration, open_checkpoint, pick_device, positive_int, run
 from teal_fast.files.checkpoint import WEIGHTS
 from teal_fast.files.paths import checkpoints_folder
 from teal_fast.files.store import new_folder
@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234, help="draws the text (default: %(default)s)")
     parser.add_argument("--device", help="where these two compute: cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, help="folder to make (default: checkpoints/<name>-<mode>)")
+    add_prepare_argument(parser)
     options = parser.parse_args()
     if not (options.calibrated or options.tune) and options.corpus:
         parser.error("--corpus is text for --calibrated and --tune")
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    folder = open_checkpoint(options.checkpoint)
+    folder = open_checkpoint(options.checkpoint, not options.no_prepare)
     format = Format(options.mode, (options.group or 64) if options.mode == "int4" else 0)
     check_dense(folder, format)
     out = options.out or checkpoints_folder() / f"{folder.resolve().name}-{options.mode}"
@@ -62,7 +63,7 @@ def main() -> None:
         if options.calibrated or options.tune:
             # The text is read before anything is computed, so that bad text is refused at once.
             sequences = read_sequences(folder, options.corpus or [DEFAULT_CORPUS], options.tokens, options.seed)
-            calibration = open_calibration(folder, None, device)
+            calibration = open_calibration(folder, None, device, not options.no_prepare)
             fit = Fit(calibration, sequences, device, gptq=options.calibrated, tune=options.tune)
         make_quantized(folder, made, format, fit)
     before, after = ((place / WEIGHTS).stat().st_size / 1e6 for place in (folder, out))

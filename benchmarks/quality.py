@@ -19,9 +19,7 @@ from tqdm import tqdm
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.cli import (
     add_model_arguments,
-    open_calibration,
-    open_checkpoint,
-    pick_device,
+    open_model,
     positive_int,
     run,
     sparsity,
@@ -29,12 +27,9 @@ from teal_fast.cli import (
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, Score, cut_windows, evaluate
 from teal_fast.evaluation.record import check_records_path, describe, read_records, write_records
 from teal_fast.evaluation.tasks import PREFILLS
-from teal_fast.files.calibration import set_sparsity
-from teal_fast.files.load import load_model
-from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.files.calibration import load_calibration, set_sparsity
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, format_of, sparse_layers
-from teal_fast.weights.formats import DTYPES
 
 
 def losses(scores: list[Score]) -> torch.Tensor:
@@ -90,18 +85,19 @@ def main() -> None:
     options = parser.parse_args()
     check_records_path(options.out)
 
-    folder, device = open_checkpoint(options.checkpoint), pick_device(options.device)
-    tokenizer = Tokenizer.load(folder)
-    ids = [token for text in read_corpus(options.text) for token in tokenizer.encode(text)]
-    calibrations = [open_calibration(folder, path) for path in options.calibration]
-    model = load_model(folder, device, DTYPES.get(options.dtype))
+    opened = open_model(
+        options.checkpoint, options.device, options.dtype, calibrated=False, prepare=not options.no_prepare
+    )
+    model = opened.model
+    ids = [token for text in read_corpus(options.text) for token in opened.tokenizer.encode(text)]
+    calibrations = [load_calibration(opened.folder, path) for path in options.calibration]
     if not 2 <= options.context <= model.args.max_position:
         raise ValueError(f"--context {options.context}: expected 2 to this model's {model.args.max_position}")
     windows = cut_windows(ids, options.context, options.context, options.windows)
     if not windows:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window: use a smaller --context")
     dense_tokens = PREFILLS[options.prefill](options.context)
-    common = describe(folder.resolve().name, device, format_of(model)) | {
+    common = describe(opened.name, opened.device, format_of(model)) | {
         "benchmark": "quality",
         "text": [path.name for path in options.text],
         "protocol": f"context {options.context}, {len(windows)} windows, prefill {options.prefill}",

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from teal_fast.files.calibration import load_calibration, set_sparsity
+from teal_fast.cli import open_calibration
+from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.load import load_model
 from teal_fast.report.activations import (
     BARS,
@@ -124,7 +125,7 @@ def folder(tiny, tmp_path_factory):
 
 
 def test_measure_leaves_out_first_tokens_and_sees_the_sparse_model(folder):
-    model, calibration = load_model(folder), load_calibration(folder)
+    model, calibration = load_model(folder), open_calibration(folder)
     sequences = [list(range(100, 164)), list(range(900, 920))]
     found = measure_activations(model, calibration, sequences, [0.3, 0.6])
     assert [layer["name"] for layer in found] == list(sparse_layers(model))
