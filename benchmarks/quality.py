@@ -10,7 +10,6 @@ differ a little: compare them before the perplexities.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from teal_fast.cli import (
     sparsity,
 )
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, Score, cut_windows, evaluate
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, read_records, write_records
 from teal_fast.evaluation.tasks import PREFILLS
 from teal_fast.files.calibration import load_calibration, set_sparsity
 from teal_fast.model import Transformer
@@ -103,7 +102,7 @@ def main() -> None:
         "text": [path.name for path in options.text],
         "protocol": f"context {options.context}, {len(windows)} windows, prefill {options.prefill}",
     }
-    records = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
+    records = read_records(options.out) if options.out and options.out.exists() else []
     runs = 1 + len(options.sparsity) * len(calibrations)
     with tqdm(total=runs * len(windows) * options.context, desc="evaluating", unit="token") as progress:
         for layer in sparse_layers(model).values():

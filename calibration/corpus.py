@@ -1,8 +1,9 @@
 """Reads text to calibrate and evaluate on: plain text and .jsonl files, single or in folders. Tokenizes nothing."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+
+from teal_fast.files.store import parse_json
 
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 
@@ -37,7 +38,7 @@ def _jsonl_texts(file: Path, content: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line, f"line {number}")
         except ValueError:
             record = None
         if not (isinstance(record, dict) and isinstance(record.get("text"), str)):

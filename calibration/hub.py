@@ -6,7 +6,6 @@ file is kept only if its fingerprint is that of the checkpoint at hand.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from teal_fast.engine.accounting import tally_kept
 from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
-from teal_fast.files.store import new_file
+from teal_fast.files.store import new_file, read_json
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.sparse_model import Phase
 
@@ -150,7 +149,7 @@ def read_results(path: Path, calibration: Calibration, model: str) -> list[dict]
     try:
         records = [
             record
-            for record in json.loads(path.read_text(encoding="utf-8"))
+            for record in read_json(path, list)
             if record["benchmark"] == "eval" and "perplexity" in record and "text" in record
         ]
         other = [r for r in records if r["model"] != model or r["calibration"] != calibration.origin or r["baseline"]]

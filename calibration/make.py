@@ -3,6 +3,8 @@
 calibrate.py calls it, and so does every command that finds a calibration missing. The methods are in methods.py.
 """
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,7 @@ def make_calibration(
     settings = settings or Settings()
     tokenizer = Tokenizer.load(folder)
     documents = [tokenizer.encode(text) for text in read_corpus(list(settings.corpus))]
-    model = load_model(folder, device, DTYPES.get(dtype))
+    model = load_model(folder, device, DTYPES.get(dtype), thorough=True)
     context = min(settings.context, model.args.max_position)
     sequences = cut_sequences(documents, context, settings.tokens, settings.seed)
     if not sequences:
@@ -60,6 +62,7 @@ def make_calibration(
         "context": str(context),
         "seed": str(settings.seed),
         "method": settings.method,
+        "tokens_sha256": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16],
     }
     about = {"version": CALIBRATION_VERSION, "model": fingerprint(folder), "dtype": dtype} | origin
     journal = Journal(out.with_name(f"{out.name}.partial"), about)

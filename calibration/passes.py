@@ -6,6 +6,7 @@ all of it is used and none of them is long.
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,16 +25,25 @@ Seen = dict[str, dict[str, Tensor]]  # layer name to what was observed of its in
 class Journal:
     """A file of finished passes, which lies beside the output until that is written.
 
-    about: what determines a run (model, text, settings). A journal of a run with another `about` is not used.
+    about: what determines a run (model, text, settings). What lies there otherwise, a damaged file or the journal of a
+    run with another `about`, is replaced.
     """
 
     def __init__(self, path: Path, about: dict):
         self.path, self.about = path, json.dumps(about)
-        self.tensors: dict[str, Tensor] = {}
-        if path.exists():
-            with open_safetensors(path) as file:
-                if (file.metadata() or {}).get("about") == self.about:
-                    self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self.tensors = self._read() if path.exists() else {}
+
+    def _read(self) -> dict[str, Tensor]:
+        try:
+            with open_safetensors(self.path) as file:
+                names = list(file.keys())
+                if (file.metadata() or {}).get("about") == self.about and all(n.count("/") == 2 for n in names):
+                    return {name: file.get_tensor(name) for name in names}
+            trouble = "is of another run"
+        except (ValueError, FileNotFoundError):
+            trouble = "is damaged"
+        print(f"{self.path} {trouble}: starting anew", file=sys.stderr)
+        return {}
 
     def keep(self, title: str, make: Callable[[], Seen]) -> Seen:
         """The pass `title` from the journal or, if it is not there, from `make`, which is then written to the file."""

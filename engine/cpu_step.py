@@ -4,6 +4,8 @@ Weights, thresholds and cache are handed over by address, so that thresholds cha
 """
 
 import ctypes
+import functools
+from collections.abc import Callable
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
@@ -39,6 +41,20 @@ class CpuModel(ctypes.Structure):
     ]
 
 
+@functools.cache
+def native_step(native: ctypes.CDLL) -> Callable:
+    """The decode step of the compiled kernels. Raises ValueError when its structures are not those of this file."""
+    found = (c_int64 * 2)()
+    native.teal_struct_sizes(found)
+    expected = [ctypes.sizeof(CpuLayer), ctypes.sizeof(CpuModel)]
+    if list(found) != expected:
+        raise ValueError(
+            f"decode_step.cpp's Layer and Model have {found[0]} and {found[1]} bytes, cpu_step.py's {expected[0]} and "
+            f"{expected[1]}: give both files the same fields"
+        )
+    return native.teal_decode_step
+
+
 class CpuStep:
     """The decode step in C++ over one model and one cache; the same as the plain step up to rounding.
 
@@ -52,7 +68,7 @@ class CpuStep:
         self.tensors: list[Tensor] = []
         self.logits = torch.empty(args.vocab_size)
         self.type = TYPES[model.norm.weight.dtype]
-        self.native = library().teal_decode_step
+        self.native = native_step(library())
         self.model = CpuModel(
             dim=args.dim,
             heads=args.n_heads,

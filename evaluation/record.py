@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from teal_fast.files.paths import ROOT
-from teal_fast.files.store import check_writable, new_file
+from teal_fast.files.store import check_writable, new_file, read_json
 from teal_fast.kernels.backend import triton
 from teal_fast.kernels.native import instruction_set
 
@@ -98,3 +98,11 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if differs else "")
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSON file that `write_records` wrote. Raises ValueError when it holds no list of them."""
+    records = read_json(path, list, "make it again")
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} is no list of records: make it again")
+    return records

@@ -17,7 +17,6 @@ Continuations are sparse, as decoded tokens are; which tokens of a context are s
 few-shot examples and no chat templates.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.evaluation.pruning import zeros_by_kind
+from teal_fast.files.store import parse_json
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DECODE, Phase
@@ -88,7 +88,7 @@ def read_task(folder: Path, name: str, limit: int | None = None) -> list[TaskIte
 
 def _parse(line: str, place: str) -> TaskItem:
     try:
-        record = json.loads(line)
+        record = parse_json(line, place)
         contexts = record["ctx"]
         continuations = [record["cont"]] if "cont" in record else record["conts"]
         gold = None if "cont" in record else record["gold"]

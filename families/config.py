@@ -4,7 +4,8 @@ A field that would change what the model computes, and that this project does no
 is worse than none. Names of tensors are not read here.
 """
 
-import math
+import sys
+from reprlib import repr as short  # cut where it is long or deep
 from typing import Any
 
 from teal_fast.model import ModelArgs
@@ -29,10 +30,10 @@ def model_args(config: dict[str, Any]) -> ModelArgs:
     """
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"config.json: model_type {architecture!r} is not supported, expected {ARCHITECTURES}")
+        raise ValueError(f"config.json: model_type {short(architecture)} is not supported, expected {ARCHITECTURES}")
     for name, value in FIXED_FIELDS.items():
         if config.get(name) not in (value, None):
-            raise ValueError(f"config.json: {name} {config[name]!r} is not supported, expected {value!r}")
+            raise ValueError(f"config.json: {name} {short(config[name])} is not supported, expected {short(value)}")
     dim = _size(config, "hidden_size")
     heads = _size(config, "num_attention_heads", most=MANY)
     attention_bias = _flag(config, "attention_bias") and architecture in ("llama", "qwen3")
@@ -63,20 +64,20 @@ def _size(config: dict[str, Any], name: str, default: int | None = None, least: 
     if value is None:
         raise ValueError(f"config.json: {name} is missing, a {config['model_type']} model needs it")
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"config.json: {name} is {value!r}, expected a whole number from {least} to {most}")
+        raise ValueError(f"config.json: {name} is {short(value)}, expected a whole number from {least} to {most}")
     return value
 
 
 def _flag(config: dict[str, Any], name: str) -> bool:
     value = config.get(name)
     if not isinstance(value, bool | None):
-        raise ValueError(f"config.json: {name} is {value!r}, expected true or false")
+        raise ValueError(f"config.json: {name} is {short(value)}, expected true or false")
     return bool(value)
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"config.json: {name} is {value!r}, expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"config.json: {name} is {short(value)}, expected a positive number")
     return float(value)
 
 
@@ -86,13 +87,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     for spelling in ("rope_scaling", "rope_parameters"):
         given = config.get(spelling) or {}
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-            raise ValueError(f"config.json: {spelling} {given!r} is not supported, expected one flat object")
+            raise ValueError(f"config.json: {spelling} {short(given)} is not supported, expected one flat object")
         rope |= {name: value for name, value in given.items() if value is not None}
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if kind not in ROPE_FIELDS:
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported, expected one of {[*ROPE_FIELDS]}")
+        raise ValueError(f"config.json: rope_type {short(kind)} is not supported, expected one of {[*ROPE_FIELDS]}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported")
+        raise ValueError(f"config.json: partial_rotary_factor {short(rope['partial_rotary_factor'])} is not supported")
     theta = 10000.0 if rope["rope_theta"] is None else rope["rope_theta"]
     settings = {"rope_type": kind, "rope_theta": _positive("rope_theta", theta)}
     if kind == "factors":
@@ -117,5 +118,5 @@ def _sliding_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
         kinds = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise ValueError(f"config.json: layer_types {kinds!r} is not supported, expected {known} for each layer")
+        raise ValueError(f"config.json: layer_types {short(kinds)} is not supported, expected {known} for each layer")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,23 +1,33 @@
-"""TODO."""
+"""Calibrations: the thresholds of a model's sparse layers for any sparsity, as one file beside the weights.
+
+Thresholds depend on how a model's hidden states are spread, so that they are measured once (calibration/) and kept with
+a fingerprint of the model they belong to and with what they were measured on. A file may come from anyone, by the hub:
+everything in it is checked before use, its metadata by their whole schema. How thresholds are found is not said here.
+"""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from teal_fast.files.checkpoint import WEIGHTS, fingerprint
+from teal_fast.families.config import LARGEST, model_args
+from teal_fast.files.checkpoint import FINGERPRINT, fingerprint, read_config
 from teal_fast.files.paths import DATA
-from teal_fast.files.store import new_file, open_safetensors
-from teal_fast.model import Transformer
-from teal_fast.sparse_model import KEEP_ALL, SPARSE_WEIGHT, sparse_layers
+from teal_fast.files.store import new_file, open_safetensors, parse_json, short
+from teal_fast.model import ModelArgs, Transformer
+from teal_fast.sparse_model import KEEP_ALL, sparse_layers
 
 CALIBRATION = "calibration.safetensors"
 CALIBRATION_VERSION = "2"
 SHIPPED = DATA / "demo-calibration.safetensors"  # the demo model's, made by calibrate.py's defaults
 FACTOR = ".factor"  # what a layer's factors are called in the file, after its name
+MOST_POINTS, MOST_INPUTS = 2**16, LARGEST  # of a curve, of a layer: more is a corrupt file
+AGAIN = "run calibrate.py again"
 
 
 @dataclass(frozen=True)
@@ -59,29 +69,77 @@ class Calibration:
     def load(cls, path: Path) -> "Calibration":
         """Raises FileNotFoundError, or ValueError when the file is not a sound calibration of this version."""
         with open_safetensors(path) as file:
-            about = json.loads((file.metadata() or {}).get("calibration", "{}"))
-            if about.get("version") != CALIBRATION_VERSION:
-                raise ValueError(f"{path} is no calibration of version {CALIBRATION_VERSION}: run calibrate.py again")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name, values in tensors.items():
-            row = values.dtype == torch.float32 and values.ndim == 1 and len(values) > 1 and values.isfinite().all()
-            if not (row and ((values >= 0) if name.endswith(FACTOR) else values.diff() >= 0).all()):
-                expected = "fp32 of at least 0" if name.endswith(FACTOR) else "ascending fp32"
-                raise ValueError(f"{path}: values of {name} are not {expected}: run calibrate.py again")
+            about = _read_about(path, file.metadata() or {})
+            tensors = {name: _read_values(path, file, name) for name in sorted(file.keys())}
         factors = {name.removesuffix(FACTOR): tensors.pop(name) for name in list(tensors) if name.endswith(FACTOR)}
+        lengths = Counter(map(len, tensors.values()))
+        usual = max(lengths, key=lengths.__getitem__, default=0)
+        for name, points in tensors.items():
+            if len(points) != usual:
+                raise ValueError(f"{path}: {short(name)} has {len(points)} points, others {usual}: {AGAIN}")
         return cls(tensors, about["model"], about["origin"], factors)
 
     def check(self, folder: Path) -> None:
         """Raises ValueError naming what differs when this is not the calibration of the checkpoint in `folder`."""
         expected = fingerprint(folder)
         if differing := [name for name in expected if self.model.get(name) != expected[name]]:
-            found = ", ".join(f"{name} {self.model.get(name)} (checkpoint: {expected[name]})" for name in differing)
+            found = ", ".join(
+                f"{name} {short(self.model.get(name))} (checkpoint: {expected[name]})" for name in differing
+            )
             raise ValueError(f"the calibration is another model's: it has {found}; run calibrate.py on {folder}")
-        with open_safetensors(folder / WEIGHTS) as file:
-            layers = {name.removesuffix(".weight") for name in file.keys() if SPARSE_WEIGHT.fullmatch(name)}  # noqa: SIM118
-        if differing := sorted(layers ^ self.curves.keys()):
-            side = "lacks" if differing[0] in layers else "has, unlike the model,"
-            raise ValueError(f"the calibration {side} layer {differing[0]}: run calibrate.py on {folder}")
+        inputs = _layer_inputs(model_args(read_config(folder)))
+        if differing := sorted(inputs.keys() ^ self.curves.keys()) or sorted(self.factors.keys() - inputs.keys()):
+            side = "lacks" if differing[0] in inputs else "has, unlike the model,"
+            raise ValueError(f"the calibration {side} layer {short(differing[0])}: run calibrate.py on {folder}")
+        for name, factor in self.factors.items():
+            if len(factor) != inputs[name]:
+                found = f"{len(factor)} factors, the layer {inputs[name]} inputs"
+                raise ValueError(f"the calibration's {name}{FACTOR} has {found}: run calibrate.py on {folder}")
+
+
+def _read_about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The metadata's one entry: version, model and origin, and nothing else."""
+    if "calibration" not in metadata:
+        raise ValueError(f"{path} has no metadata called calibration, with version, model and origin: {AGAIN}")
+    about = parse_json(metadata["calibration"], f"{path}: calibration", todo=AGAIN)
+    if (version := about.get("version")) != CALIBRATION_VERSION:
+        raise ValueError(f"{path}: version is {short(version)}, expected {CALIBRATION_VERSION!r}: {AGAIN}")
+    for key in ("model", "origin"):
+        if not isinstance(found := about.get(key), dict):
+            raise ValueError(f"{path}: {key} is {short(found)}, expected an object of texts: {AGAIN}")
+        for name, value in found.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{path}: {key}.{short(name)} is {short(value)}, expected a text: {AGAIN}")
+    if extra := sorted(about.keys() - {"version", "model", "origin"}):
+        raise ValueError(f"{path}: {short(extra[0])} is unknown, expected version, model and origin: {AGAIN}")
+    if differing := sorted(set(FINGERPRINT) ^ about["model"].keys()):
+        side = "lacks" if differing[0] in FINGERPRINT else "has the unknown"
+        raise ValueError(f"{path}: model {side} {short(differing[0])}: {AGAIN}")
+    return about
+
+
+def _read_values(path: Path, file: Any, name: str) -> Tensor:
+    """A layer's curve or, by its name, its factors. Type and shape are looked at before memory is taken."""
+    part, is_factor = file.get_slice(name), name.endswith(FACTOR)
+    dtype, shape = part.get_dtype(), part.get_shape()
+    least, most = (1, MOST_INPUTS) if is_factor else (2, MOST_POINTS)
+    if dtype != "F32" or len(shape) != 1 or not least <= shape[0] <= most:
+        expected = f"F32 of {least} to {most} values"
+        raise ValueError(f"{path}: {short(name)} is {dtype} {short(shape)}, expected {expected}: {AGAIN}")
+    values = file.get_tensor(name)
+    sound = (values > 0) if is_factor else torch.cat((values[:1] >= 0, values.diff() >= 0))
+    if not (sound & values.isfinite()).all():
+        expected = "positive" if is_factor else "ascending from at least 0"
+        raise ValueError(f"{path}: values of {short(name)} are not finite and {expected}: {AGAIN}")
+    return values
+
+
+def _layer_inputs(args: ModelArgs) -> dict[str, int]:
+    """How many input channels each sparse layer has, by module name."""
+    query = args.n_heads * args.head_dim
+    sizes = {"attention.wqkv": args.dim, "attention.wo": query, "feed_forward.w13": args.dim}
+    sizes["feed_forward.w2"] = args.ffn_dim
+    return {f"layers.{i}.{name}": size for i in range(args.n_layers) for name, size in sizes.items()}
 
 
 def set_sparsity(model: Transformer, calibration: Calibration | None, sparsity: float) -> None:

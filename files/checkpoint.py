@@ -7,16 +7,17 @@ written, so that no reader ever sees half a file.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from teal_fast.families.config import model_args
 from teal_fast.files.paths import demo_folder
-from teal_fast.files.store import open_safetensors
+from teal_fast.files.store import SAFETENSORS_DTYPES, open_safetensors, read_json, short
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-METADATA = {"format": "teal-fast", "version": "1", "linear": "[K, N]"}  # of our model.safetensors
+METADATA = {"format": "teal-fast", "version": "2", "linear": "[K, N]"}  # of our model.safetensors
+SIZES = ("architecture", "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+FINGERPRINT = (*SIZES, "weights")  # the keys of a fingerprint
 
 
 class MissingDemoError(FileNotFoundError):
@@ -49,23 +50,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: expected the folder of a Hugging Face model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download or convert the model again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected an object: download the model again")
-    return config
+    return read_json(path)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """What tells this model from another: architecture, sizes and a hash over a few rows of every layer's weights."""
-    config = read_config(folder)
-    args = model_args(config)
+    """What tells this model from another: architecture, sizes and a hash over a few rows of every layer's weights.
+
+    Tensors are hashed under the names that the file has, so that a calibration outlives a new version of the format.
+    """
+    args = model_args(read_config(folder))
     digest = hashlib.sha256()
     with open_safetensors(folder / WEIGHTS) as file:
         for name in sorted(file.keys()):
-            rows = file.get_slice(name)[:2]
+            rows = file.get_slice(name)
+            if rows.get_dtype() not in SAFETENSORS_DTYPES.values() or len(rows.get_shape()) not in (1, 2):
+                found = f"{rows.get_dtype()} {rows.get_shape()}"
+                raise ValueError(f"{folder / WEIGHTS}: {short(name)} is {found}, no weight: convert the model again")
+            rows = rows[:2]
             digest.update(name.encode() + rows.float().numpy().tobytes())
-    sizes = ("architecture", "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
-    return {name: str(getattr(args, name)) for name in sizes} | {"weights": digest.hexdigest()[:16]}
+    return {name: str(getattr(args, name)) for name in SIZES} | {"weights": digest.hexdigest()[:16]}

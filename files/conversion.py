@@ -1,4 +1,9 @@
-"""TODO."""
+"""From another program's tensors to our model.safetensors: what the readers of all foreign formats share.
+
+Linear layers of the blocks are stacked (q, k, v and gate, up) and transposed to [K, N]. Every source tensor's shape is
+checked against its own part of the whole before anything is written. What a format calls its tensors and how it reads
+them is in huggingface.py and gguf.py.
+"""
 
 import re
 from collections.abc import Callable
@@ -36,7 +41,8 @@ def write_weights(
         expected = {name: p.shape for name, p in Transformer(args).named_parameters()}  # a tied output appears once
     made_of = {name: sources(name) for name in expected}
     output, embeddings = sources("output.weight"), made_of["tok_embeddings.weight"]
-    _check_shapes(expected, made_of, shapes, unused=output if args.tie_embeddings else ())
+    rows = {name: _part_rows(args, name, shape, len(made_of[name])) for name, shape in expected.items()}
+    _check_shapes(expected, rows, made_of, shapes, unused=output if args.tie_embeddings else ())
     if args.tie_embeddings and output[0] in shapes and not torch.equal(read(output[0]), read(embeddings[0])):
         raise ValueError(f"config.json ties {output[0]} to {embeddings[0]}, but the checkpoint's two differ")
 
@@ -49,8 +55,17 @@ def write_weights(
     write_safetensors(folder / WEIGHTS, layout, build, METADATA)
 
 
+def _part_rows(args: ModelArgs, name: str, shape: torch.Size, parts: int) -> tuple[int, ...]:
+    """Outputs of each part that makes a tensor of ours when stacked: q, k, v; gate, up; or the tensor itself."""
+    if parts == 1:
+        return (shape[0],)
+    query, key = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    return (query, key, key) if ".wqkv." in name else (args.ffn_dim, args.ffn_dim)
+
+
 def _check_shapes(
     expected: dict[str, torch.Size],
+    rows: dict[str, tuple[int, ...]],
     made_of: dict[str, tuple[str, ...]],
     shapes: dict[str, tuple[int, ...]],
     unused: tuple[str, ...],
@@ -59,10 +74,10 @@ def _check_shapes(
         parts = made_of[name]
         if missing := [part for part in parts if part not in shapes]:
             raise ValueError(f"the checkpoint lacks {missing[0]}, which its config.json calls for")
-        rows = sum(shapes[part][0] for part in parts if shapes[part])
-        if any((rows, *shapes[part][1:]) != tuple(shape) for part in parts):
-            found = ", ".join(f"{part} {list(shapes[part])}" for part in parts)
-            raise ValueError(f"config.json calls for {name} of shape {list(shape)}, but the checkpoint has {found}")
+        for part, outputs in zip(parts, rows[name], strict=True):
+            if shapes[part] != (outputs, *shape[1:]):
+                called_for, found = [outputs, *shape[1:]], list(shapes[part])
+                raise ValueError(f"the checkpoint has {part} {found}, but config.json calls for {called_for}")
     if extra := sorted(shapes.keys() - set(unused).union(*made_of.values())):
         raise ValueError(f"the checkpoint holds {extra[0]} ({len(extra)} such), which config.json does not call for")
 

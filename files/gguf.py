@@ -1,4 +1,9 @@
-"""TODO."""
+"""GGUF files of llama.cpp, and their conversion into checkpoint folders of ours.
+
+The metadata become a config.json, the vocabulary tokenizer files (gguf_tokenizer.py), and quantized weights are
+dequantized. What llama.cpp does to weights when it makes a GGUF, such as the row order of q and k, is undone. Files in
+several parts and rotary scaling other than linear are refused.
+"""
 
 import json
 from functools import partial

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Hugging Face model folders, and their conversion into checkpoint folders of ours.
+
+Weights are read from safetensors or, without running any code in them, from PyTorch's pickles, in one file or several.
+The tokenizer's files are copied as they are. Quantized models are refused: their formats are not ours.
+"""
 
 import json
 import pickle
@@ -13,7 +17,7 @@ from torch import Tensor
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import CONFIG, read_config
 from teal_fast.files.conversion import write_weights
-from teal_fast.files.store import new_folder
+from teal_fast.files.store import new_folder, read_json, short
 from teal_fast.weights.formats import DTYPES
 
 COPIED = (
@@ -45,9 +49,9 @@ def find_shards(folder: Path) -> list[Path]:
         index = folder / f"{single}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                names = sorted(set(read_json(index)["weight_map"].values()))
                 return [folder / Path(name).name for name in names]  # a shard lies in the folder, never elsewhere
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} is not a weight index ({error!r}): download the model again") from error
         if (folder / single).is_file():
             return [folder / single]
@@ -87,10 +91,11 @@ def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> N
         tensors |= open_shard(shard)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            found = f"{short(name)} in {tensor.dtype}"
+            raise ValueError(f"{source} holds {found}, expected {', '.join(DTYPES)}: dequantize the model first")
     stored = {tensor.dtype for tensor in tensors.values() if tensor.ndim == 2}
-    if wrong := stored - set(DTYPES.values()):
-        found = ", ".join(map(str, wrong))
-        raise ValueError(f"{source} holds {found} weights, expected {', '.join(DTYPES)}: dequantize the model first")
     dtype = dtype or reduce(torch.promote_types, stored, torch.bool)  # bool is narrower than any
     with new_folder(out) as folder:
         for name in COPIED:

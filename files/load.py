@@ -1,54 +1,147 @@
-"""TODO."""
+"""The one door through which a checkpoint's model.safetensors comes in.
 
+Kernels take tensors by address and trust what they are told, so that a wrong type or shape would be misread silently or
+end in a signal. Here the metadata and every tensor's name, type and shape are checked before any value is read. A layer
+of another float type in a bf16 model, for example, is refused.
+
+Values are checked as far as that costs next to nothing: norms, biases and scales always, all others in the pass that
+copies them to a device or converts them. What stays memory-mapped is not read here at all: to look for NaN in it would
+take longer than to load it. `thorough` does that, for those who read every weight many times anyway. Files that this
+project writes were checked when they were written.
+"""
+
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from teal_fast.families.config import model_args
-from teal_fast.files.checkpoint import WEIGHTS, read_config
-from teal_fast.files.store import open_safetensors
-from teal_fast.model import Transformer
+from teal_fast.files.checkpoint import METADATA, WEIGHTS, read_config
+from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, open_safetensors, short
+from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
-from teal_fast.weights.formats import Format
+from teal_fast.weights.formats import DTYPES, QUANTIZED, Format
+from teal_fast.weights.quantized import Int4Weight
+
+# What a quantized weight is called after its layer's name, by the version of the file. A dense one is a "weight".
+PACKED = {"1": "weight", "2": "packed"}
+AGAIN = "convert or quantize the model again"
 
 
-def stored_as(name: str) -> str:
-    """The name in model.safetensors of a parameter of the sparse model."""
-    return name.replace(".weight.packed", ".weight").replace(".weight.scale", ".scale")
+def stored_as(name: str, packed: str = "weight") -> str:
+    """The name in model.safetensors of a parameter of the sparse model; `packed`: see PACKED."""
+    if name == "output.weight":
+        return f"output.{packed}"
+    return name.replace(".weight.packed", f".{packed}").replace(".weight.scale", ".scale")
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, thorough: bool = False
+) -> Transformer:
     """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
 
     Quantized weights stay so; `dtype` is of what is computed, and of all else. On the CPU tensors stay memory-mapped
-    unless it changes them.
+    unless it changes them. Raises ValueError on an unsound file; `thorough` also reads what would stay memory-mapped.
     """
-    args = model_args(read_config(folder))
-    tensors = {}
-    with open_safetensors(folder / WEIGHTS) as file:
-        metadata, stored = file.metadata() or {}, set(file.keys())
-        if metadata.get("format") != "teal-fast":
-            raise ValueError(
-                f"{folder} is not converted yet: run `python -m teal_fast.scripts.convert_hf_checkpoint {folder}`"
-            )
-        with torch.device("meta"):
-            model = sparsify(Transformer(args), Format.read(metadata))
-        for name, parameter in model.named_parameters():
-            stored_name = stored_as(name)
-            if stored_name not in stored:
-                raise ValueError(f"{folder / WEIGHTS} lacks {stored_name}, which its config.json calls for: remake it")
-            tensor = file.get_tensor(stored_name).to(device=device)
-            quantized = not tensor.is_floating_point() or name.endswith(".scale")
-            tensors[name] = tensor if quantized else tensor.to(dtype=dtype)
-            if tensor.shape != parameter.shape:
-                found, expected = list(tensor.shape), list(parameter.shape)
-                raise ValueError(f"{folder / WEIGHTS}: {stored_name} is {found}, config.json calls for {expected}")
-        if extra := sorted(stored - set(map(stored_as, tensors))):
-            raise ValueError(f"{folder / WEIGHTS} holds {extra[0]}, unknown to its config.json: make it again")
+    args, path = model_args(read_config(folder)), folder / WEIGHTS
+    tensors: dict[str, Tensor] = {}
+    with open_safetensors(path) as file:
+        format, packed = read_format(folder, file.metadata() or {})
+        model = empty_model(path, args, format)
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+        check_layout(path, model, found, packed)
+        for name, _ in model.named_parameters():
+            stored = file.get_tensor(stored_as(name, packed))
+            moved = stored.to(device)
+            tensor = moved.to(dtype) if stored.is_floating_point() and not name.endswith(".scale") else moved
+            if stored.is_floating_point() and (thorough or tensor is not stored or stored.ndim == 1):
+                narrower = min(tensor, moved, key=Tensor.element_size)  # less to read; to narrow may give inf
+                check_finite(path, stored_as(name, packed), narrower)
+            tensors[name] = tensor
     model.load_state_dict(tensors, strict=False, assign=True)
     if isinstance(model.output, nn.Linear) and args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    for layer in sparse_layers(model).values():
+    for name, layer in sparse_layers(model).items():
         layer.threshold = torch.full(layer.threshold.shape, KEEP_ALL, device=device)
+        if layer.weight.format == "int4":
+            mapped = layer.weight.packed.device.type == "cpu" and not thorough
+            check_rows(path, stored_as(f"{name}.weight.packed", packed), layer.weight, 2 if mapped else None)
     return model.to(device).requires_grad_(False).eval()
+
+
+def read_format(folder: Path, metadata: dict[str, str]) -> tuple[Format | None, str]:
+    """The format of quantized weights, None of others, and what they are called; of a file that states it soundly."""
+
+    def refuse(key: str, expected: str, todo: str = AGAIN) -> ValueError:
+        return ValueError(f"{folder / WEIGHTS}: {key} is {short(metadata.get(key))}, expected {expected}: {todo}")
+
+    if metadata.get("format") != METADATA["format"]:
+        todo = f"{folder} is not converted yet: run `python -m teal_fast.scripts.convert_hf_checkpoint {folder}`"
+        raise refuse("format", repr(METADATA["format"]), todo)
+    if (version := metadata.get("version")) not in PACKED:
+        raise refuse("version", " or ".join(map(repr, PACKED)), f"{AGAIN}, or update teal-fast")
+    if metadata.get("linear") != METADATA["linear"]:
+        raise refuse("linear", repr(METADATA["linear"]))
+    name, group = metadata.get("weights"), metadata.get("group")
+    if name not in (None, *QUANTIZED):
+        raise refuse("weights", f"{' or '.join(map(repr, QUANTIZED))}, or none at all")
+    if name != "int4":
+        return (Format(name), PACKED[version]) if name else (None, "weight")
+    if version == "1" and metadata.get("row_scales") != "at most 1":  # a GPU's fixed point may not hold others
+        raise refuse("row_scales", "'at most 1' in version 1")
+    if not re.fullmatch(r"[1-9][0-9]{0,7}", group or ""):
+        raise refuse("group", "the outputs that share a scale, a whole number")
+    return Format(name, int(group)), PACKED[version]
+
+
+def empty_model(path: Path, args: ModelArgs, format: Format | None) -> Transformer:
+    """The sparse model, of parameters without values."""
+    with torch.device("meta"):
+        model = Transformer(args)
+        try:
+            return sparsify(model, format)
+        except ValueError as error:
+            key, value = list(format.metadata().items())[-1]
+            raise ValueError(f"{path}: {key} {value} does not fit its config.json ({error}): {AGAIN}") from error
+
+
+def check_layout(path: Path, model: Transformer, found: dict[str, tuple[str, Any]], packed: str) -> None:
+    """Raises ValueError unless the file has just the model's parameters; found: type and shape by stored name."""
+    expected = {stored_as(name, packed): parameter for name, parameter in model.named_parameters()}
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(f"{path} lacks {missing[0]}, which its config.json calls for: {AGAIN}")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{path} holds {short(extra[0])}, unknown to its config.json: {AGAIN}")
+    fixed = {name for name in expected if name.endswith(".scale") or not expected[name].is_floating_point()}
+    floats = [SAFETENSORS_DTYPES[dtype] for dtype in DTYPES.values()]
+    usual = Counter(found[name][0] for name in expected if name not in fixed).most_common(1)[0][0]
+    for name, parameter in expected.items():
+        dtype, shape = found[name]
+        if name in fixed and dtype != SAFETENSORS_DTYPES[parameter.dtype]:
+            raise ValueError(f"{path}: {name} is {dtype}, expected {SAFETENSORS_DTYPES[parameter.dtype]}: {AGAIN}")
+        if name not in fixed and (dtype != usual or dtype not in floats):
+            wanted = f"{usual} as most others are" if usual in floats else " or ".join(floats)
+            raise ValueError(f"{path}: {name} is {dtype}, expected {wanted}: {AGAIN}")
+        if list(shape) != list(parameter.shape):
+            called_for = f"config.json calls for {list(parameter.shape)}"
+            raise ValueError(f"{path}: {name} is {short(list(shape))}, {called_for}: {AGAIN}")
+
+
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        reason = "NaN or inf, or values too large for the type asked for"
+        raise ValueError(f"{path}: {name} holds {reason}: {AGAIN}, or choose another type")
+
+
+def check_rows(path: Path, name: str, weight: Int4Weight, rows: int | None) -> None:
+    """Raises ValueError unless the scales in the first rows, or all, are sound and are as many as the group says."""
+    scales, rest = weight.row_scales(rows)
+    check_finite(path, name, scales)
+    if rest.any() or not scales.any(0).all():
+        raise ValueError(f"{path}: {name} has rows of another group than {weight.group}: {AGAIN}")
+    if scales.abs().max() > 1:  # a GPU's fixed point may not hold them
+        raise ValueError(f"{path}: {name} has row scales beyond 1: {AGAIN}")

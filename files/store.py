@@ -1,7 +1,13 @@
-"""TODO."""
+"""Reading and writing files safely: JSON and safetensors of any origin, and files that appear whole or not at all.
+
+What is read may be damaged or hostile: it gives one ValueError of one line, whatever it holds. Of JSON that means
+bounds on its size and its nesting, and no constants that JSON does not have. What is written is renamed into its place,
+so that no reader ever sees half a file. What a file's contents mean is the business of those who ask for it.
+"""
 
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +27,70 @@ SAFETENSORS_DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+MOST_BYTES = 2**26  # of a JSON file: twice the largest tokenizer.json known, Gemma 3's of 33 MB
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 100  # characters
+MOST_LEVELS = 64  # of nesting: tokenizer.json has 8; Python's own code recurses, and gives up at some hundred
+
+
+def short(value: Any) -> str:
+    """A value of a foreign file as an error shows it: cut where it is long or deep."""
+    return " ".join(SHOWN.repr(value).split())
+
+
+def read_text(path: Path) -> str:
+    """A text file that is neither huge nor of another encoding than UTF-8."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size} bytes, expected at most {MOST_BYTES}: is it the right file?")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): make it again") from error
+
+
+def read_json(path: Path, kind: type = dict, todo: str = "download or convert the model again") -> Any:
+    """What a JSON file holds, a dict unless `kind` says otherwise. `todo`: what the user can do if it is unsound."""
+    return parse_json(read_text(path), str(path), kind, todo)
+
+
+def parse_json(text: str, place: str, kind: type = dict, todo: str = "make it again") -> Any:
+    """The JSON of a text of any origin, found at `place`. Raises ValueError on all that is not plain, bounded JSON."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{place} has {len(text)} characters, expected at most {MOST_BYTES}: {todo}")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        _check_depth(value)
+    except RecursionError as error:
+        raise ValueError(f"{place} is not valid JSON (nested deeper than {MOST_LEVELS} levels): {todo}") from error
+    except ValueError as error:
+        raise ValueError(f"{place} is not valid JSON ({error}): {todo}") from error
+    if not isinstance(value, kind):
+        expected = {dict: "an object", list: "a list"}[kind]
+        raise ValueError(f"{place} holds a {type(value).__name__}, expected {expected}: {todo}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        parts = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        if not (level := [node for part in parts for node in part if isinstance(node, dict | list)]):
+            return
+    raise RecursionError
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor inf; nothing of its size is allocated.
+
+    Both stay in a sum, which is 45 times as fast as `isfinite`. A sum can overflow too: least and greatest tell then.
+    """
+    return bool(tensor.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 @contextmanager
@@ -97,8 +167,7 @@ def write_safetensors(
         for name, (dtype, shape) in tqdm(layout.items(), desc="writing weights", unit="tensor"):
             tensor = read(name).to(dtype).contiguous()
             assert tensor.shape == shape, (name, tensor.shape, shape)
-            extremes = tensor.aminmax() if dtype.is_floating_point else ()  # NaN is passed on, nothing is allocated
-            if not all(extreme.isfinite() for extreme in extremes):
+            if dtype.is_floating_point and not is_finite(tensor):
                 raise ValueError(f"{name} holds NaN or values out of range for {SAFETENSORS_DTYPES[dtype]}")
             file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
         file.flush()

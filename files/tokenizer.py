@@ -8,7 +8,6 @@ prompt as in a chat, as transformers does by default. Training and truncation ar
 
 import base64
 import codecs
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import tiktoken
 import tokenizers
 
 from teal_fast.files.chat import render_chat
+from teal_fast.files.store import parse_json, read_json, read_text, short
 
 # Llama 3's reference, https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
 LLAMA3_SPLIT = (
@@ -146,9 +146,10 @@ class TextStream:
 
 def _load_json(path: Path) -> _Vocabulary:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
+        decoder = parse_json(text, "it").get("decoder")  # bounded, before the library reads it
         library = tokenizers.Tokenizer.from_str(text)
-        to_bytes, lead = _json_decoder(json.loads(text).get("decoder"))
+        to_bytes, lead = _json_decoder(decoder)
         library.no_truncation()  # a file may ask for either; a prompt is neither cut nor filled up
         library.no_padding()
         probe = library.encode("a")  # shows what the post-processor puts before a text
@@ -253,8 +254,8 @@ def _visible(added: Added) -> dict[int, bytes]:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if (path := folder / "chat_template.jinja").is_file():
         try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+            return read_text(path)
+        except ValueError as error:
             raise _unreadable(path, "template", error) from error
     template = config.get("chat_template")
     if isinstance(template, list):
@@ -282,20 +283,12 @@ def _eos_ids(path: Path) -> set[int]:
     value = _read_json(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {value!r}, expected an id or a list of ids: correct it")
+        raise ValueError(f"{path}: eos_token_id is {short(value)}, expected an id or a list of ids: correct it")
     return set(ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"got a {type(value).__name__}, expected an object")
-        return value
-    except ValueError as error:
-        raise _unreadable(path, "JSON file", error) from error
+    return read_json(path, todo="convert or download the checkpoint again") if path.is_file() else {}
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> ValueError:

@@ -28,9 +28,13 @@ def pack_int4(values: Tensor, scale: Tensor) -> Tensor:
     return F.pad(row, (0, row_bytes(N, N // scale.shape[1]) - row.shape[1]))
 
 
+def row_scales(rows: Tensor, N: int, group: int) -> Tensor:
+    """bf16 [K, N / group] of rows [K, row_bytes]."""
+    return rows[:, N // 2 : N // 2 + 2 * (N // group)].contiguous().view(torch.bfloat16)
+
+
 def unpack_int4(rows: Tensor, N: int, group: int) -> Tensor:
     """fp32 [K, N] of rows [K, row_bytes]."""
     packed = rows[:, : N // 2].reshape(-1, N // 32, 1, 16)
     values = torch.cat((packed & 15, packed >> 4), dim=2).view(-1, N // group, group)
-    scale = rows[:, N // 2 : N // 2 + 2 * (N // group)].contiguous().view(torch.bfloat16)
-    return ((values.float() - 8) * scale.float()[..., None]).view(-1, N)
+    return ((values.float() - 8) * row_scales(rows, N, group).float()[..., None]).view(-1, N)

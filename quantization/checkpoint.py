@@ -18,7 +18,7 @@ from teal_fast.calibration.passes import cut_sequences
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION, Calibration, calibration_path
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, fingerprint, read_config
-from teal_fast.files.load import load_model, stored_as
+from teal_fast.files.load import PACKED, load_model, stored_as
 from teal_fast.files.store import new_file, open_safetensors, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
@@ -31,6 +31,7 @@ from teal_fast.weights.output import Int8Output
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 CONTEXT = 1024  # tokens a sequence
+PACKED_NAME = PACKED[METADATA["version"]]  # of a quantized layer's tensor in the file
 Pack = Callable[[str, Tensor], Weight]  # a layer's name and weight [K, N] to its quantized weight
 
 
@@ -100,7 +101,7 @@ def write_quantized(folder: Path, out: Path, format: Format, pack: Pack) -> None
     with open_safetensors(folder / WEIGHTS) as file:
         layout, quantized = {}, set()
         for name, parameter in model.named_parameters():
-            stored = stored_as(name)
+            stored = stored_as(name, PACKED_NAME)
             if name.endswith((".packed", ".scale")) or name == OUTPUT:
                 quantized.add(stored)
             layout[stored] = (parameter.dtype if stored in quantized else file.get_tensor(name).dtype, parameter.shape)
@@ -133,10 +134,11 @@ class QuantizedSource:
         if name not in self.parts:
             module = name.rsplit(".", 1)[0]
             weight = self.load(f"{module}.weight")
-            packed = Int8Output.pack(weight) if f"{module}.weight" == OUTPUT else self.pack(module, weight)
+            is_output = f"{module}.weight" == OUTPUT
+            packed = Int8Output.pack(weight) if is_output else self.pack(module, weight)
+            prefix = "output." if is_output else f"{module}.weight."
             self.parts = {
-                f"{module}.{'weight' if part == 'packed' else part}": tensor.data.cpu()
-                for part, tensor in packed.named_parameters()
+                stored_as(prefix + part, PACKED_NAME): tensor.data.cpu() for part, tensor in packed.named_parameters()
             }
         return self.parts[name]
 

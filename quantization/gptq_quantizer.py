@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from teal_fast.files.calibration import Calibration
 from teal_fast.files.load import load_model, stored_as
+from teal_fast.files.store import is_finite
 from teal_fast.model import Call
 from teal_fast.quantization.gptq import compensate_inputs, gptq_round
 from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers
@@ -132,5 +133,5 @@ class GptqQuantizer:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises ValueError when a checkpoint's tensor holds NaN or inf."""
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise ValueError(f"{name} holds NaN or inf, which no scale can hold: is the checkpoint sound?")

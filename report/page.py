@@ -8,7 +8,6 @@ records. A section without records shows the command that makes them.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from datetime import date
@@ -18,7 +17,7 @@ from shlex import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from teal_fast.cli import add_model_arguments, open_calibration, open_checkpoint, pick_device, run
-from teal_fast.evaluation.record import write_records
+from teal_fast.evaluation.record import read_records, write_records
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.paths import ROOT
 from teal_fast.files.store import check_writable, new_file
@@ -39,17 +38,6 @@ QUALITY = {"sparsity", "achieved_sparsity", "perplexity", "protocol"}  # what a 
 QUALITY_HEAD = ["nominal", "achieved", "perplexity", "±", *KINDS.values()]
 TABLE = QUALITY | {"run", "format", "bits", "tokens_per_s", "bytes_per_token"}
 TABLE_HEAD = ["format", "bits", "sparsity", "achieved", "perplexity", "tokens/s", "MB a token", "GB/s"]
-
-
-def read_records(path: Path) -> list[dict]:
-    """The records of a JSON file. Raises ValueError when it holds no list of them."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): make it again") from error
-    if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
-        raise ValueError(f"{path} is no list of records: make it again")
-    return records
 
 
 def read_activations(path: Path, folder: Path) -> dict:

@@ -9,13 +9,13 @@ page is not what the records say.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from teal_fast.evaluation.record import read_records
 from teal_fast.report.results_quality import perplexity_section, quality_section, tasks_section
 from teal_fast.report.results_section import Record, Section, by, read_text, unique
 from teal_fast.report.results_speed import alternate_section, decode_section, kernels_section, prompts_section, table_section
@@ -51,13 +51,7 @@ def read_results(folder: Path) -> list[Record]:
     """The records of all JSON files in the folder, each with its file's name. Raises ValueError for anything else."""
     records = []
     for path in sorted(folder.glob("*.json")):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): make it again") from error
-        if not (isinstance(found, list) and all(isinstance(record, dict) for record in found)):
-            raise ValueError(f"{path} is no list of records: make it again")
-        records += [record | {"file": path.name, "texts": read_text(record)} for record in found]
+        records += [record | {"file": path.name, "texts": read_text(record)} for record in read_records(path)]
     if not records:
         raise FileNotFoundError(f"{folder} holds no JSON records: run a benchmark with --out {folder}/NAME.json")
     return records

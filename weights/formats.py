@@ -28,19 +28,9 @@ class Format:
     name: str
     group: int = 0
 
-    @classmethod
-    def read(cls, metadata: dict[str, str]) -> "Format | None":
-        """The format that a file's metadata name, None if it is not quantized. Raises ValueError if it is unknown."""
-        name = metadata.get("weights")
-        if name == "int4" and metadata.get("row_scales") != "at most 1":
-            raise ValueError("the checkpoint's int4 weights are of an earlier version: quantize it again")
-        if name not in (None, *QUANTIZED):
-            raise ValueError(f"the checkpoint's weights are {name}, unknown here: is it from a later version?")
-        return None if name is None else cls(name, int(metadata.get("group", 0)))
-
     def metadata(self) -> dict[str, str]:
-        """What `read` reads."""
-        return {"weights": self.name} | ({"group": str(self.group), "row_scales": "at most 1"} if self.group else {})
+        """What a checkpoint's metadata say of it; files/load.py reads them."""
+        return {"weights": self.name} | ({"group": str(self.group)} if self.group else {})
 
     def within(self, name: str) -> "Format":
         """The format of one layer of the checkpoint, by its module name."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from teal_fast.kernels.compact_gemv import compact_gemv
 from teal_fast.kernels.dequantize import widen
 from teal_fast.kernels.gate_up import gate_up
-from teal_fast.kernels.int4 import pack_int4, row_bytes
+from teal_fast.kernels.int4 import pack_int4, row_bytes, row_scales
 from teal_fast.kernels.quantized_gemm import MOST_TOKENS, quantized_gemm
 from teal_fast.kernels.rows import ALIGNMENT
 from teal_fast.kernels.sparse_gemv import sparse_gemv
@@ -101,6 +101,12 @@ class Int4Weight(QuantizedWeight):
         power = row_scales.float().abs().amax(0).clamp(min=EPSILON).log2().ceil().exp2()
         packed = pack_int4(codes, (row_scales / power).bfloat16())
         return cls(packed, grid.scale * power.repeat_interleave(grid.group), grid.group)
+
+    def row_scales(self, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """Scales bf16 [R, N / group] of the first `rows` rows, or of all, and the bytes that follow them, zeros."""
+        values, scales = self.out_features // 2, 2 * (self.out_features // self.group)
+        part = self.packed[:rows]
+        return row_scales(part, self.out_features, self.group), part[:, values + scales :]
 
     @classmethod
     def empty(cls, K: int, N: int, group: int) -> "Int4Weight":

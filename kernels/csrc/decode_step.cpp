@@ -222,3 +222,6 @@ extern "C" void teal_decode_step(const Model* model, int type, int64_t token, in
                                  int threads) {
     with_type(type, [&](auto zero) { decode_step<decltype(zero)>(*model, token, position, logits, threads); });
 }
+
+// Bytes of Layer and Model, which cpu_step.py compares with its own.
+extern "C" void teal_struct_sizes(int64_t* sizes) { sizes[0] = sizeof(Layer), sizes[1] = sizeof(Model); }

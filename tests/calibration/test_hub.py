@@ -129,7 +129,7 @@ def test_another_models_file_is_refused_both_ways(run_here, calibrated, even, tm
         (repo / CALIBRATION).write_bytes((calibrated / WEIGHTS).read_bytes())
         arguments = ["--checkpoint", calibrated, "--out", tmp_path / "out"]
     with Hub({REPO: repo}) as hub:
-        fails(run_here(hub.url, *arguments, "--from_hub", REPO), "is no calibration of version")
+        fails(run_here(hub.url, *arguments, "--from_hub", REPO), "has no metadata called calibration")
     assert not (tmp_path / "hub").exists() and not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """The C++ step against the plain one, on random models of every kind: same logits, same cache, up to rounding."""
 
 import copy
+import ctypes
 import functools
 import itertools
 import os
@@ -373,3 +374,19 @@ def test_memory_does_not_grow(make_step):
 
     before = resident(300)
     assert resident(2000) - before < 2**20
+
+
+def test_structures_of_other_sizes_are_refused():
+    """A library built of sources whose fields are not those of cpu_step.py."""
+
+    class Library:
+        def teal_struct_sizes(self, sizes):
+            sizes[0], sizes[1] = ctypes.sizeof(cpu_step.CpuLayer) + 8, ctypes.sizeof(cpu_step.CpuModel)
+
+    with pytest.raises(ValueError, match=r"Layer and Model have 192 and 144 bytes, cpu_step\.py's 184 and 144"):
+        cpu_step.native_step(Library())
+
+
+@pytest.mark.parametrize("instructions", RUNNABLE)
+def test_structures_have_the_sizes_of_the_compiled_ones(instructions):
+    assert cpu_step.native_step(compiled(instructions))

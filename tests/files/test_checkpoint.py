@@ -12,7 +12,19 @@ from safetensors.torch import load_file, save_file
 from teal_fast.files import checkpoint
 from teal_fast.files.checkpoint import CONFIG, WEIGHTS, MissingDemoError, find_checkpoint, fingerprint, read_config
 from teal_fast.files.load import load_model
-from teal_fast.files.store import check_writable, new_file, new_folder, open_safetensors, write_safetensors
+from teal_fast.files.store import (
+    MOST_BYTES,
+    MOST_LEVELS,
+    check_writable,
+    is_finite,
+    new_file,
+    new_folder,
+    open_safetensors,
+    parse_json,
+    read_json,
+    short,
+    write_safetensors,
+)
 
 # --- writing
 
@@ -131,8 +143,64 @@ def test_config_that_is_no_object_or_no_text_is_one_error(tmp_path):
     with pytest.raises(ValueError, match="holds a list, expected an object"):
         read_config(tmp_path)
     (tmp_path / CONFIG).write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="is no UTF-8 text"):
         read_config(tmp_path)
+
+
+def nested(levels: int, object: bool) -> str:
+    opening, closing = ('{"a":', "}") if object else ("[", "]")
+    return '{"a":' + opening * (levels - 1) + "1" + closing * (levels - 1) + "}"
+
+
+@pytest.mark.parametrize("object", [False, True])
+def test_json_is_nested_so_deep_and_no_deeper(object):
+    assert parse_json(nested(MOST_LEVELS, object), "text")
+    for levels in (MOST_LEVELS + 1, 500, 5000, 1_000_000):
+        with pytest.raises(ValueError, match=r"^text is not valid JSON \(nested deeper than 64 levels\): do this$"):
+            parse_json(nested(levels, object), "text", todo="do this")
+
+
+@pytest.mark.parametrize(
+    "text", ["NaN", "-Infinity", '{"a": [Infinity]}', '{"a": NaN}', "9" * 5000, "", "{", '{"a": 1,}']
+)
+def test_what_json_does_not_have_is_refused(text):
+    with pytest.raises(ValueError, match=r"^text is not valid JSON \(.*\): make it again$"):
+        parse_json(text, "text")
+
+
+@pytest.mark.parametrize("text, kind", [("[]", dict), ("{}", list), ("1", dict), ("null", list), ('"a"', dict)])
+def test_json_of_another_kind_is_refused(text, kind):
+    with pytest.raises(ValueError, match=r"^text holds a .*, expected an? (object|list): make it again$"):
+        parse_json(text, "text", kind)
+
+
+def test_huge_json_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / CONFIG
+    path.write_text("{}")
+    assert read_json(path) == {}
+    os.truncate(path, MOST_BYTES + 1)
+    monkeypatch.setattr(Path, "read_text", pytest.fail)
+    with pytest.raises(ValueError, match=rf"config\.json has {MOST_BYTES + 1} bytes, expected at most {MOST_BYTES}"):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match=r"has .* characters, expected at most"):
+        parse_json("1" * (MOST_BYTES + 1), "text")
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, "a\nb", {"a": ["b"] * 10**6}, [[[[[[[[[[1]]]]]]]]]], 10**3000], ids=range(5)
+)
+def test_foreign_values_are_shown_in_a_short_line(value):
+    assert len(short(value)) < 150 and "\n" not in short(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_is_finite(dtype):
+    values = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)  # whose sum is not
+    assert is_finite(values) and is_finite(-values) and is_finite(values * 0)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        values[7] = bad
+        assert not is_finite(values)
+    assert not is_finite(torch.tensor([torch.inf, 1, -torch.inf], dtype=dtype))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -146,7 +214,7 @@ def test_incomplete_checkpoint_says_what_it_lacks(tiny, tmp_path, name):
 
 def test_unconverted_folder_says_what_to_run(tiny_hf):
     with pytest.raises(
-        ValueError, match=r"is not converted yet: run `python -m teal_fast.scripts\.convert_hf_checkpoint"
+        ValueError, match=r"is not converted yet: run `python -m teal_fast\.scripts\.convert_hf_checkpoint"
     ):
         load_model(find_checkpoint(str(tiny_hf)))
 

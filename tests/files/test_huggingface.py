@@ -168,7 +168,7 @@ def test_the_widest_matrix_decides(damaged, tmp_path):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_quantized_weights_are_refused(damaged, tmp_path, dtype):
     change(damaged, lambda tensors: tensors.update({f"{PREFIX}mlp.up_proj.weight": torch.ones(64, 32).char()}))
-    refuses(damaged, tmp_path, "torch.int8 weights, expected bf16, fp16, fp32", dtype)
+    refuses(damaged, tmp_path, "mlp.up_proj.weight' in torch.int8, expected bf16, fp16, fp32", dtype)
 
 
 # --- bad input
@@ -301,6 +301,31 @@ def test_bad_pickles(damaged, tmp_path, content):
         path.write_bytes(content)
     (damaged / WEIGHTS).unlink()
     refuses(damaged, tmp_path, "pytorch_model.bin is ")
+
+
+def move_rows(giving, taking):
+    """Moves an output of one part to another, so that their sum stays as it is."""
+
+    def alter(tensors):
+        first, second = tensors[PREFIX + giving], tensors[PREFIX + taking]
+        tensors[PREFIX + giving], tensors[PREFIX + taking] = first[:-1].clone(), torch.cat((second, first[-1:]))
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    "giving, taking",
+    [
+        ("self_attn.q_proj.weight", "self_attn.v_proj.weight"),
+        ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        ("mlp.up_proj.weight", "mlp.gate_proj.weight"),
+    ],
+)
+def test_each_part_has_its_own_size(damaged, tmp_path, giving, taking):
+    change(damaged, move_rows(giving, taking))
+    first = taking if "mlp.gate" in taking else giving  # parts are looked at in order
+    refuses(damaged, tmp_path, f"has {PREFIX}{first} [")
 
 
 def set_nan(tensors):

@@ -162,7 +162,7 @@ def test_bad_files_are_refused(built, even, tmp_path):
     with pytest.raises(ValueError, match="no record of this version"):
         read_activations(tmp_path / "a.json", built / "tiny")
     (tmp_path / "a.json").write_text('{"benchmark": "eval"}')
-    with pytest.raises(ValueError, match="no list of records"):
+    with pytest.raises(ValueError, match="holds a dict, expected a list"):
         read_records(tmp_path / "a.json")
 
 
@@ -171,4 +171,4 @@ def test_bad_input_is_one_line(built, command, tmp_path):
     out = tmp_path / "report.html"
     done = command("report.page", "--checkpoint", built / "tiny", "--results", tmp_path, "--out", out)
     assert done.returncode == 1 and not out.exists() and "Traceback" not in done.stderr
-    assert re.match(r"error: .*broken\.json is not JSON", done.stderr.splitlines()[-1])
+    assert re.match(r"error: .*broken\.json is not valid JSON", done.stderr.splitlines()[-1])

@@ -97,10 +97,10 @@ def test_what_has_no_place_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="holds no JSON records"):
         read_results(tmp_path)
     (tmp_path / "one.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"one\.json is no list of records"):
+    with pytest.raises(ValueError, match=r"one\.json holds a dict, expected a list"):
         read_results(tmp_path)
     (tmp_path / "one.json").write_text("[")
-    with pytest.raises(ValueError, match=r"one\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"one\.json is not valid JSON"):
         read_results(tmp_path)
 
 

@@ -1,12 +1,15 @@
 """Every format of storage against plain products with the weight it stands for."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from teal_fast.files.checkpoint import METADATA
+from teal_fast.files.load import read_format
 from teal_fast.kernels.int4 import unpack_int4
 from teal_fast.quantization.gptq import gptq_round
 from teal_fast.weights.dense import DenseWeight
@@ -120,16 +123,9 @@ def test_gptq_has_less_output_error_than_nearest(name):
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_a_format_is_what_its_metadata_say(format):
-    assert Format.read(format.metadata() | {"format": "teal-fast"}) == format
-
-
-def test_absent_and_unknown_formats():
-    assert Format.read({"format": "teal-fast"}) is None
-    with pytest.raises(ValueError, match="weights are int3, unknown here: is it from a later version"):
-        Format.read({"weights": "int3"})
-    with pytest.raises(ValueError, match="earlier version"):  # whose row scales a GPU's fixed point may not hold
-        Format.read({"weights": "int4", "group": "64"})
+def test_format_is_what_its_metadata_say(format):
+    assert read_format(Path("folder"), METADATA | format.metadata()) == (format, "packed")
+    assert read_format(Path("folder"), METADATA) == (None, "weight")
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
