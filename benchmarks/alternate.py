@@ -20,6 +20,7 @@ from teal_fast.cli import positive_int, run
 from teal_fast.evaluation.record import check_records_path, write_records
 from teal_fast.files.paths import ROOT
 
+DECODE = "teal_fast.benchmarks.decode"
 FIELDS = ("model", "format", "sparsity", "prompt_tokens")  # what rows of both checkouts are matched by
 
 
@@ -30,7 +31,7 @@ def decode(root: Path, links: Path, arguments: list[str]) -> list[dict]:
     if package and not (links / "teal_fast").exists():
         (links / "teal_fast").symlink_to(root, target_is_directory=True)
     path = os.pathsep.join(filter(None, (str(links if package else root), os.environ.get("PYTHONPATH"))))
-    module = "teal_fast.benchmarks.decode" if package else "benchmarks.decode"
+    module = DECODE if package else DECODE.removeprefix("teal_fast.")
     words = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(words, cwd=root, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, check=False)
     if done.returncode:
