@@ -58,7 +58,8 @@ def test_every_record_is_on_the_page():
         key = next(key for key in ("ratio", *KEYS) if key in record and (key != "ratio" or "ratios" in record))
         number = record[key] * {"acc": 100, "seconds": 1000}.get(key, 1)
         assert f"/{record['file']})" in page
-        assert any(form in page for form in (f"{number:.2f}", f"{number:.1f}", f"{number:,.1f}", f"{number:.4f}")), record
+        forms = (f"{number:.2f}", f"{number:.1f}", f"{number:,.1f}", f"{number:.4f}")
+        assert any(form in page for form in forms), record
 
 
 def test_ratios_are_medians_of_the_rounds():
