@@ -23,7 +23,7 @@ from teal_fast.kernels.decode_attention import GROUP, decode_attention
 from teal_fast.kernels.merge_attention import merge_attention
 from teal_fast.kernels.native import library
 from teal_fast.kernels.norm_compact import norm_compact
-from teal_fast.kernels.semaphore import arrivals
+from teal_fast.kernels.semaphore import new_semaphores
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, leading_dense, sparse_layers
 
@@ -52,24 +52,26 @@ def fused_step(model: Transformer, token: Tensor, input_pos: Tensor) -> Tensor:
     keep_all = model.norm.weight.new_full(model.norm.weight.shape, KEEP_ALL, dtype=torch.float32)
     residual = model.tok_embeddings(token)[0, 0].float()
     update = None
-    arrived = arrivals(max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device)
+    semaphores = new_semaphores(
+        max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device
+    )
     for layer, window in zip(model.layers, model.args.sliding_windows, strict=True):
         attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.kv_cache
         wqkv, wo, w13, w2 = attention.wqkv, attention.wo, ffn.w13, ffn.w2
-        residual, *x = norm_compact(residual, update, layer.attention_norm.weight, wqkv.threshold, eps)
-        qkv = wqkv.weight.compact_matvec(x, arrived)
+        residual, x = norm_compact(residual, update, layer.attention_norm.weight, wqkv.threshold, eps)
+        qkv = wqkv.weight.compact_matvec(x, semaphores)
         if wqkv.bias is not None:
             qkv += wqkv.bias
         shares = decode_attention(
             qkv, model.frequencies, cache.k[0], cache.v[0], input_pos, model.args.n_heads, window or 0
         )
         x = merge_attention(*shares, wo.threshold, cache.k.dtype)
-        update = wo.weight.compact_matvec(x, arrived)
-        residual, *x = norm_compact(residual, update, layer.ffn_norm.weight, w13.threshold, eps)
-        x = w13.weight.compact_gate_up(x, w2.threshold, arrived)
-        update = w2.weight.compact_matvec(x, arrived)
-    _, _, x, _ = norm_compact(residual, update, model.norm.weight, keep_all, eps)  # the whole vector as a list
-    return model.output(x)[0]
+        update = wo.weight.compact_matvec(x, semaphores)
+        residual, x = norm_compact(residual, update, layer.ffn_norm.weight, w13.threshold, eps)
+        x = w13.weight.compact_gate_up(x, w2.threshold, semaphores)
+        update = w2.weight.compact_matvec(x, semaphores)
+    _, x = norm_compact(residual, update, model.norm.weight, keep_all, eps)  # the whole vector as a list
+    return model.output(x.value)[0]
 
 
 class CapturedStep:

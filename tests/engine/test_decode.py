@@ -18,7 +18,7 @@ from teal_fast.engine.decode import (
 )
 from teal_fast.engine.sampling import Sampling
 from teal_fast.files.calibration import set_sparsity
-from teal_fast.kernels import compact_gemv, decode_attention, gate_up, merge_attention, norm_compact
+from teal_fast.kernels import compact_gemv, decode_attention, gate_up
 from teal_fast.kernels.backend import INTERPRETED, triton
 from teal_fast.kernels.native import library
 from teal_fast.sparse_model import leading_dense, sparse_layers
@@ -31,11 +31,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QWEN = TINY | {"model_type": "qwen2", "tie_word_embeddings": True}
 MISTRAL = TINY | {"model_type": "mistral", "sliding_window": 6}
 PROMPT = list(range(5, 14))
-
-if DEVICE == "cpu" and triton is not None:  # the interpreter runs the CUDA launchers here
-    for module in (compact_gemv, decode_attention, gate_up, merge_attention, norm_compact):
-        op = module.__name__.rpartition(".")[2]
-        torch.library.impl(f"teal::{op}", "CPU", getattr(module, f"_{op}_cuda"))
 
 
 @pytest.fixture(autouse=True)
