@@ -21,6 +21,7 @@ from teal_fast.weights.dense import DenseWeight
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output, output_weight
 
+
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs programs one after another: fewer and larger ones here, those of use in tests/kernels."""
