@@ -30,7 +30,7 @@ def impl(request, monkeypatch):
     return lambda weight, dtype: _dequantize_cpu(*weight, dtype)
 
 
-@pytest.mark.parametrize("K, N, group", SIZES)
+@pytest.mark.parametrize("K, N, group", [(100, 208, 0), (40, 1152, 64), (65, 576, 192)])
 def test_reference(K, N, group):
     weight = quantized(K, N, group)
     torch.testing.assert_close(dequantize_reference(weight.weight), weight.dense(), rtol=TWO_ROUNDINGS, atol=0)
@@ -64,10 +64,9 @@ def test_nan_of_a_scale_stays_in_its_place(impl, group):
     assert torch.equal(impl(weight, torch.float32).isnan(), expected)
 
 
-@pytest.mark.parametrize("group", [0, 64])
 @pytest.mark.parametrize("impl", RUNNABLE, indirect=True)
-def test_cpp_takes_any_number_of_threads(impl, group, set_threads):
-    weight, results = quantized(7, 128, group).weight, []
+def test_cpp_takes_any_number_of_threads(impl, set_threads):
+    weight, results = quantized(7, 128, 64).weight, []
     for threads in (1, 2, 3, 4):
         set_threads(threads)
         results.append(impl(weight, torch.float32))

@@ -56,9 +56,9 @@ def test_reference():
     torch.testing.assert_close(output_gemv_reference(x, weight, scale).double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("K", [2048, 4100])
 @everywhere
-def test_the_largest_sums_fit(impl, K):
+def test_the_largest_sums_fit(impl):
+    K = 4100
     weight = torch.full((2, K), -128, dtype=torch.int8, device=DEVICE)
     weight[1] = 127
     check(impl, torch.ones(K, device=DEVICE), weight, torch.tensor([1.0, 0.01], device=DEVICE))
@@ -71,12 +71,15 @@ def test_small_numbers_beside_none_larger_count(impl):
     assert impl(torch.zeros_like(x), weight, scale).tolist() == [0] * 37
 
 
-@pytest.mark.parametrize("place, value", [(0, torch.nan), (70, torch.inf), (99, -torch.inf)])  # 99: after whole vectors
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@everywhere
-def test_nan_and_inf_travel(impl, dtype, place, value):
+@pytest.mark.parametrize(
+    "impl, place, dtype",
+    pairwise(IMPLEMENTATIONS, [(0, torch.nan), (70, torch.inf), (99, -torch.inf)], DTYPES),  # 99: after whole vectors
+    indirect=["impl"],
+    ids=str,
+)
+def test_nan_and_inf_travel(impl, place, dtype):
     x, weight, scale = make(37, 100, dtype)
-    x[place] = value
+    x[place[0]] = place[1]
     assert not output_gemv_reference(x, weight, scale).isfinite().any()
     assert not impl(x, weight, scale).isfinite().any()
 
@@ -89,7 +92,7 @@ def test_nothing_of_the_vector_before_is_left(impl):
     assert torch.equal(impl(x, weight, scale), expected)
 
 
-@pytest.mark.parametrize("V, K", [(300, 576), (37, 100), (1, 64), (3, 8200)])
+@pytest.mark.parametrize("V, K", [(300, 576), (3, 8200)])
 @in_cpp
 def test_same_bits_for_any_number_of_threads(impl, V, K, set_threads):
     results = []

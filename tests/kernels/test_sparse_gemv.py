@@ -34,6 +34,10 @@ DTYPES = list(TOLERANCE)
 IMPLEMENTATIONS = ["triton", "torch", *RUNNABLE]
 everywhere = pytest.mark.parametrize("impl", IMPLEMENTATIONS, indirect=True)
 in_cpp = pytest.mark.parametrize("impl", RUNNABLE, indirect=True)
+# each implementation with some dtype
+in_turn = pytest.mark.parametrize(
+    "impl, dtype", [(impl, DTYPES[i % 3]) for i, impl in enumerate(IMPLEMENTATIONS)], indirect=["impl"], ids=str
+)
 
 
 def cases(names: str, implementations: list[str], values: list, third: list = DTYPES):
@@ -117,8 +121,8 @@ def test_quantized_matches_reference(impl, dtype, size):
     check_quantized(impl, *make_quantized(*size, dtype))
 
 
-@cases("size, dtype", ["torch", *RUNNABLE], QUANTIZED_CPP)
-def test_quantized_matches_reference_on_the_cpu(impl, dtype, size):
+@cases("size, dtype", RUNNABLE, QUANTIZED_CPP)
+def test_quantized_matches_reference_in_cpp(impl, dtype, size):
     check_quantized(impl, *make_quantized(*size, dtype))
 
 
@@ -137,7 +141,7 @@ def test_quantized_reference(K, N, group):
     assert ((found - expected).abs() <= order(x, weight)).all()
 
 
-@pytest.mark.parametrize("K, N, group", [(1, 64, 64), (12, 1152, 64), (70, 384, 192)])
+@pytest.mark.parametrize("K, N, group", [(12, 1152, 64), (70, 384, 192)])
 @pytest.mark.parametrize("impl", ["torch", *RUNNABLE], indirect=True)
 def test_whole_factors_are_exact(impl, K, N, group):
     """x of whole numbers, with a 127 in every two, and rows of equal scales: C++ has nothing to round."""
@@ -149,7 +153,7 @@ def test_whole_factors_are_exact(impl, K, N, group):
     check_quantized(impl, x, weight, torch.full((K,), -1.0), rounded=False)
 
 
-@pytest.mark.parametrize("size", [(100, 300), (65, 1), (3, 33)])
+@pytest.mark.parametrize("size", [(100, 300), (3, 33)])
 @everywhere
 def test_nothing_kept_and_all_kept(impl, size):
     x, weight, threshold = make(*size, torch.float32)
@@ -160,7 +164,7 @@ def test_nothing_kept_and_all_kept(impl, size):
     assert torch.equal(impl(x, weight, torch.full_like(threshold, 100), bias), bias)
 
 
-@pytest.mark.parametrize("size", [(100, 304, 0), (20, 1152, 64), (3, 192, 192)])
+@pytest.mark.parametrize("size", [(100, 304, 0), (20, 1152, 64)])
 @everywhere
 def test_quantized_nothing_kept_and_all_kept(impl, size):
     x, weight, threshold = make_quantized(*size, torch.float32)
@@ -178,8 +182,7 @@ def test_threshold_per_channel(impl):
     check(impl, x, weight, torch.linspace(0, 2, 100, device=DEVICE))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@everywhere
+@in_turn
 def test_bias(impl, dtype):
     x, weight, threshold = make(100, 70, dtype)
     check(impl, x, weight, threshold, torch.linspace(-20, 20, 70, device=DEVICE, dtype=dtype))
@@ -202,7 +205,7 @@ def test_dropped_rows_are_not_read(impl):
     assert torch.equal(impl(x, weight, threshold), expected)
 
 
-@pytest.mark.parametrize("size", [(100, 304, 0), (20, 1152, 64), (64, 192, 192)])
+@pytest.mark.parametrize("size", [(100, 304, 0), (64, 192, 192)])
 @everywhere
 def test_dropped_quantized_rows_are_not_read(impl, size):
     x, weight, threshold = make_quantized(*size, torch.float32)
@@ -211,7 +214,7 @@ def test_dropped_quantized_rows_are_not_read(impl, size):
     assert torch.equal(impl(x, poisoned.weight, threshold), impl(x, weight.weight, threshold))
 
 
-@cases("value, dtype", IMPLEMENTATIONS, [torch.nan, torch.inf, -torch.inf])
+@cases("value, dtype", IMPLEMENTATIONS, [torch.nan, torch.inf])
 def test_nan_and_inf_travel_as_in_a_dense_layer(impl, dtype, value):
     x, weight, threshold = make(64, 40, dtype)
     x[5] = value
@@ -219,9 +222,7 @@ def test_nan_and_inf_travel_as_in_a_dense_layer(impl, dtype, value):
     check(impl, x, weight, threshold)
 
 
-@cases(
-    "value, size", IMPLEMENTATIONS, [torch.nan, torch.inf, -torch.inf], [(64, 48, 0), (20, 1152, 64), (64, 192, 192)]
-)
+@cases("value, size", IMPLEMENTATIONS, [torch.nan, -torch.inf], [(64, 48, 0), (20, 1152, 64)])
 def test_nan_and_inf_travel_through_quantized_rows(impl, size, value):
     x, weight, threshold = make_quantized(*size, torch.bfloat16)
     x[len(x) // 2] = value
@@ -229,8 +230,7 @@ def test_nan_and_inf_travel_through_quantized_rows(impl, size, value):
     assert not impl(x, weight.weight, threshold).isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@everywhere
+@in_turn
 def test_nan_and_inf_of_kept_rows_reach_their_outputs_alone(impl, dtype):
     x, weight, threshold = make(64, 45, dtype)
     x[:2], threshold[0] = 0, -1  # zero times infinity is NaN, unless the row is dropped
@@ -270,22 +270,21 @@ def test_every_value_is_converted_and_rounded_as_pytorch_does(impl, dtype):
     assert torch.equal(impl(x, PackedWeight(weight), torch.zeros(2)).nan_to_num(7), expected.nan_to_num(7))
 
 
-@everywhere
-def test_same_bits_every_time(impl):
-    x, weight, threshold = make(300, 200, torch.bfloat16)
+@in_turn
+def test_same_bits_every_time(impl, dtype):
+    x, weight, threshold = make(300, 200, dtype)
     first = impl(x, weight, threshold)
     assert all(torch.equal(impl(x, weight, threshold), first) for _ in range(3))
 
 
-@pytest.mark.parametrize("group", [0, 192])
 @everywhere
-def test_same_bits_every_time_quantized(impl, group):
-    x, weight, threshold = make_quantized(100, 192, group, torch.bfloat16)
+def test_same_bits_every_time_quantized(impl):
+    x, weight, threshold = make_quantized(100, 192, 64, torch.bfloat16)
     first = impl(x, weight.weight, threshold)
     assert all(torch.equal(impl(x, weight.weight, threshold), first) for _ in range(3))
 
 
-@cases("size, dtype", ["torch", *RUNNABLE], [(577, 963), (50, 4100), (65, 1)])
+@cases("size, dtype", RUNNABLE, [(577, 963), (50, 4100), (65, 1)])
 def test_same_bits_for_any_number_of_threads(impl, dtype, size, set_threads):
     results = []
     for threads in (1, 2, 3, 4, 8):
@@ -294,7 +293,7 @@ def test_same_bits_for_any_number_of_threads(impl, dtype, size, set_threads):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("size", [(577, 963, 0), (12, 1152, 64), (300, 576, 192)])
+@pytest.mark.parametrize("size", [(577, 963, 0), (300, 576, 192)])
 @in_cpp
 def test_same_bits_for_any_number_of_threads_quantized(impl, size, set_threads):
     results = []
