@@ -5,9 +5,9 @@ end in a signal. Here the metadata and every tensor's name, type and shape are c
 of another float type in a bf16 model, for example, is refused.
 
 Values are checked as far as that costs next to nothing: norms, biases and scales always, all others in the pass that
-copies them to a device or converts them (converting on a CPU takes 9 to 17 % longer for it). What stays memory-mapped is
-not read here at all: to look for NaN in it takes longer than to load it. `thorough` does that, for those who read every
-weight many times anyway. Files that this project writes were checked when they were written.
+copies them to a device or converts them (converting on a CPU takes 9 to 17 % longer for it). What stays memory-mapped
+is not read here at all: to look for NaN in it takes longer than to load it. `thorough` does that, for those who read
+every weight many times anyway. Files that this project writes were checked when they were written.
 """
 
 import re
