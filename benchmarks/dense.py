@@ -24,13 +24,13 @@ def cublas_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Te
     update = None
     for number, (layer, window) in enumerate(zip(model.layers, args.sliding_windows, strict=True)):
         attention, ffn, k_cache, v_cache = layer.attention, layer.feed_forward, cache.k[number], cache.v[number]
-        residual, _, x, _ = norm_compact(residual, update, layer.attention_norm.weight, keep[: args.dim], eps)
-        qkv = F.linear(x, attention.wqkv.weight.packed.t(), attention.wqkv.bias)[0].float()
+        residual, x = norm_compact(residual, update, layer.attention_norm.weight, keep[: args.dim], eps)
+        qkv = F.linear(x.value, attention.wqkv.weight.packed.t(), attention.wqkv.bias)[0].float()
         shares = decode_attention(qkv, model.frequencies, k_cache[0], v_cache[0], input_pos, args.n_heads, window or 0)
-        _, y, _ = merge_attention(*shares, keep[: args.n_heads * args.head_dim], k_cache.dtype)
-        update = F.linear(y.view(1, -1), attention.wo.weight.packed.t())[0].float()
-        residual, _, x, _ = norm_compact(residual, update, layer.ffn_norm.weight, keep[: args.dim], eps)
-        gate, up = F.linear(x, ffn.w13.weight.packed.t()).chunk(2, dim=-1)
+        y = merge_attention(*shares, keep[: args.n_heads * args.head_dim], k_cache.dtype)
+        update = F.linear(y.value.view(1, -1), attention.wo.weight.packed.t())[0].float()
+        residual, x = norm_compact(residual, update, layer.ffn_norm.weight, keep[: args.dim], eps)
+        gate, up = F.linear(x.value, ffn.w13.weight.packed.t()).chunk(2, dim=-1)
         update = F.linear(F.silu(gate) * up, ffn.w2.weight.packed.t())[0].float()
-    _, _, x, _ = norm_compact(residual, update, model.norm.weight, keep[: args.dim], eps)
-    return model.output(x)[0]
+    _, x = norm_compact(residual, update, model.norm.weight, keep[: args.dim], eps)
+    return model.output(x.value)[0]

@@ -36,8 +36,10 @@ from teal_fast.cli import pick_device, run, sparsity
 from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.families.config import model_args
 from teal_fast.kernels import compact_gemv, gate_up, sparse_gemv
-from teal_fast.kernels.rows import bits
-from teal_fast.kernels.semaphore import arrivals
+from teal_fast.kernels.compact_vector import CompactVector
+from teal_fast.kernels.launch_config import pick_config
+from teal_fast.kernels.packed import PackedWeight, bits
+from teal_fast.kernels.semaphore import new_semaphores
 from teal_fast.model import ModelArgs
 from teal_fast.weights.formats import DTYPES
 
@@ -72,26 +74,28 @@ class Op:
         kept = int((self.x.abs() > self.threshold(sparsity)).sum())
         return kept * self.N * self.x.element_size()
 
-    def kept(self, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Index, value and count of x as the op's producer would hand them on."""
-        width = gate_up.config(self.K, bits(self.weights[0]))[1]  # as tuned by now
-        slots = -(-self.K // width) if self.name == "down" else self.slots
+    def kept(self, sparsity: float) -> CompactVector:
+        """x as the op's producer would hand it on."""
+        slots = self.slots
+        if self.name == "down":  # from gate_up, as tuned by now
+            up = PackedWeight(self.weights[0].new_empty(self.N, 2 * self.K, device="meta"))
+            slots = -(-self.K // pick_config(up, gate_up.TUNED, gate_up.DEFAULTS)[1])
         width = -(-self.K // slots)
         mask = F.pad(self.x.abs() > self.threshold(sparsity), (0, slots * width - self.K)).view(slots, width)
         order = mask.int().argsort(dim=1, descending=True, stable=True)
         index = order + torch.arange(slots, device=self.x.device)[:, None] * width
         value = self.x[index.clamp(max=self.K - 1)]
-        return index.int().contiguous(), value.contiguous(), mask.sum(1).int()
+        return CompactVector(index.int().contiguous(), value.contiguous(), mask.sum(1).int())
 
     def sparse(self, sparsity: float) -> Callable[[Tensor], Tensor]:
         """The op on one weight, by the kernel that decoding uses on this device."""
         if not self.x.is_cuda:
             threshold = self.threshold(sparsity)
-            return lambda weight: sparse_gemv.sparse_gemv(self.x, weight, threshold)
-        kept, arrived = self.kept(sparsity), arrivals(self.N, self.x.device)
+            return lambda weight: sparse_gemv.sparse_gemv(self.x, PackedWeight(weight), threshold)
+        x, semaphores = self.kept(sparsity), new_semaphores(self.N, self.x.device)
         if self.name == "gate+up":
-            return lambda weight: gate_up.gate_up(*kept, weight, self.keep_h, None, 0, arrived)
-        return lambda weight: compact_gemv.compact_gemv(*kept, weight, None, 0, arrived)
+            return lambda weight: gate_up.gate_up(x, PackedWeight(weight), self.keep_h, semaphores)
+        return lambda weight: compact_gemv.compact_gemv(x, PackedWeight(weight), semaphores)
 
     def check(self, sparsity: float) -> None:
         """Raises when the kernel and plain PyTorch disagree."""
@@ -209,10 +213,10 @@ def run_dense(x: Tensor, weights: list[Tensor]) -> None:
 def tune(ops: list[Op]) -> None:
     """Prints the best block sizes at 50 %, in the form of the tables in kernels/."""
     for op in ops:
-        format = bits(op.weights[0])
-        table, key, configs = compact_gemv.TUNED, (op.K, op.N, format), GEMV_CONFIGS
+        key = (op.K, op.N, bits(op.weights[0]))
+        table, configs = compact_gemv.TUNED, GEMV_CONFIGS
         if op.name == "gate+up":
-            table, key, configs = gate_up.TUNED, (op.N // 2, format), GATE_UP_CONFIGS
+            table, configs = gate_up.TUNED, GATE_UP_CONFIGS
         timed = []
         for config in configs:
             table[key] = config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.kernels.native import TYPES, library, pointer
-from teal_fast.kernels.rows import bits
+from teal_fast.kernels.packed import bits
 from teal_fast.model import Block, KVCache, Transformer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from teal_fast.kernels.decode_attention import GROUP, decode_attention
 from teal_fast.kernels.merge_attention import merge_attention
 from teal_fast.kernels.norm_compact import norm_compact
-from teal_fast.kernels.semaphore import arrivals
+from teal_fast.kernels.semaphore import new_semaphores
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DECODE, KEEP_ALL, sparse_layers
 
@@ -38,24 +38,26 @@ def fused_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Ten
     keep_all = model.norm.weight.new_full(model.norm.weight.shape, KEEP_ALL, dtype=torch.float32)
     residual = model.tok_embeddings(token)[0, 0].float()
     update = None
-    arrived = arrivals(max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device)
+    semaphores = new_semaphores(
+        max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device
+    )
     for number, (layer, window) in enumerate(zip(model.layers, model.args.sliding_windows, strict=True)):
         attention, ffn, k_cache, v_cache = layer.attention, layer.feed_forward, cache.k[number], cache.v[number]
         wqkv, wo, w13, w2 = attention.wqkv, attention.wo, ffn.w13, ffn.w2
-        residual, *x = norm_compact(residual, update, layer.attention_norm.weight, wqkv.threshold, eps)
-        qkv = wqkv.weight.compact_matvec(x, arrived)
+        residual, x = norm_compact(residual, update, layer.attention_norm.weight, wqkv.threshold, eps)
+        qkv = wqkv.weight.compact_matvec(x, semaphores)
         if wqkv.bias is not None:
             qkv += wqkv.bias
         shares = decode_attention(
             qkv, model.frequencies, k_cache[0], v_cache[0], input_pos, model.args.n_heads, window or 0
         )
         x = merge_attention(*shares, wo.threshold, k_cache.dtype)
-        update = wo.weight.compact_matvec(x, arrived)
-        residual, *x = norm_compact(residual, update, layer.ffn_norm.weight, w13.threshold, eps)
-        x = w13.weight.compact_gate_up(x, w2.threshold, arrived)
-        update = w2.weight.compact_matvec(x, arrived)
-    _, _, x, _ = norm_compact(residual, update, model.norm.weight, keep_all, eps)  # the whole vector as a list
-    return model.output(x)[0]
+        update = wo.weight.compact_matvec(x, semaphores)
+        residual, x = norm_compact(residual, update, layer.ffn_norm.weight, w13.threshold, eps)
+        x = w13.weight.compact_gate_up(x, w2.threshold, semaphores)
+        update = w2.weight.compact_matvec(x, semaphores)
+    _, x = norm_compact(residual, update, model.norm.weight, keep_all, eps)  # the whole vector as a list
+    return model.output(x.value)[0]
 
 
 def plain_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
-"""What this machine can run: the one place that knows whether Triton is there, and what the GPU's generation offers."""
+"""What this machine can run: the one place that knows whether Triton is there, and what the GPU's generation offers.
+
+Every op is registered here, too.
+"""
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +22,31 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def jit(function):
     """`triton.jit` where there is Triton; elsewhere the function as it is, which no launcher then reaches."""
     return function if triton is None else triton.jit(function)
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    cuda: Callable,
+    fake: Callable,
+    cpu: Callable | None = None,
+    bundle: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Makes the op `teal::name` of the launchers for CUDA and the CPU and of `fake`, and returns it.
+
+    An op takes tensors and numbers one by one. `bundle` makes such functions of `cuda` and `fake`, of NamedTuples;
+    `cpu`, which runs for every product of a token, takes what the op takes. Triton's interpreter runs the CUDA launcher
+    on the CPU where there is no other.
+    """
+
+    bundle = bundle or (lambda function: function)
+    torch.library.define(f"teal::{name}", schema)
+    torch.library.impl(f"teal::{name}", "CUDA", bundle(cuda))
+    if cpu or (INTERPRETED and triton is not None):
+        torch.library.impl(f"teal::{name}", "CPU", cpu or bundle(cuda))
+    torch.library.register_fake(f"teal::{name}", bundle(fake))
+    return getattr(torch.ops.teal, name).default
 
 
 @functools.cache

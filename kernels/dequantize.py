@@ -1,6 +1,6 @@
-"""teal::widen: a weight in int8 or four-bit groups as floats, for products with many tokens.
+"""teal::dequantize: a weight in int8 or four-bit groups as floats, for products with many tokens.
 
-rows [K, N] int8, or uint8 [K, row_bytes] in groups of `group` (kernels/int4.py); scale [N] fp32. Returns [K, N] in
+weight [K, N] in int8, or in four-bit groups of `group` (kernels/int4.py), with its scale [N] fp32. Returns [K, N] in
 `dtype`.
 """
 
@@ -9,63 +9,68 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
-from teal_fast.kernels.backend import jit, tl, triton
+from teal_fast.kernels.backend import jit, register, tl, triton
+from teal_fast.kernels.checks import takes
 from teal_fast.kernels.native import library, pointer
-from teal_fast.kernels.rows import bits, check_rows, load_rows, to_float
+from teal_fast.kernels.packed import WEIGHT_ARGUMENTS, WEIGHT_TABLE, PackedWeight, bits, check_weight, load_rows
 
 BLOCK_K, BLOCK_N = 16, 256
 
 
-def widen_reference(rows: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    return (to_float(rows, len(scale), group) * scale).to(dtype)
+def dequantize_reference(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (weight.values() * weight.scale).to(dtype)
 
 
 @jit
-def _widen_kernel(
-    rows_ptr, scale_ptr, y_ptr, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr,
+def _dequantize_kernel(
+    packed_ptr, scale_ptr, y_ptr, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.program_id(1) * BLOCK_N
     n = column + tl.arange(0, BLOCK_N)
-    y = load_rows(rows_ptr, k, k < K, column, N, BLOCK_N, BITS, GROUP)
+    y = load_rows(packed_ptr, k, k < K, column, N, BLOCK_N, BITS, GROUP)
     y *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
     place = k.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(k < K)[:, None] & (n < N)[None, :])
 
 
-def _widen_cuda(rows: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    y = _widen_fake(rows, scale, group, dtype)
+def _dequantize_cuda(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    y = _dequantize_fake(weight, dtype)
     K, N = y.shape
     grid = (triton.cdiv(K, BLOCK_K), triton.cdiv(N, BLOCK_N))
-    _widen_kernel[grid](rows, scale, y, K, N, BLOCK_K, BLOCK_N, bits(rows), group)
+    _dequantize_kernel[grid](weight.packed, weight.scale, y, K, N, BLOCK_K, BLOCK_N, weight.bits, weight.group)
     return y
 
 
-def _widen_cpu(rows: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def _dequantize_cpu(packed, scale, group, dtype) -> Tensor:
     native = library()
     if native is None or dtype != torch.float32:
-        return widen_reference(rows, scale, group, dtype)
-    y = _widen_fake(rows, scale, group, dtype)
-    native.teal_widen(
-        bits(rows), *map(pointer, (rows, scale, y)), *map(c_int64, (*y.shape, group)), torch.get_num_threads()
+        return dequantize_reference(PackedWeight(packed, scale, group), dtype)
+    K, N = len(packed), len(scale)
+    y = scale.new_empty(K, N)
+    native.teal_dequantize(
+        bits(packed), *map(pointer, (packed, scale, y)), *map(c_int64, (K, N, group)), torch.get_num_threads()
     )
     return y
 
 
-def _widen_fake(rows: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    return scale.new_empty(rows.shape[0], scale.shape[0], dtype=dtype)
+def _dequantize_fake(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return weight.scale.new_empty(weight.packed.shape[0], weight.N, dtype=dtype)
 
 
-torch.library.define("teal::widen", "(Tensor rows, Tensor scale, int group, ScalarType dtype) -> Tensor")
-torch.library.impl("teal::widen", "CUDA", _widen_cuda)
-torch.library.impl("teal::widen", "CPU", _widen_cpu)
-torch.library.register_fake("teal::widen", _widen_fake)
+_check = takes("dequantize", WEIGHT_TABLE, "N")
+_dequantize = register(
+    "dequantize",
+    f"({WEIGHT_ARGUMENTS}, ScalarType dtype) -> Tensor",
+    cuda=_dequantize_cuda,
+    cpu=_dequantize_cpu,
+    fake=_dequantize_fake,
+    bundle=lambda f: lambda *flat: f(PackedWeight(*flat[:3]), flat[3]),
+)
 
 
-def widen(rows: Tensor, scale: Tensor, group: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [K, N], as above. Raises ValueError on what does not fit."""
-    check_rows("widen", scale, rows, scale, group)
-    if not (rows.is_contiguous() and scale.is_contiguous()):
-        raise ValueError("widen takes contiguous tensors, got a strided view")
-    return torch.ops.teal.widen(rows, scale, group, dtype)
+    _check(*weight[:2], N=check_weight("dequantize", weight, None))
+    return _dequantize(*weight, dtype)

@@ -1,9 +1,9 @@
-"""Products of int8 and four-bit rows on a GPU, exact sums of x in fixed point: for kernels that walk a list of rows.
+"""Integer dot products (DP2A) of int8 and four-bit rows on a GPU, for kernels/gather_gemv_loop.py.
 
 Converting whole numbers is slow on a GPU (16 a cycle and multiprocessor on Hopper, of other operations 64 or 128) and a
-multiplication for each weight is too many. So x becomes whole numbers of up to 16 bits, LEVELS of them in what is
-called its reach, the largest |x|; and DP2A adds two products, of two x and the weights of two rows, in one instruction.
-Rows are int32 words: the bytes of two are interleaved, so that those of a column lie side by side.
+multiplication for each weight is too many. So x is quantized to up to 16 bits: x = scale · i, scale = absmax / LEVELS.
+DP2A adds two products, of two x and the weights of two rows, in one instruction, and sums are exact. Rows are int32
+words: the bytes of two are interleaved, so that those of a column lie side by side.
 
 Accumulators are tuples of int32 tensors, one for each byte of a word, of four-bit weights one for each half byte.
 """
@@ -80,11 +80,11 @@ def _dot_high(x, words, y):
 
 
 @jit
-def unit(x, LEVELS: tl.constexpr):
-    """What one level is worth, and its inverse, for entries x of any shape: NaN and so NaN, when one is NaN or inf."""
+def absmax_scale(x, LEVELS: tl.constexpr):
+    """What one level stands for, and its inverse, for entries x of any shape: NaN where one is NaN or inf."""
     x = tl.reshape(x.to(tl.float32), (x.numel,))
-    reach = tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)
-    return reach * (1.0 / LEVELS), tl.where(reach > 1e-30, LEVELS / reach, 0.0)
+    absmax = tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)
+    return absmax * (1.0 / LEVELS), tl.where(absmax > 1e-30, LEVELS / absmax, 0.0)
 
 
 @jit
@@ -125,7 +125,7 @@ def _dots(x, low, high, a, b, c, d):
 
 @jit
 def total(y, BITS: tl.constexpr):
-    """fp32 [N]: the accumulators [L, …] summed over L, in the order of the columns, in units of x."""
+    """fp32 [N]: the accumulators [L, …] summed over L, in the order of the columns, before x's scale."""
     low = _by_column(y[0], y[1], y[2], y[3])
     if BITS == 8:
         sums = tl.reshape(low, (low.numel,))

@@ -1,50 +1,16 @@
-"""The loop that compact_gemv and gate_up share: the sum of the rows that a list names, each times its entry.
+"""gather_gemv_loop: a gather-GEMV, the sum of the rows that a compact vector names, each times its entry.
 
-The list comes in slots, one for each program that made it: index [slots, width] int32 and value [slots, width] hold
-count [slots] int32 kept channels each, from the left. A program has BLOCK_N columns and a share of the list; LANES rows
-of its threads have places of their own in it, four at a time. Rows of one slot go round all splits; of several slots
-each split has whole ones, and each slot lanes of its own, so that no place must be looked for.
+compact_gemv and gate_up share it: a program has BLOCK_N columns and a share of the vector (split-K); LANES rows of its
+threads have places of their own in it, four at a time. The rows of one slot go round all splits; of several slots each
+split has whole ones, and each slot has lanes of its own, so that no place must be looked for.
 
-DEPTH fours a lane are on their way at once. A load's registers are used up before it is made again: copied at the end
-of a step instead, it would be waited for there, and a step would take as long as a load, 1.2 us.
+Software pipelining by hand: DEPTH fours a lane are on their way at once. A load's registers are used up before it is
+made again: copied at the end of a step instead, it would be waited for there, and a step would take as long as a load,
+1.2 us.
 """
 
-from torch import Tensor
-
-from teal_fast.kernels.backend import jit, offset_type, tl, triton
-from teal_fast.kernels.fixed_point import add_pair, levels, no_sums, pair, total, unit
-from teal_fast.kernels.int4 import UNIT
-from teal_fast.kernels.rows import as_loaded, bits
-
-LOAD = 128  # bits that a thread loads at once
-
-
-def block_columns(wanted: int, form: int, group: int) -> int:
-    """Columns a program: as many as wanted, where these are whole groups or fit into one."""
-    return UNIT if form == 4 and group % wanted and wanted % group else wanted
-
-
-def plan(index: Tensor, weight: Tensor, N: int, parts: int, group: int, config: tuple[int, int, int, int]) -> dict:
-    """Compile-time arguments of `walk` for a list and a weight of N columns in so many equal parts.
-
-    config: splits, columns a program, warps, depth.
-    """
-    (slots, width), form = index.shape, bits(weight)
-    splits, block_n, warps, depth = config
-    block_n = block_columns(block_n, form, group)
-    lanes = max(warps * 32 * LOAD // (block_n * form), 1)
-    if slots == 1:
-        splits = min(splits, triton.cdiv(width, 4 * lanes))
-    else:
-        splits = max(min(splits, slots), triton.cdiv(slots, lanes))
-    share = triton.cdiv(slots, splits)
-    each = 4 * lanes * (splits if slots == 1 else 1) // triton.next_power_of_2(share)  # places of a slot a step
-    return {
-        "N": N, "WHOLE": N // parts % block_n == 0, "ROW": as_loaded(weight).shape[1], "SLOTS": slots, "SLOT": width,
-        "SPLITS": splits, "SHARE": share, "LANES": lanes, "BLOCK_N": block_n, "DEPTH": depth, "BITS": form,
-        "GROUP": group, "LEVELS": levels(4 * triton.cdiv(width, each)), "OFFSET": offset_type(as_loaded(weight)),
-        "num_warps": warps,
-    }  # fmt: skip
+from teal_fast.kernels.backend import jit, tl, triton
+from teal_fast.kernels.fixed_point import absmax_scale, add_pair, no_sums, pair, total
 
 
 @jit
@@ -59,7 +25,7 @@ def _numbers(index_ptr, value_ptr, at, place, last, count):
 
 @jit
 def _fetch_four(
-    weight_ptr, k, place, count, column, limit, N: tl.constexpr, WHOLE: tl.constexpr, ROW: tl.constexpr,
+    packed_ptr, k, place, count, column, limit, N: tl.constexpr, WHOLE: tl.constexpr, ROW: tl.constexpr,
     BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Columns `column` to column + BLOCK_N, those below limit, of the rows k at places below count, with scales."""
@@ -72,9 +38,9 @@ def _fetch_four(
     for i in tl.static_range(4):
         row, inside, scale = k[i].to(OFFSET) * ROW, place + i < count, 1.0
         mask = inside[:, None] & ((w < end)[None, :] | WHOLE)
-        words = tl.load(weight_ptr + (row[:, None] + w[None, :]), mask=mask, other=0, eviction_policy="evict_first")
+        words = tl.load(packed_ptr + (row[:, None] + w[None, :]), mask=mask, other=0, eviction_policy="evict_first")
         if BITS == 4:
-            scales = weight_ptr.to(tl.pointer_type(tl.bfloat16)) + (2 * row + N // 4 + column // GROUP)
+            scales = packed_ptr.to(tl.pointer_type(tl.bfloat16)) + (2 * row + N // 4 + column // GROUP)
             if G > 1:
                 mask = inside[:, None] & (g < (limit - column) // GROUP)
                 scale = tl.load(scales[:, None] + g, mask=mask, other=0.0).to(tl.float32)[:, :, None]
@@ -102,8 +68,8 @@ def _weigh_four(y, x, w, inverse, BITS: tl.constexpr):
 
 
 @jit
-def walk(
-    index_ptr, value_ptr, count_ptr, weight_ptr, split, column, limit, N: tl.constexpr, WHOLE: tl.constexpr,
+def gather_gemv_loop(
+    index_ptr, value_ptr, count_ptr, packed_ptr, split, column, limit, N: tl.constexpr, WHOLE: tl.constexpr,
     ROW: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
     LANES: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     LEVELS: tl.constexpr, OFFSET: tl.constexpr,
@@ -128,15 +94,17 @@ def walk(
         k, x = k + (rows,), x + (entries,)
     for d in tl.static_range(DEPTH):
         at = place + d * STEP
-        w = w + (_fetch_four(weight_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET),)
+        w = w + (_fetch_four(packed_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET),)
     place += DEPTH * STEP
     k, next_x = (), ()
     for d in tl.static_range(DEPTH):
         rows, entries = _numbers(index_ptr, value_ptr, base + place + d * STEP, place + d * STEP, count, count)
         k, next_x = k + (rows,), next_x + (entries,)
-    worth, inverse = 1.0, 1.0
+    dequant_scale, inverse = 1.0, 1.0
     if BITS <= 8:
-        worth, inverse = _reach(value_ptr, count_ptr, split, begin, SLOTS, SLOT, SHARE, STEP, 4 * LANES, LEVELS)
+        dequant_scale, inverse = _split_scale(
+            value_ptr, count_ptr, split, begin, SLOTS, SLOT, SHARE, STEP, 4 * LANES, LEVELS
+        )
         y = no_sums(w[0][0][0], BITS)
     else:
         y = tl.zeros((LANES, BLOCK_N), dtype=tl.float32)
@@ -145,22 +113,22 @@ def walk(
         for d in tl.static_range(DEPTH):
             y = _weigh_four(y, x[d], w[d], inverse, BITS)
             at = place + d * STEP
-            four = _fetch_four(weight_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET)
+            four = _fetch_four(packed_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET)
             at += DEPTH * STEP
             rows, entries = _numbers(index_ptr, value_ptr, base + at, at, count, count)
             rows_after, x_after, fetched = rows_after + (rows,), x_after + (entries,), fetched + (four,)
         place += DEPTH * STEP
         x = next_x
         k, next_x, w = rows_after, x_after, fetched
-    return total(y, BITS) * worth if BITS <= 8 else tl.sum(y, axis=0)
+    return total(y, BITS) * dequant_scale if BITS <= 8 else tl.sum(y, axis=0)
 
 
 @jit
-def _reach(
+def _split_scale(
     value_ptr, count_ptr, split, begin, SLOTS: tl.constexpr, SLOT: tl.constexpr, SHARE: tl.constexpr,
     STEP: tl.constexpr, TURN: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """`unit` of all the entries of a split."""
+    """`absmax_scale` of all the entries of a split."""
     if SLOTS == 1:
         i = tl.arange(0, triton.next_power_of_2((SLOT + STEP - 1) // STEP * TURN))
         at = begin + i // TURN * STEP + i % TURN
@@ -172,4 +140,4 @@ def _reach(
         place = tl.arange(0, triton.next_power_of_2(SLOT))
         at = slot[:, None] * SLOT + place[None, :]
         x = tl.load(value_ptr + at, mask=place[None, :] < count[:, None], other=0.0)
-    return unit(x, LEVELS)
+    return absmax_scale(x, LEVELS)

@@ -1,28 +1,25 @@
-"""teal::merge_attention: one token's attention output from the shares of kernels/decode_attention.py, compacted.
+"""teal::merge_attention: the second half of flash decoding: one token's attention output, merged and compacted.
 
-acc [H, shares, D], peak and total [H, shares] fp32; threshold [H D] fp32 for the output, which is rounded to `dtype`.
-Returns the output in slots, one a head, as kernels/compact_gemv.py takes them: index [H, D] int32, value [H, D], count
-[H] int32, the kept channels of each from the left. Shares are added in a fixed order.
+acc [H, S, D], peak and total [H, S] fp32, of S shares: kernels/decode_attention.py; threshold [H D] fp32, in units of
+the output's size; the output is rounded to `dtype`. Returns it as a compact vector, one slot a head. Shares are added
+in a fixed order.
 """
 
 import torch
 from torch import Tensor
 
-from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl
+from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, register, tl
+from teal_fast.kernels.checks import takes
+from teal_fast.kernels.compact_vector import CompactVector, compact_reference, empty_vector
 
 
 def merge_attention_reference(
     acc: Tensor, peak: Tensor, total: Tensor, threshold: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> CompactVector:
     weight = (peak - peak.amax(-1, keepdim=True)).exp()
     acc, total = acc.masked_fill((weight == 0)[..., None], 0), total.masked_fill(weight == 0, 0)
     y = ((acc * weight[..., None]).sum(1) / (total * weight).sum(1, keepdim=True)).to(dtype)
-    index, value, count = _merge_attention_fake(acc, peak, total, threshold, dtype)
-    for head, (row, limit) in enumerate(zip(y, threshold.view(y.shape), strict=True)):
-        kept = (row.abs() <= limit).logical_not().nonzero().squeeze(1)
-        index[head, : len(kept)], value[head, : len(kept)] = head * len(row) + kept, row[kept]
-        count[head] = len(kept)
-    return index, value, count
+    return compact_reference(y.flatten(), threshold, y.shape[1])
 
 
 @jit
@@ -51,39 +48,30 @@ def _merge_attention_kernel(
 
 def _merge_attention_cuda(
     acc: Tensor, peak: Tensor, total: Tensor, threshold: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    index, value, count = _merge_attention_fake(acc, peak, total, threshold, dtype)
+) -> CompactVector:
+    y = _merge_attention_fake(acc, peak, total, threshold, dtype)
     heads, shares, D = acc.shape
-    _merge_attention_kernel[(heads,)](
-        acc, peak, total, threshold, index, value, count, D, shares, num_warps=1, **launch_options(acc)
-    )
-    return index, value, count
+    _merge_attention_kernel[(heads,)](acc, peak, total, threshold, *y, D, shares, num_warps=1, **launch_options(acc))
+    return y
 
 
-def _merge_attention_fake(
-    acc: Tensor, peak: Tensor, total: Tensor, threshold: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads, _, D = acc.shape
-    index = acc.new_empty(heads, D, dtype=torch.int32)
-    return index, acc.new_empty(heads, D, dtype=dtype), index.new_empty(heads)
+def _merge_attention_fake(acc: Tensor, *rest) -> CompactVector:
+    return empty_vector(acc, acc.shape[0], acc.shape[2], rest[-1])
 
 
-torch.library.define(
-    "teal::merge_attention",
+_check = takes("merge_attention", "acc [H, S, D] fp32; peak [H, S] fp32; total [H, S] fp32; threshold [H * D] fp32")
+_merge_attention = register(
+    "merge_attention",
     "(Tensor acc, Tensor peak, Tensor total, Tensor threshold, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    cuda=_merge_attention_cuda,
+    fake=_merge_attention_fake,
 )
-torch.library.impl("teal::merge_attention", "CUDA", _merge_attention_cuda)
-torch.library.register_fake("teal::merge_attention", _merge_attention_fake)
 
 
-def merge_attention(
-    acc: Tensor, peak: Tensor, total: Tensor, threshold: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Index, value and count, as above. Raises ValueError on what does not fit."""
-    heads, shares, D = acc.shape
-    if peak.shape != (heads, shares) or total.shape != peak.shape or threshold.shape != (heads * D,):
-        shapes = [list(t.shape) for t in (acc, peak, total, threshold)]
-        raise ValueError(f"merge_attention takes acc [H, S, D], peak, total [H, S], threshold [H D], got {shapes}")
-    if D & (D - 1) or shares & (shares - 1):
-        raise ValueError(f"merge_attention takes shares and channels that are powers of two, got {shares} and {D}")
-    return torch.ops.teal.merge_attention(acc, peak, total, threshold, dtype)
+def merge_attention(acc: Tensor, peak: Tensor, total: Tensor, threshold: Tensor, dtype: torch.dtype) -> CompactVector:
+    """The output, as above. Raises ValueError on what does not fit."""
+    _check(acc, peak, total, threshold)
+    _, S, D = acc.shape
+    if D & (D - 1) or S & (S - 1):
+        raise ValueError(f"merge_attention takes S and D that are powers of two, got {S} and {D}")
+    return CompactVector(*_merge_attention(acc, peak, total, threshold, dtype))

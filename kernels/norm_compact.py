@@ -1,9 +1,7 @@
-"""teal::norm_compact: residual add, RMSNorm, and the list of the channels that survive their thresholds.
+"""teal::norm_compact: residual add, RMSNorm, and stream compaction of what comes out by its thresholds.
 
 residual [K] fp32; update [K] fp32, what the layer before adds, or none; norm_weight [K], whose dtype x takes; threshold
-[K] fp32. Returns the new residual [K] fp32 and x as one list: index [1, K] int32 and value [1, K] hold the kept
-channels in ascending order, count [1] int32 says how many; what lies past count is undefined. A channel is kept unless
-|x| <= threshold.
+[K] fp32, in units of |x|. Returns the new residual [K] fp32 and x as a compact vector of one slot.
 
 Every program reads all of the residual and counts the kept channels before its own slice, so that one launch makes one
 contiguous list, the same every time. Compaction costs hardly more than the norm that must exist anyway.
@@ -13,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, tl, triton
+from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, register, tl, triton
+from teal_fast.kernels.checks import takes
+from teal_fast.kernels.compact_vector import CompactVector, compact_reference, empty_vector
 
 SLICE = 128  # channels a program writes
 
 
 def norm_compact_reference(
     residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, CompactVector]:
     residual = residual.clone() if update is None else residual + update
     x = F.rms_norm(residual, residual.shape, norm_weight.float(), eps).to(norm_weight.dtype)
-    index = (x.abs() <= threshold).logical_not().nonzero().squeeze(1)
-    count = torch.tensor([len(index)], dtype=torch.int32, device=x.device)
-    return residual, index.int()[None], x[index][None], count
+    return residual, compact_reference(x, threshold, len(x))
 
 
 @jit
@@ -64,44 +62,34 @@ def _norm_compact_kernel(
 
 def _norm_compact_cuda(
     residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, index, value, count = _norm_compact_fake(residual, update, norm_weight, threshold, eps)
+) -> tuple[Tensor, ...]:
+    outputs = _norm_compact_fake(residual, update, norm_weight)
     (K,) = residual.shape
     _norm_compact_kernel[(triton.cdiv(K, SLICE),)](
-        residual, update, norm_weight, threshold, out, index, value, count,
+        residual, update, norm_weight, threshold, *outputs,
         K, eps, update is not None, triton.next_power_of_2(K), SLICE, num_warps=4, **launch_options(residual),
     )  # fmt: skip
-    return out, index, value, count
+    return outputs
 
 
-def _norm_compact_fake(
-    residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (K,) = residual.shape
-    index = residual.new_empty(1, K, dtype=torch.int32)
-    return torch.empty_like(residual), index, norm_weight.new_empty(1, K), residual.new_empty(1, dtype=torch.int32)
+def _norm_compact_fake(residual: Tensor, update: Tensor | None, norm_weight: Tensor, *_) -> tuple[Tensor, ...]:
+    return torch.empty_like(residual), *empty_vector(residual, 1, residual.shape[0], norm_weight.dtype)
 
 
-torch.library.define(
-    "teal::norm_compact",
+_check = takes("norm_compact", "residual [K] fp32; update [K] fp32 or none; norm_weight [K] dtype; threshold [K] fp32")
+_norm_compact = register(
+    "norm_compact",
     "(Tensor residual, Tensor? update, Tensor norm_weight, Tensor threshold, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    cuda=_norm_compact_cuda,
+    fake=_norm_compact_fake,
 )
-torch.library.impl("teal::norm_compact", "CUDA", _norm_compact_cuda)
-torch.library.register_fake("teal::norm_compact", _norm_compact_fake)
 
 
 def norm_compact(
     residual: Tensor, update: Tensor | None, norm_weight: Tensor, threshold: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual, index, value and count, as above. Raises ValueError on what does not fit."""
-    single = [t for t in (residual, update, threshold) if t is not None]
-    tensors = (*single, norm_weight)
-    if residual.ndim != 1 or any(t.shape != residual.shape for t in tensors):
-        shapes = [list(t.shape) for t in tensors]
-        raise ValueError(f"norm_compact takes residual, update, threshold and norm_weight [K], got {shapes}")
-    if not all(t.is_contiguous() for t in tensors):
-        raise ValueError("norm_compact takes contiguous tensors, got a strided view")
-    if any(t.dtype != torch.float32 for t in single):
-        raise ValueError("norm_compact takes residual, update and threshold in fp32")
-    return torch.ops.teal.norm_compact(residual, update, norm_weight, threshold, eps)
+) -> tuple[Tensor, CompactVector]:
+    """The new residual and x, as above. Raises ValueError on what does not fit."""
+    _check(residual, update, norm_weight, threshold)
+    residual, *x = _norm_compact(residual, update, norm_weight, threshold, eps)
+    return residual, CompactVector(*x)

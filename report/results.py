@@ -18,7 +18,13 @@ from pathlib import Path
 from teal_fast.evaluation.record import read_records
 from teal_fast.report.results_quality import perplexity_section, quality_section, tasks_section
 from teal_fast.report.results_section import Record, Section, by, read_text, unique
-from teal_fast.report.results_speed import decode_section, kernels_section, prompts_section, table_section
+from teal_fast.report.results_speed import (
+    alternate_section,
+    decode_section,
+    kernels_section,
+    prompts_section,
+    table_section,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -37,6 +43,7 @@ class Kind:
 
 SECTIONS = {
     "decode": Kind(("file", "run", "model"), decode_section),
+    "alternate": Kind(("file", "run", "model"), alternate_section),
     "prompts": Kind(("file", "run", "model"), prompts_section),
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),

@@ -101,6 +101,17 @@ def prompts_section(records: list[Record]) -> Section:
     )
 
 
+def alternate_section(records: list[Record]) -> Section:
+    rows = []
+    for r in records:
+        rates = (f"{statistics.median(r[name]):.1f}" for name in ("tokens_per_s_before", "tokens_per_s"))
+        ratios = f"{r['ratio']:.4f} ({min(r['ratios']):.4f} to {max(r['ratios']):.4f})"
+        rows.append([r["format"], percent(r["sparsity"]), f"{r['prompt_tokens']:,}", *rates, ratios])
+    head = ["format", "sparsity", "after tokens", "tokens/s before", "tokens/s", "ratio of a round, median (extremes)"]
+    title = f"{records[0]['model']} at {records[0]['commit_before']} and later on {records[0]['device']}"
+    return Section(title, [markdown(head, rows)], [f"{len(records[0]['ratios'])} rounds"])
+
+
 def kernels_section(records: list[Record]) -> Section:
     def column(record: Record) -> str:
         return "dense" if record["implementation"] == "dense" else percent(record["sparsity"])

@@ -50,7 +50,9 @@ def imports(path: Path, at_top: bool = False) -> set[str]:
     """Modules of ours that a file imports, without `teal_fast.`; a string that is a module's name counts as well."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     known, found = {module_of(source) for source in SOURCES}, set()
-    for node in tree.body if at_top else ast.walk(tree):
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    bodies = [node for node in tree.body if not isinstance(node, inner)] if at_top else [tree]
+    for node in (node for body in bodies for node in ast.walk(body)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}, line {node.lineno}: imports are absolute here"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_fast.kernels.compact_gemv import compact_gemv
+from teal_fast.kernels.compact_vector import CompactVector
 from teal_fast.kernels.gate_up import gate_up
+from teal_fast.kernels.packed import PackedWeight
 from teal_fast.kernels.sparse_gemv import sparse_gemv
-
-Kept = tuple[Tensor, Tensor, Tensor]  # index, value, count of a vector's kept channels: kernels/compact_gemv.py
 
 
 class Weight(Protocol):
@@ -33,11 +33,9 @@ class Weight(Protocol):
     def dequantize(self) -> Tensor: ...  # [K, N]
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [..., K] -> [..., N], every channel
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [K] -> [N]
-    def compact_matvec(
-        self, kept: Kept, arrived: Tensor
-    ) -> Tensor: ...  # fp32 [N], on CUDA; counts: kernels/arrivals.py
-    # SiLU(gate) ⊙ up, compacted, on CUDA; the columns of packed are those of gate, then those of up
-    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept: ...
+    def compact_matvec(self, x: CompactVector, semaphores: Tensor) -> Tensor: ...  # fp32 [N], on CUDA
+    # SiLU(gate) ⊙ up, compacted, on CUDA, of rows whose columns are gate and up
+    def compact_gate_up(self, x: CompactVector, threshold: Tensor, semaphores: Tensor) -> CompactVector: ...
 
 
 class DenseWeight(nn.Module):
@@ -50,6 +48,11 @@ class DenseWeight(nn.Module):
         self.packed = nn.Parameter(packed.contiguous(), requires_grad=False)
         self.in_features, self.out_features = packed.shape
 
+    @property
+    def operand(self) -> PackedWeight:
+        """The weight as kernels take it."""
+        return PackedWeight(self.packed)
+
     def dequantize(self) -> Tensor:
         return self.packed
 
@@ -57,13 +60,13 @@ class DenseWeight(nn.Module):
         return _linear(x, self.packed, bias)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.packed, threshold, bias)
+        return sparse_gemv(x, self.operand, threshold, bias)
 
-    def compact_matvec(self, kept: Kept, arrived: Tensor) -> Tensor:
-        return compact_gemv(*kept, self.packed, None, 0, arrived)
+    def compact_matvec(self, x: CompactVector, semaphores: Tensor) -> Tensor:
+        return compact_gemv(x, self.operand, semaphores)
 
-    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept:
-        return gate_up(*kept, self.packed, threshold, None, 0, arrived)
+    def compact_gate_up(self, x: CompactVector, threshold: Tensor, semaphores: Tensor) -> CompactVector:
+        return gate_up(x, self.operand, threshold, semaphores)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from teal_fast.kernels.compact_gemv import compact_gemv
-from teal_fast.kernels.dequantize import widen
+from teal_fast.kernels.compact_vector import CompactVector
+from teal_fast.kernels.dequantize import dequantize
 from teal_fast.kernels.gate_up import gate_up
 from teal_fast.kernels.int4 import pack_int4, row_bytes, row_scales
+from teal_fast.kernels.packed import ALIGNMENT, PackedWeight
 from teal_fast.kernels.quantized_gemm import MOST_TOKENS, quantized_gemm
-from teal_fast.kernels.rows import ALIGNMENT
 from teal_fast.kernels.sparse_gemv import sparse_gemv
-from teal_fast.weights.dense import Kept, _linear
+from teal_fast.weights.dense import _linear
 from teal_fast.weights.grids import EPSILON, Int4Grid, Int8Grid
 
 
@@ -33,8 +34,13 @@ class QuantizedWeight(nn.Module):
         self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
         self.in_features, self.out_features, self.group = len(packed), len(scale), group
 
+    @property
+    def operand(self) -> PackedWeight:
+        """The weight as kernels take it."""
+        return PackedWeight(self.packed, self.scale, self.group)
+
     def dequantize(self) -> Tensor:
-        return widen(self.packed, self.scale, self.group)
+        return dequantize(self.operand)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Computes x [..., K] -> [..., N] in x's dtype from the dequantized weight.
@@ -43,19 +49,18 @@ class QuantizedWeight(nn.Module):
         (calibration/probe.py needs one); otherwise the whole weight is dequantized into a temporary copy.
         """
         if x.is_cuda and not x.requires_grad and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
-            tokens = x.reshape(-1, x.shape[-1])
-            return quantized_gemm(tokens, self.packed, self.scale, bias, self.group).view(*x.shape[:-1], -1)
+            return quantized_gemm(x.reshape(-1, x.shape[-1]), self.operand, bias).view(*x.shape[:-1], -1)
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        return _linear(x, widen(self.packed, self.scale, self.group, dtype), bias)
+        return _linear(x, dequantize(self.operand, dtype), bias)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.packed, threshold, bias, self.scale, self.group)
+        return sparse_gemv(x, self.operand, threshold, bias)
 
-    def compact_matvec(self, kept: Kept, arrived: Tensor) -> Tensor:
-        return compact_gemv(*kept, self.packed, self.scale, self.group, arrived)
+    def compact_matvec(self, x: CompactVector, semaphores: Tensor) -> Tensor:
+        return compact_gemv(x, self.operand, semaphores)
 
-    def compact_gate_up(self, kept: Kept, threshold: Tensor, arrived: Tensor) -> Kept:
-        return gate_up(*kept, self.packed, threshold, self.scale, self.group, arrived)
+    def compact_gate_up(self, x: CompactVector, threshold: Tensor, semaphores: Tensor) -> CompactVector:
+        return gate_up(x, self.operand, threshold, semaphores)
 
 
 class Int8Weight(QuantizedWeight):

@@ -31,7 +31,7 @@ template <class T>
 inline void turn(float* x, const T* norm, float eps, const float* cos, const float* sin, int64_t size) {
     if (norm) {
         float scale = 1 / std::sqrt(sum_of_squares(x, size) / size + eps);
-        for (int64_t d = 0; d < size; d++) x[d] = x[d] * scale * widen(norm[d]);
+        for (int64_t d = 0; d < size; d++) x[d] = x[d] * scale * to_float(norm[d]);
     }
     for (int64_t d = 0, half = size / 2; d < half; d++) {
         float low = x[d], high = x[d + half];

@@ -1,4 +1,4 @@
-// One token through the whole model on the CPU, in one parallel region: see cpu_step.py.
+// One token through the whole model on the CPU, in one parallel region: see engine/cpu_step.py.
 //
 // Every thread keeps the residual stream and the lists of kept channels for itself: to compute them again is cheaper
 // than to wait for one another. What they share is written by all, each its share, and read by all after a barrier; at
@@ -10,7 +10,7 @@
 
 extern "C" {
 
-struct Layer {  // CpuLayer in cpu_step.py; absent tensors are null
+struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
     const void *attention_norm, *wqkv, *wqkv_bias, *q_norm, *k_norm, *wo, *wo_bias;
     const void *ffn_norm, *w13, *w13_bias, *w2, *w2_bias;
     const float *wqkv_scale, *wo_scale, *w13_scale, *w2_scale;  // of quantized ones
@@ -19,7 +19,7 @@ struct Layer {  // CpuLayer in cpu_step.py; absent tensors are null
     int64_t window;           // 0: the whole context
 };
 
-struct Model {  // CpuModel in cpu_step.py
+struct Model {  // CpuModel in engine/cpu_step.py
     int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
     // Bits of a value of the layers' weights: 8, 4 in groups of `group` outputs, or those of the model's type.
     int64_t attention_bits, ffn_bits, group;
@@ -78,7 +78,7 @@ template <class T> class Step {
           x(own.x) {}
 
     void run(int64_t token, float* logits) {
-        for (int64_t k = 0; k < m.dim; k++) own.residual[k] = widen(((const T*)m.embeddings)[token * m.dim + k]);
+        for (int64_t k = 0; k < m.dim; k++) own.residual[k] = to_float(((const T*)m.embeddings)[token * m.dim + k]);
         for (int64_t d = 0; d < m.head_dim / 2; d++) {
             float angle = position * m.frequencies[d];
             own.cos[d] = std::cos(angle), own.sin[d] = std::sin(angle);
@@ -104,7 +104,7 @@ template <class T> class Step {
         own.fixed.set(x, m.dim);
         for (int64_t i = first; i < last; i++)
             logits[i] = dot((const int8_t*)m.output + i * m.dim, own.fixed.value.data(), m.dim) *
-                        (own.fixed.unit * m.output_scale[i]);
+                        (own.fixed.scale * m.output_scale[i]);
     }
 
     void block(const Layer& layer) {
@@ -122,7 +122,7 @@ template <class T> class Step {
 
     void product(const float* input, const float* threshold, const void* weight, int64_t bits, int64_t K, int64_t N,
                  float* partial) {
-        Kept kept = keep(input, threshold, K, own.index.data(), own.value);
+        CompactVector kept = compact(input, threshold, K, own.index.data(), own.value);
         if (bits == 4) multiply(kept, Int4Rows((const uint8_t*)weight, N, m.group), partial, worker);
         else if (bits == 8) multiply(kept, Rows<int8_t>{(const int8_t*)weight, N}, partial, worker);
         else multiply(kept, Rows<T>{(const T*)weight, N}, partial, worker);
@@ -132,7 +132,7 @@ template <class T> class Step {
     void norm(const T* weight) {  // x: the residual, normalised, as the model's type holds it
         const float* residual = own.residual;
         float scale = 1 / std::sqrt(sum_of_squares(residual, m.dim) / m.dim + float(m.eps));
-        for (int64_t k = 0; k < m.dim; k++) x[k] = rounded<T>(residual[k] * scale * widen(weight[k]));
+        for (int64_t k = 0; k < m.dim; k++) x[k] = rounded<T>(residual[k] * scale * to_float(weight[k]));
     }
 
     void add(const float* scale, const void* bias) {
@@ -166,9 +166,9 @@ template <class T> class Step {
             T* values = (T*)layer.v_cache + (kv * m.max_seq_length + begin) * size;
             if (chunk == span.chunks - 1) {  // the token itself
                 project(layer, m.heads + kv, layer.k_norm, scratch);
-                for (int64_t d = 0; d < size; d++) keys[(count - 1) * size + d] = narrow<T>(scratch[d]);
+                for (int64_t d = 0; d < size; d++) keys[(count - 1) * size + d] = from_float<T>(scratch[d]);
                 project(layer, m.heads + m.kv_heads + kv, nullptr, scratch);
-                for (int64_t d = 0; d < size; d++) values[(count - 1) * size + d] = narrow<T>(scratch[d]);
+                for (int64_t d = 0; d < size; d++) values[(count - 1) * size + d] = from_float<T>(scratch[d]);
             }
             int64_t head = kv * group, last = head + group;
             auto attend_some = [&](auto heads) {

@@ -1,21 +1,23 @@
-// Products with weights of four and eight bits by whole numbers, whose factors are rounded to 8 and 16 bits: a CPU then
-// keeps up with memory. Their sums are exact, so that they do not depend on the order either.
+// Integer dot products (maddubs, madd) for four-bit and int8 weights. The other factor is rounded to 8 bits for four-bit
+// rows and to 16 bits for the int8 output layer, which lets a CPU keep up with memory. Integer sums are exact, so they do
+// not depend on the order of their terms.
 #pragma once
 #include <cmath>
 
 #include "rows.h"
 
-constexpr int64_t UNIT = 64;  // values that are added at once: 32 bytes of four-bit ones
+constexpr int64_t STRIP = 64;  // values that are added at once: 32 bytes of four-bit ones
 constexpr int64_t TILE = 16;  // groups whose factors are computed at once: their scales are 32 bytes
 
-// What ROWS rows of TILE groups of outputs are multiplied by: whole factors from -127 to 127, times a unit.
+// What ROWS rows are multiplied by in each of TILE groups of outputs: x[row] row_scale = factor scale, where factor is a
+// whole number from -127 to 127.
 struct Factors {
     int32_t pair[ROWS / 2][TILE];  // of two rows, each in a byte
     int32_t offset[TILE];          // -8 times the sum of the rows' factors, for values that are stored plus 8
-    float unit[TILE];
+    float scale[TILE];
 };
 
-// A weight of four-bit values and their scales: see Int4Weight in weights.py. `group` is a multiple of UNIT.
+// A weight of four-bit values and their scales: see kernels/int4.py. `group` is a multiple of STRIP.
 struct Int4Rows {
     typedef uint8_t Element;
     const uint8_t* data;
@@ -32,8 +34,8 @@ struct Int4Rows {
             weigh(row, x, count, tile, factors);
             for (int r = 0; r < ROWS; r++) fetch(next[r] + N / 2 + 2 * tile);
             for (int64_t g = std::max(begin / group, tile); g < std::min(tile + TILE, last); g++)
-                for (int64_t n = g * group; n < (g + 1) * group; n += UNIT)
-                    add_unit(row, next, n, factors, g - tile, sums + n - begin);
+                for (int64_t n = g * group; n < (g + 1) * group; n += STRIP)
+                    add_strip(row, next, n, factors, g - tile, sums + n - begin);
         }
     }
     static void finish(float*, int64_t) {}
@@ -47,9 +49,9 @@ struct Int4Rows {
                 vf p = product[r] = load((const bf16*)(row[r] + N / 2) + tile + g) * (r < count ? x[r] : 0);
                 vf size = (vf)((vu)p & 0x7fffffffu);
                 most = size > most ? size : most;
-                check += p * 0.0f;  // NaN and infinity reach y through the unit
+                check += p * 0.0f;  // NaN and infinity reach y through the scale
             }
-            store(f.unit + g, most / 127.0f + check);
+            store(f.scale + g, most / 127.0f + check);
             vf inverse = 127.0f / (most + 1e-30f);
             vu total = {};
             UNROLL for (int r = 0; r < ROWS; r += 2) {
@@ -65,8 +67,8 @@ struct Int4Rows {
     // The nearest whole numbers: a float that this is added to ends in one.
     static vu whole(vf x) { return (vu)(x + 0x1.8p23f) - (vu)splat(0x1.8p23f); }
 
-    // sums [UNIT] += the rows' values from n on, times the factors of group g of a tile.
-    static void add_unit(const uint8_t* const* row, const uint8_t* const* next, int64_t n, const Factors& f, int64_t g,
+    // sums [STRIP] += the rows' values from n on, times the factors of group g of a tile.
+    static void add_strip(const uint8_t* const* row, const uint8_t* const* next, int64_t n, const Factors& f, int64_t g,
                          float* sums) {
         if (n % (2 * LINE) == 0)
             for (int r = 0; r < ROWS; r++) fetch(next[r] + n / 2);
@@ -91,11 +93,11 @@ struct Int4Rows {
                 __m128i sum = half ? _mm256_extracti128_si256(acc[i], 1) : _mm256_castsi256_si128(acc[i]);
                 __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(sum));
                 float* p = sums + half * 32 + i * 8;
-                _mm256_storeu_ps(p, _mm256_fmadd_ps(y, _mm256_set1_ps(f.unit[g]), _mm256_loadu_ps(p)));
+                _mm256_storeu_ps(p, _mm256_fmadd_ps(y, _mm256_set1_ps(f.scale[g]), _mm256_loadu_ps(p)));
             }
 #else
-        int16_t acc[UNIT];
-        for (int i = 0; i < UNIT; i++) acc[i] = int16_t(f.offset[g]);
+        int16_t acc[STRIP];
+        for (int i = 0; i < STRIP; i++) acc[i] = int16_t(f.offset[g]);
         for (int r = 0; r < ROWS; r++) {
             int16_t factor = int8_t(f.pair[r / 2][g] >> r % 2 * 8);
             for (int half = 0; half < 2; half++)
@@ -105,26 +107,26 @@ struct Int4Rows {
                     acc[32 * half + 16 + i] += (byte >> 4) * factor;
                 }
         }
-        for (int i = 0; i < UNIT; i++) sums[i] += acc[i] * f.unit[g];
+        for (int i = 0; i < STRIP; i++) sums[i] += acc[i] * f.scale[g];
 #endif
     }
 };
 
-// A vector in 16-bit fixed point, in whole vectors: x = value unit.
+// A vector x = value scale in 16-bit fixed point: absmax quantization with 32767 levels.
 struct Fixed {
     std::vector<int16_t> value;
-    float unit = 0;
+    float scale = 0;
 
     void set(const float* x, int64_t K) {
         float most = 0, check = 0;
         for (int64_t k = 0; k < K; k++) most = std::max(most, __builtin_fabsf(x[k])), check += x[k] * 0;
         value.resize(K);
         for (int64_t k = 0; k < K; k++) value[k] = int16_t(__builtin_rintf(most > 0 ? x[k] * (32767 / most) : 0));
-        unit = most / 32767 + check;
+        scale = most / 32767 + check;
     }
 };
 
-// Sum of products, exact: in 32 bits for BLOCK of them.
+// The dot product of w and x, exact: 32 bits hold the sum of BLOCK products.
 inline float dot(const int8_t* w, const int16_t* x, int64_t K) {
     constexpr int64_t BLOCK = 2048;  // 127 * 32767 * 2048 / 16 lanes is well below 2^31
     float y = 0;

@@ -1,8 +1,8 @@
 // The two products of decoding: sums of weighted rows (a layer's kept channels, attention's values) and dot products
-// with rows (the output layer, attention's keys). Rows are T, everything else fp32.
+// with rows (the output layer, attention's keys). Rows are of type T, everything else is fp32.
 //
-// Sums have one order, whatever the number of threads: a list of rows is cut into SPLITS parts wherever it is used, the
-// terms of a part are added in the order of the list, and the parts in theirs.
+// Split-K with a fixed number of splits: a list of rows is always cut into SPLITS parts, the terms of a part are added in
+// the order of the list, and the parts in their order. So sums have the same bits on any number of threads.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -46,15 +46,15 @@ inline int64_t part(int64_t n, int64_t i, int64_t parts, int64_t grain = 1) {
     return i == parts ? n : n * i / parts / grain * grain;
 }
 
-// A vector by its kept channels.
-struct Kept {
+// A vector by its kept channels (stream compaction): CompactVector in kernels/compact_vector.py, as one slot.
+struct CompactVector {
     const int32_t* index;
     const float* value;
     int64_t count;
 };
 
-// Channels of x [K] unless |x| <= threshold, so that NaN is kept; index and value have room for K.
-inline Kept keep(const float* x, const float* threshold, int64_t K, int32_t* index, float* value) {
+// The channels of x [K] but those with |x| <= threshold, so that NaN is kept; index and value have room for K.
+inline CompactVector compact(const float* x, const float* threshold, int64_t K, int32_t* index, float* value) {
     int64_t count = 0;
     for (int64_t k = 0; k < K; k++) {
         index[count] = int32_t(k), value[count] = x[k];
@@ -83,10 +83,10 @@ inline void add_rows(const T* const* row, const float* x, const T* const* next, 
         store(sums + n, s), store(sums + n + LANES, t);
     }
     for (; n < columns; n++)
-        for (int r = 0; r < R; r++) sums[n] += widen(rows[r][n]) * scale[r];
+        for (int r = 0; r < R; r++) sums[n] += to_float(rows[r][n]) * scale[r];
 }
 
-// A weight [K, N] whose rows are N values of type W. Another form of weights is another such class (quantized.h).
+// A weight [K, N] whose rows are N values of type W. Another format of weights is another such class (quantized.h).
 template <class W> struct Rows {
     typedef W Element;
     static constexpr int64_t grain = GRAIN;
@@ -110,7 +110,7 @@ template <class W> struct Rows {
 // sums [columns] = entries `first` to `last` of the list times their rows, `columns` of them from `begin` on; entries up
 // to `end` follow and are fetched two steps ahead.
 template <class Weight>
-inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, const Weight& weight, int64_t begin,
+inline void sum_rows(const CompactVector& x, int64_t first, int64_t last, int64_t end, const Weight& weight, int64_t begin,
                      int64_t columns, float* sums) {
     std::memset(sums, 0, columns * sizeof(float));
     for (int64_t i = first; i < last; i += ROWS) {
@@ -127,7 +127,7 @@ inline void sum_rows(const Kept& x, int64_t first, int64_t last, int64_t end, co
 
 // This worker's share of partial [SPLITS, N], whose sum over splits is the product of x and the weight [K, N].
 template <class Weight>
-__attribute__((noinline)) void multiply(const Kept& x, const Weight& weight, float* partial, Worker worker) {
+__attribute__((noinline)) void multiply(const CompactVector& x, const Weight& weight, float* partial, Worker worker) {
     int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, parts = worker.count / shared;
     int64_t N = weight.N;
     int64_t begin = part(N, worker.id / shared, parts, weight.grain);
@@ -148,7 +148,7 @@ inline void collect(const float* partial, int64_t N, const float* scale, const T
     if (scale)
         for (int64_t i = 0; i < count; i++) y[i] *= scale[begin + i];
     if (bias)
-        for (int64_t i = 0; i < count; i++) y[i] += widen(bias[begin + i]);
+        for (int64_t i = 0; i < count; i++) y[i] += to_float(bias[begin + i]);
 }
 static_assert(SPLITS == 4, "collect adds four parts");
 
@@ -174,7 +174,7 @@ inline void dot_rows(const T* rows, const float* x, int64_t K, int64_t count, fl
         }
         UNROLL for (int h = 0; h < H; h++) {
             float rest = 0;
-            for (int64_t j = k; j < K; j++) rest += widen(rows[j]) * x[h * K + j];
+            for (int64_t j = k; j < K; j++) rest += to_float(rows[j]) * x[h * K + j];
             y[h * stride + i] = sum(s[h] + t[h]) + rest;
         }
     }
@@ -204,7 +204,7 @@ inline void blend_rows(const T* rows, const float* weights, int64_t N, int64_t c
     for (; n < N; n++)
         for (int h = 0; h < H; h++) {
             float rest = 0;
-            for (int64_t i = 0; i < count; i++) rest += weights[h * stride + i] * widen(rows[i * N + n]);
+            for (int64_t i = 0; i < count; i++) rest += weights[h * stride + i] * to_float(rows[i * N + n]);
             y[h * step + n] = rest;
         }
 }

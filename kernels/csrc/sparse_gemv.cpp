@@ -3,7 +3,7 @@
 
 #include "quantized.h"
 
-struct Room {
+struct Scratch {
     Floats x, value, partial, y;
     std::vector<int32_t> index;
 };
@@ -11,12 +11,13 @@ struct Room {
 template <class T, class Weight>
 static void sparse_gemv(const T* x, const Weight& weight, const float* threshold, const float* scale, const T* bias,
                         T* y, int64_t K, int threads) {
-    static thread_local Room room;
+    static thread_local Scratch scratch;
     int64_t N = weight.N;
-    room.x.resize(K), room.value.resize(K), room.index.resize(K), room.partial.resize(SPLITS * N), room.y.resize(N);
-    float *wide = room.x, *partial = room.partial, *sums = room.y;  // the calling thread's, for all
-    for (int64_t k = 0; k < K; k++) wide[k] = widen(x[k]);
-    Kept kept = keep(wide, threshold, K, room.index.data(), room.value);
+    scratch.x.resize(K), scratch.value.resize(K), scratch.index.resize(K);
+    scratch.partial.resize(SPLITS * N), scratch.y.resize(N);
+    float *wide = scratch.x, *partial = scratch.partial, *sums = scratch.y;  // the calling thread's, for all
+    for (int64_t k = 0; k < K; k++) wide[k] = to_float(x[k]);
+    CompactVector kept = compact(wide, threshold, K, scratch.index.data(), scratch.value);
 #pragma omp parallel num_threads(threads)
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads()};
@@ -24,61 +25,61 @@ static void sparse_gemv(const T* x, const Weight& weight, const float* threshold
 #pragma omp barrier
         int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
         collect(partial, N, scale, bias, begin, end - begin, sums + begin);
-        for (int64_t n = begin; n < end; n++) y[n] = narrow<T>(sums[n]);
+        for (int64_t n = begin; n < end; n++) y[n] = from_float<T>(sums[n]);
     }
 }
 
-// bits: of a value of the weight, which are of x's type, int8 or the four-bit rows of kernels/int4.py.
-extern "C" void teal_sparse_gemv(int type, int bits, const void* x, const void* weight, const float* threshold,
+// bits: of a value of the packed weight, which is of x's type, int8 or the four-bit rows of kernels/int4.py.
+extern "C" void teal_sparse_gemv(int type, int bits, const void* x, const void* packed, const float* threshold,
                                  const float* scale, const void* bias, void* y, int64_t K, int64_t N, int64_t group,
                                  int threads) {
     with_type(type, [&](auto zero) {
         using T = decltype(zero);
-        auto run = [&](auto rows) {
-            sparse_gemv((const T*)x, rows, threshold, scale, (const T*)bias, (T*)y, K, threads);
+        auto run = [&](auto weight) {
+            sparse_gemv((const T*)x, weight, threshold, scale, (const T*)bias, (T*)y, K, threads);
         };
-        if (bits == 4) run(Int4Rows((const uint8_t*)weight, N, group));
-        else if (bits == 8) run(Rows<int8_t>{(const int8_t*)weight, N});
-        else run(Rows<T>{(const T*)weight, N});
+        if (bits == 4) run(Int4Rows((const uint8_t*)packed, N, group));
+        else if (bits == 8) run(Rows<int8_t>{(const int8_t*)packed, N});
+        else run(Rows<T>{(const T*)packed, N});
     });
 }
 
-// y [V] fp32 = rows [V, K] int8 times x, times scale [V]: see kernels/output_gemv.py.
-extern "C" void teal_output_gemv(int type, const void* x, const void* rows, const float* scale, float* y, int64_t V,
+// y [V] fp32 = scale [V] ⊙ (weight [V, K] int8 times x): see kernels/output_gemv.py.
+extern "C" void teal_output_gemv(int type, const void* x, const void* weight, const float* scale, float* y, int64_t V,
                                  int64_t K, int threads) {
-    static thread_local Room room;
+    static thread_local Scratch scratch;
     static thread_local Fixed fixed;
-    room.x.resize(K);
-    float* wide = room.x;
+    scratch.x.resize(K);
+    float* wide = scratch.x;
     with_type(type, [&](auto zero) {
-        for (int64_t k = 0; k < K; k++) wide[k] = widen(((const decltype(zero)*)x)[k]);
+        for (int64_t k = 0; k < K; k++) wide[k] = to_float(((const decltype(zero)*)x)[k]);
     });
     fixed.set(wide, K);
     const int16_t* value = fixed.value.data();
-    float unit = fixed.unit;
+    float x_scale = fixed.scale;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t v = 0; v < V; v++) y[v] = dot((const int8_t*)rows + v * K, value, K) * (unit * scale[v]);
+    for (int64_t v = 0; v < V; v++) y[v] = dot((const int8_t*)weight + v * K, value, K) * (x_scale * scale[v]);
 }
 
-// y [K, N] fp32: rows of int8 or of four bits, times scale [N]: see kernels/widen.py.
-extern "C" void teal_widen(int bits, const void* rows, const float* scale, float* y, int64_t K, int64_t N, int64_t group,
-                           int threads) {
+// y [K, N] fp32: an int8 or four-bit weight times scale [N]: see kernels/dequantize.py.
+extern "C" void teal_dequantize(int bits, const void* packed, const float* scale, float* y, int64_t K, int64_t N,
+                                int64_t group, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t k = 0; k < K; k++) {
         float* row = y + k * N;
         if (bits == 8) {
-            const int8_t* values = (const int8_t*)rows + k * N;
+            const int8_t* values = (const int8_t*)packed + k * N;
             for (int64_t n = 0; n < N; n++) row[n] = values[n] * scale[n];
             continue;
         }
-        Int4Rows weight((const uint8_t*)rows, N, group);
+        Int4Rows weight((const uint8_t*)packed, N, group);
         const uint8_t* values = weight.row(k);
         for (int64_t n = 0; n < N; n += 32) {
-            float unit = widen(((const bf16*)(values + N / 2))[n / group]);
+            float group_scale = to_float(((const bf16*)(values + N / 2))[n / group]);
             for (int64_t i = 0; i < 16; i++) {
                 uint8_t byte = values[n / 2 + i];
-                row[n + i] = ((byte & 15) - 8) * (unit * scale[n + i]);
-                row[n + 16 + i] = ((byte >> 4) - 8) * (unit * scale[n + 16 + i]);
+                row[n + i] = ((byte & 15) - 8) * (group_scale * scale[n + i]);
+                row[n + 16 + i] = ((byte >> 4) - 8) * (group_scale * scale[n + 16 + i]);
             }
         }
     }

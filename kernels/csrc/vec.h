@@ -1,5 +1,5 @@
 // Vectors of fp32 as wide as the target's registers, by the compiler's vector extension: one source for AVX-512, AVX2,
-// NEON and everything else. Weights in bf16, fp16 and fp32 are widened two vectors at a time.
+// NEON and everything else. Weights in bf16, fp16 and fp32 are converted two vectors at a time.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -57,10 +57,10 @@ template <class F> inline void with_type(int type, F f) {
     if (type == 2) f(fp16());
 }
 
-inline float widen(float x) { return x; }
-inline float widen(int8_t x) { return x; }
-inline float widen(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
-inline float widen(fp16 x) {
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
+inline float to_float(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
+inline float to_float(fp16 x) {
 #if defined(__F16C__)
     return _cvtsh_ss(x.bits);
 #elif defined(__aarch64__)
@@ -73,14 +73,14 @@ inline float widen(fp16 x) {
 }
 
 // To nearest, ties to even.
-template <class T> T narrow(float x);
-template <> inline float narrow(float x) { return x; }
-template <> inline bf16 narrow(float x) {
+template <class T> T from_float(float x);
+template <> inline float from_float(float x) { return x; }
+template <> inline bf16 from_float(float x) {
     uint32_t u = bits<uint32_t>(x);
     if (x != x) return {uint16_t(u >> 16 | 0x40)};
     return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
-template <> inline fp16 narrow(float x) {
+template <> inline fp16 from_float(float x) {
 #if defined(__F16C__)
     return {uint16_t(_cvtss_sh(x, 0))};
 #elif defined(__aarch64__)
@@ -94,7 +94,7 @@ template <> inline fp16 narrow(float x) {
     return {uint16_t(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13)};
 #endif
 }
-template <class T> inline float rounded(float x) { return widen(narrow<T>(x)); }
+template <class T> inline float rounded(float x) { return to_float(from_float<T>(x)); }
 
 inline vf load(const bf16* p) {
 #if defined(__AVX512F__)
@@ -103,7 +103,7 @@ inline vf load(const bf16* p) {
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
     vf v;
-    for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
+    for (int i = 0; i < LANES; i++) v[i] = to_float(p[i]);
     return v;
 #endif
 }
@@ -127,7 +127,7 @@ inline void load_pair(const fp16* p, vf& a, vf& b) {
     a = (vf)vcvt_f32_f16(vget_low_f16(both)), b = (vf)vcvt_high_f32_f16(both);
 #else
     float wide[PAIR];
-    for (int i = 0; i < PAIR; i++) wide[i] = widen(p[i]);
+    for (int i = 0; i < PAIR; i++) wide[i] = to_float(p[i]);
     a = load(wide), b = load(wide + LANES);
 #endif
 }

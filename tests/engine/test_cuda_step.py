@@ -12,7 +12,7 @@ from teal_fast.engine.prefill import prefill
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.files.calibration import set_sparsity
-from teal_fast.kernels import compact_gemv, decode_attention, gate_up, merge_attention, norm_compact
+from teal_fast.kernels import compact_gemv, decode_attention, gate_up
 from teal_fast.kernels.backend import INTERPRETED, triton
 from teal_fast.sparse_model import sparse_layers
 from teal_fast.tests.engine.random_models import DEVICE, MISTRAL, PROMPT, QWEN, follow, make
@@ -20,11 +20,6 @@ from teal_fast.tests.models import TINY
 from teal_fast.weights.dense import DenseWeight
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output, output_weight
-
-if DEVICE == "cpu" and triton is not None:  # the interpreter runs the CUDA launchers here
-    for module in (compact_gemv, decode_attention, gate_up, merge_attention, norm_compact):
-        op = module.__name__.rpartition(".")[2]
-        torch.library.impl(f"teal::{op}", "CPU", getattr(module, f"_{op}_cuda"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import teal_fast
-from teal_fast.calibration.probe import measure
+from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.engine.cuda_step import plain_step
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.load import load
@@ -32,7 +32,7 @@ def calibrated(tiny, tmp_path_factory):
     """A copy of the tiny checkpoint with a calibration beside it."""
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
     ids = torch.randint(3, 40_000, (8, 50), generator=torch.Generator().manual_seed(0)).tolist()
-    Calibration(measure(load_model(folder), ids), fingerprint(folder), {}).save(folder / CALIBRATION)
+    Calibration(measure_quantiles(load_model(folder), ids), fingerprint(folder), {}).save(folder / CALIBRATION)
     return folder
 
 

@@ -6,18 +6,24 @@ import torch
 from torch import Tensor
 
 from teal_fast.kernels.int4 import pack_int4
+from teal_fast.kernels.packed import PackedWeight
 from teal_fast.tests.kernels.compacted import DEVICE
 
 
 class Quantized(NamedTuple):
-    rows: Tensor
+    packed: Tensor
     scale: Tensor  # [N]
     group: int  # 0: int8
     value: Tensor  # [K, N] fp32, whole numbers
-    unit: Tensor  # [K, N] fp32: what value counts before scale
+    row_scale: Tensor  # [K, N] fp32: what value is multiplied by before scale
+
+    @property
+    def weight(self) -> PackedWeight:
+        """As kernels take it."""
+        return PackedWeight(self.packed, self.scale, self.group)
 
     def dense(self) -> Tensor:
-        return self.value * self.unit * self.scale
+        return self.value * self.row_scale * self.scale
 
 
 def quantized(K: int, N: int, group: int, seed: int = 0) -> Quantized:
@@ -25,19 +31,19 @@ def quantized(K: int, N: int, group: int, seed: int = 0) -> Quantized:
     generator = torch.Generator().manual_seed(seed)
     scale = 0.5 + torch.rand(N, generator=generator)
     if group == 0:
-        rows = torch.randint(-128, 128, (K, N), generator=generator).to(torch.int8)
-        parts = rows, scale / 74, group, rows.float(), torch.ones(K, N)
+        packed = torch.randint(-128, 128, (K, N), generator=generator).to(torch.int8)
+        parts = packed, scale / 74, group, packed.float(), torch.ones(K, N)
     else:
         values = torch.randint(16, (K, N), generator=generator).to(torch.uint8)
-        unit = (0.25 + 0.75 * torch.rand(K, N // group, generator=generator)).bfloat16()
-        rows, wide = pack_int4(values, unit), unit.float().repeat_interleave(group, dim=1)
-        parts = rows, scale / 2.8, group, values.float() - 8, wide
+        row_scale = (0.25 + 0.75 * torch.rand(K, N // group, generator=generator)).bfloat16()
+        packed, wide = pack_int4(values, row_scale), row_scale.float().repeat_interleave(group, dim=1)
+        parts = packed, scale / 2.8, group, values.float() - 8, wide
     return Quantized(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in parts))
 
 
-def poison(rows: Tensor, dropped: Tensor) -> Tensor:
+def poison(packed: Tensor, dropped: Tensor) -> Tensor:
     """The rows with those dropped at the far end of their range, and with scales of NaN in rows of four bits."""
-    return torch.where(dropped[:, None], torch.iinfo(rows.dtype).max, rows)
+    return torch.where(dropped[:, None], torch.iinfo(packed.dtype).max, packed)
 
 
 def order(x: Tensor, weight: Quantized) -> Tensor:
@@ -45,7 +51,7 @@ def order(x: Tensor, weight: Quantized) -> Tensor:
 
     A sum is rounded by 2^-24 of what it has reached; four of the largest such errors are more than all of them make.
     """
-    return 2**-22 * (8 if weight.group else 128) * (x.abs() @ weight.unit) * weight.scale
+    return 2**-22 * (8 if weight.group else 128) * (x.abs() @ weight.row_scale) * weight.scale
 
 
 def fixed(x: Tensor, weight: Quantized) -> Tensor:
@@ -60,5 +66,5 @@ def factors(x: Tensor, weight: Quantized) -> Tensor:
     standard deviation of 1/sqrt(3) of the most: twice the root of the sum of squares is 3.5 of them, and more than the
     plain sum for up to 4 rows.
     """
-    largest = (x.abs()[:, None] * weight.unit).amax(0)
+    largest = (x.abs()[:, None] * weight.row_scale).amax(0)
     return 2 / 254 * largest * (weight.value * (x != 0)[:, None]).norm(dim=0) * weight.scale

@@ -13,7 +13,6 @@ from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.files.calibration import Calibration
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
-from teal_fast.files.paths import ROOT
 from teal_fast.kernels import native
 from teal_fast.kernels.native import INSTRUCTIONS, build, cache_folder, instruction_set, library
 
@@ -174,14 +173,15 @@ def test_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, pretend
 USE = """
 import sys, torch
 from pathlib import Path
-from kernels.native import library
-from kernels.sparse_gemv import sparse_gemv
+from teal_fast.kernels.native import library
+from teal_fast.kernels.packed import PackedWeight
+from teal_fast.kernels.sparse_gemv import sparse_gemv
 library()
 x, weight = torch.randn(300), torch.randn(300, 500)
 results = []
 for threads in (1, 4):
     torch.set_num_threads(threads)
-    results.append(sparse_gemv(x, weight, torch.zeros(300)))
+    results.append(sparse_gemv(x, PackedWeight(weight), torch.zeros(300)))
 assert torch.equal(*results) and (results[0] - x @ weight).abs().max() < 1e-4
 if sys.platform == "linux":
     mapped = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines()}
@@ -200,7 +200,7 @@ exec {1} "$@" -O0"""
 def test_two_processes_build_at_once(monkeypatch, tmp_path, empty_cache):
     """Both get the library and use it, on the threads of PyTorch's OpenMP; who comes later finds it in the cache."""
     compiler, calls = script(tmp_path / "c++", TWO.format(tmp_path, shutil.which("c++"))), tmp_path / "calls"
-    environment = os.environ | {"CXX": compiler, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"CXX": compiler}
     both = [
         subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=-1, stderr=-1, text=True) for _ in "12"
     ]
