@@ -12,13 +12,13 @@ from typing import NoReturn
 import torch
 
 from teal_fast.calibration.make import make_calibration
-from teal_fast.engine.device import pick_device
+from teal_fast.engine.device import find_device
 from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
 from teal_fast.files.gguf import convert_gguf
 from teal_fast.files.load import load_model
-from teal_fast.files.paths import demo_folder
+from teal_fast.files.paths import command, demo_folder
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
 from teal_fast.weights.formats import DTYPES
@@ -93,6 +93,14 @@ def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, which becomes PyTorch's current one: events and launches go by that."""
+    device = find_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def open_checkpoint(name: str, prepare: bool = True) -> Path:
     """The folder that `--checkpoint name` means; the demo is made first when it is missing, unless prepare is false."""
     try:
@@ -135,7 +143,7 @@ def open_calibration(
     except MissingCalibrationError:
         if not prepare:
             raise
-    print(f"calibrating, once: python calibrate.py --checkpoint {folder} --device {device}", file=sys.stderr)
+    print(f"calibrating, once: {command('calibrate')} --checkpoint {folder} --device {device}", file=sys.stderr)
     make_calibration(folder, folder / CALIBRATION, torch.device(device))
     return load_calibration(folder)
 

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from teal_fast.cli import (
-    Opened,
     add_model_arguments,
     open_model,
     positive_int,
@@ -24,8 +23,8 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample, cache_length, profiler
 from teal_fast.engine.prefill import compiled_prefill, prefill
 from teal_fast.engine.sampling import Sampling
-from teal_fast.engine.session import Session, describe_cost, summarize
-from teal_fast.engine.steps import PlainStep
+from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
+from teal_fast.engine.steps import PlainStep, fast_step
 from teal_fast.evaluation.record import describe
 from teal_fast.files.store import check_writable
 from teal_fast.sparse_model import format_of
@@ -56,17 +55,19 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.system is not None and not options.chat:
         parser.error("--system is the system message of a chat: use it with --chat")
+    if options.interactive and (options.json or options.profile or options.num_samples > 1):
+        parser.error("--json, --profile and --num_samples are for single prompts: drop --interactive")
     return options
 
 
 def generate(session: Session, prompt: str, count: int, profile: Path | None) -> list[Sample]:
     """Prints `count` texts after the prompt; of an interrupted one what it cost so far."""
     samples: list[Sample] = []
-    ids = session.encode(prompt)
+    ids = encode_prompt(session.tokenizer, prompt, session.chat)
     try:
         for index in range(count):
             samples.append(Sample(len(ids)))
-            print("" if session.chat else prompt, end="", flush=True)
+            print(prompt if session.chat is None else "", end="", flush=True)
             with profiler(profile if index == count - 1 else None):
                 session.answer(ids, samples[-1])
     except KeyboardInterrupt:
@@ -93,14 +94,6 @@ def interactive(session: Session) -> None:
             print(describe_cost(summarize(session.engine, [sample])), file=sys.stderr)
 
 
-def make_engine(opened: Opened, context: int, eager: bool, compile_prefill: bool) -> Engine:
-    """The engine that the flags ask for, with a cache of `context` tokens."""
-    cache = opened.model.new_cache(1, context)
-    step = PlainStep(opened.model, cache) if eager else None
-    first = compiled_prefill() if compile_prefill else prefill
-    return Engine(opened.model, opened.calibration, opened.tokenizer.eos_ids, cache, step, first)
-
-
 def main() -> None:
     options = parse_arguments()
     if options.profile:
@@ -117,21 +110,23 @@ def main() -> None:
         calibrated=options.sparsity > 0,
         prepare=not options.no_prepare,
     )
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     chat = ([] if options.system is None else [{"role": "system", "content": options.system}]) if options.chat else None
-    session = Session(opened.tokenizer, sampling, options.sparsity, options.max_new_tokens, options.seed, chat)
-    model = opened.model
+    model, tokenizer = opened.model, opened.tokenizer
     if options.interactive:
         context = min(options.max_seq_length, model.args.max_position)
     else:
-        tokens = len(session.encode(options.prompt))
+        tokens = len(encode_prompt(tokenizer, options.prompt, chat))
         if tokens >= model.args.max_position:
             raise ValueError(
                 f"the prompt has {tokens} tokens, but this model's context is {model.args.max_position} with the "
                 "answer: shorten it"
             )
         context = cache_length(model, tokens + options.max_new_tokens)
-    session.engine = make_engine(opened, context, options.eager, options.compile_prefill)
+    step = PlainStep if options.eager else fast_step
+    read_prompt = compiled_prefill() if options.compile_prefill else prefill
+    engine = Engine(model, opened.calibration, tokenizer.eos_ids, context, step, read_prompt)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    session = Session(engine, tokenizer, sampling, options.sparsity, options.max_new_tokens, options.seed, chat)
     if options.interactive:
         return interactive(session)
     samples = generate(session, options.prompt, options.num_samples, options.profile)

@@ -4,6 +4,7 @@ A channel of a linear layer's input is dropped when |x| does not exceed its thre
 multiply is not read. Sparsity is the fraction dropped; 0 is exactly the dense model. Source: TEAL, arXiv:2408.14690.
 """
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,14 @@ def sparsify(model: Transformer, format: Format | None = None) -> Transformer:
     if format:
         model.output = Int8Output.empty(*model.output.weight.shape)
     return model
+
+
+def with_own_thresholds(model: Transformer) -> Transformer:
+    """The model over the same weights, with thresholds of its own: two engines may run it at different sparsities."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for layer in sparse_layers(model).values():
+        del shared[id(layer.threshold)]
+    return copy.deepcopy(model, shared)
 
 
 def dtype_name(model: Transformer) -> str:

@@ -147,6 +147,8 @@ def main() -> None:
     check_records_path(options.out)
     if options.dense and device.type != "cuda":
         raise ValueError("--dense measures cuBLAS: it needs a CUDA device")
+    if options.new_tokens < 2:
+        raise ValueError(f"--new_tokens {options.new_tokens}: expected at least 2, since the prompt gives the first")
     peers = parse_peers(options.peers)
     check_installed(peers)
     plan = Plan(

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from teal_fast.benchmarks.dense import cublas_step
 from teal_fast.benchmarks.rows import Row
@@ -14,7 +15,7 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample, cache_length
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
-from teal_fast.engine.steps import PlainStep
+from teal_fast.engine.steps import PlainStep, fast_step
 from teal_fast.files.calibration import Calibration
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import format_of
@@ -90,17 +91,11 @@ def make_decoders(
     dense: bool = False,
 ) -> list[Decoder]:
     """One decoder a sparsity, all on one engine; before them, if `dense`, cuBLAS in the captured step, on its own."""
-    length = cache_length(model, len(prompt) + new_tokens)
-
-    def make(step: Callable | None) -> Engine:
-        cache = model.new_cache(1, length)
-        return Engine(model, calibration, cache=cache, step=step and step(model, cache))
-
-    decoders = []
+    decoders, context = [], cache_length(model, len(prompt) + new_tokens)
     if dense and format_of(model) in DTYPES:
-        engine = make(lambda model, cache: CapturedStep(model, cache, cublas_step))
+        engine = Engine(model, calibration, (), context, partial(CapturedStep, compute=cublas_step))
         decoders.append(Decoder(engine, "captured cublas", 0.0, prompt, new_tokens))
-    engine, native = make(PlainStep if eager else None), None
+    engine, native = Engine(model, calibration, (), context, PlainStep if eager else fast_step), None
     if isinstance(engine.step, CpuStep):
         engine.step.native = native = TimedCalls(engine.step.native)
     return decoders + [

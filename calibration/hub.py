@@ -27,7 +27,7 @@ from teal_fast.calibration.corpus import read_corpus
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.load import load_model
-from teal_fast.files.paths import DATA
+from teal_fast.files.paths import DATA, command
 from teal_fast.files.store import new_file, read_json
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.sparse_model import Phase
@@ -114,7 +114,7 @@ def push(repo_id: str, folder: Path, path: Path, results: Path | None, device: t
     results: eval.py's records for the card. Raises ValueError when calibration or results belong to another model.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: run calibrate.py without --push_to_hub first")
+        raise FileNotFoundError(f"{path} does not exist: run `{command('calibrate')}` without --push_to_hub first")
     calibration = Calibration.load(path)
     calibration.check(folder)
     records = read_results(results, calibration, folder.resolve().name) if results else []

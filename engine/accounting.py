@@ -56,10 +56,12 @@ def recount(model: Transformer, cache: KVCache, start: int, tokens: list[int]) -
     positions = torch.arange(start, start + len(tokens), device=model.norm.weight.device)
     part = cache.head(start + len(tokens))
     kept = [layer[:, :, start:].clone() for layer in (*part.k, *part.v)]
-    with tally_kept(model) as tally:
-        model.hidden(torch.tensor([tokens], device=positions.device), positions, part, DECODE)
-    for layer, before in zip((*part.k, *part.v), kept, strict=True):
-        layer[:, :, start:] = before
+    try:
+        with tally_kept(model) as tally:
+            model.hidden(torch.tensor([tokens], device=positions.device), positions, part, DECODE)
+    finally:
+        for layer, before in zip((*part.k, *part.v), kept, strict=True):
+            layer[:, :, start:] = before
     return tally.by_kind(model)
 
 

@@ -74,7 +74,11 @@ class CapturedStep:
     def __init__(self, model: Transformer, cache: KVCache, compute: Compute | None = None):
         """`compute` None: the fastest that serves this model."""
         started = time.perf_counter()
-        compute = compute or (fused_step if can_fuse(model) else plain_step)
+        fused = compute is None and can_fuse(model)
+        note = (
+            "" if fused or compute else ", in plain PyTorch: no fused kernels serve this model's biases, norms or heads"
+        )
+        compute = compute or (fused_step if fused else plain_step)
         device = model.norm.weight.device
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.input_pos = torch.zeros(1, dtype=torch.long, device=device)
@@ -86,7 +90,7 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = compute(model, cache, self.token, self.input_pos)
-        print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        print(f"captured in {time.perf_counter() - started:.1f} s{note}", file=sys.stderr)
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
         self.token.copy_(token)

@@ -3,7 +3,7 @@
 import torch
 
 
-def pick_device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
     """The device called `name`, by default CUDA where there is one. Raises ValueError when it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -16,6 +16,4 @@ def pick_device(name: str | None) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and not 0 <= (device.index or 0) < count:
         raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams, events and Triton's launches go by the current device
     return device

@@ -1,13 +1,15 @@
 """The engine: one model, its key/value cache and the one decode loop. Ids go in, tokens come out; text is text.py's.
 
 The cache keeps the last conversation. A request computes only what comes after the longest common prefix of its prompt
-and of what the cache holds; at sparsity 0 the prefix counts only as far as it was computed densely from its start.
+and of what the cache holds. A prefix counts only as far as its keys and values were made at no higher sparsity than the
+request's: at sparsity 0 all of it was made densely.
 """
 
 import threading
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,33 +19,35 @@ from teal_fast.engine.prefill import Prefill, prefill
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.steps import Step, fast_step
 from teal_fast.files.calibration import Calibration, set_sparsity
+from teal_fast.files.paths import command
 from teal_fast.model import KVCache, Transformer
+from teal_fast.sparse_model import with_own_thresholds
 
 CONTEXT = 4096  # the default size of a cache, in tokens
 
 
 class Engine:
-    """A model that answers one request at a time. It owns the model's thresholds and a cache of `context` tokens.
+    """A model that answers one request at a time, with a cache and thresholds of its own; its weights may be shared.
 
     calibration: what thresholds are read from; None serves sparsity 0 only. stop: ids that end an answer unless the
-    request names others. step: the decode step over the model and its cache; None for the fastest. prefill: the
-    prompt's pass.
+    request names others. context: the most tokens of a prompt with its answer; the model's own limit holds besides.
+    make_step: makes the decode step over a model and its cache. prefill: the prompt's pass.
     """
 
     def __init__(
         self,
         model: Transformer,
         calibration: Calibration | None = None,
-        stop: frozenset[int] = frozenset(),
-        cache: KVCache | None = None,
-        step: Step | None = None,
+        stop: Iterable[int] = (),
+        context: int = CONTEXT,
+        make_step: Callable[[Transformer, KVCache], Step] = fast_step,
         prefill: Prefill = prefill,
     ):
-        self.model, self.calibration, self.stop, self.prefill = model, calibration, frozenset(stop), prefill
-        self.cache = cache or model.new_cache(1, min(CONTEXT, model.args.max_position))
-        self.step = step or fast_step(model, self.cache)
+        self.model, self.calibration = with_own_thresholds(model), calibration
+        self.cache = self.model.new_cache(1, min(context, model.args.max_position))
+        self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
         self.ids: list[int] = []  # the tokens whose keys and values the cache holds, from position 0 on
-        self.dense = 0  # so many of them were computed densely, from the first on
+        self.made: list[float] = []  # the highest sparsity at which those of a position or an earlier one were made
         self.sparsity = 0.0  # of the thresholds now set
         self._pending: float | None = None  # a sparsity to be set before the next step
         self._decoded = (0, 0)  # where the last answer's decoded tokens begin and end in the cache
@@ -70,13 +74,21 @@ class Engine:
         return self._stream(request, request.max_new_tokens or room)
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Changes the running answer from its next token on; without one, what the next request sets again."""
+        """Changes the running answer from the next step on; a GPU has one step more on its way by then.
+
+        Without a running answer it changes nothing, since each request brings its own.
+        """
         self._check_sparsity(sparsity)
         self._pending = sparsity
 
-    def achieved_sparsity(self) -> dict[str, float]:
-        """What the last answer's decoded tokens skipped, by tensor kind and "all", at the sparsity now set."""
+    def forget(self) -> None:
+        """Empties the cache: the next prompt is computed from its start."""
         with self._held():
+            self.ids, self.made, self._decoded = [], [], (0, 0)
+
+    def achieved_sparsity(self) -> dict[str, float]:
+        """What the last finished answer's decoded tokens skip at the sparsity now set, by tensor kind and "all"."""
+        with self._held(), self._on_device():
             begin, end = self._decoded
             return recount(self.model, self.cache, begin, self.ids[begin:end])
 
@@ -84,12 +96,13 @@ class Engine:
         if not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity {sparsity}: expected a fraction from 0 (dense) to 1")
         if sparsity and self.calibration is None:
-            raise ValueError(f"sparsity {sparsity} needs a calibration, and the engine was opened without one")
+            raise ValueError(
+                f"sparsity {sparsity} needs a calibration, and the engine has none: run `{command('calibrate')}` first"
+            )
 
     def _apply(self, sparsity: float) -> None:
-        """Sets the model's thresholds, whatever another engine over the same model has left there."""
         set_sparsity(self.model, self.calibration, sparsity)
-        self.sparsity, self._pending = sparsity, None
+        self.sparsity = sparsity
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -97,68 +110,84 @@ class Engine:
         if self._owner == threading.get_ident():
             raise ValueError("the engine is in the middle of another answer: finish or close that stream first")
         with self._lock:
-            self._owner = threading.get_ident()
             try:
+                self._owner = threading.get_ident()
                 yield
             finally:
                 self._owner = None
 
-    def known(self, prompt: Sequence[int], sparsity: float = 1.0) -> int:
+    @property
+    def _device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    def _on_device(self) -> AbstractContextManager:
+        """In the block, work goes to the model's GPU whatever the thread's current one is; never across a yield."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    @property
+    def dense(self) -> int:
+        """How many of the cache's first positions were made densely."""
+        return bisect_right(self.made, 0.0)
+
+    def known(self, prompt: Sequence[int], sparsity: float) -> int:
         """How many of the prompt's first tokens a request at that sparsity need not compute: the cache holds them."""
-        most = min(len(prompt) - 1, len(self.ids) if sparsity else self.dense)
-        return next((i for i in range(most) if prompt[i] != self.ids[i]), most)
+        ids, made = self.ids, self.made
+        most = min(len(prompt) - 1, len(ids), bisect_right(made, sparsity))
+        return next((i for i in range(most) if prompt[i] != ids[i]), most)
 
     def _start(self, request: Request) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
         prompt, start = request.prompt, self.known(request.prompt, request.sparsity)
-        dense = len(prompt) if start <= self.dense else self.dense  # on keys made sparsely nothing is dense
-        self.ids, self.dense = self.ids[:start], min(start, self.dense)  # what holds should the pass be interrupted
-        device = self.model.norm.weight.device
-        logits = self.prefill(self.model, self.cache, torch.tensor([prompt[start:]], device=device), start)
-        self.ids, self.dense = list(prompt), dense
+        self.ids, self.made = self.ids[:start], self.made[:start]  # what holds should the pass be interrupted
+        logits = self.prefill(self.model, self.cache, torch.tensor([prompt[start:]], device=self._device), start)
+        for token in prompt[start:]:
+            self._remember(token, 0.0)
         return logits
 
     @torch.no_grad()
     def _stream(self, request: Request, new_tokens: int) -> Iterator[Token]:
         with self._held():
+            self._pending = None
             self._apply(request.sparsity)
-            begin = len(request.prompt)
-            self._decoded = (begin, begin)
+            self._decoded = (len(request.prompt), len(request.prompt))
             yield from self._decode(request, new_tokens)
 
     def _decode(self, request: Request, new_tokens: int) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
-        device = self.model.norm.weight.device
+        device = self._device
         draw, generator = request.sampling.draw, _generator(device, request.seed)
         stop = self.stop if request.stop is None else request.stop
         ahead = 1 if device.type == "cuda" else 0
-        logits = self._start(request)
-        token, position = draw(logits, generator), torch.tensor([len(request.prompt)], device=device)
-        drawn, launched, previous = deque([_Drawn(token, logits, request.logprobs, 0.0)]), 1, None
+        with self._on_device():
+            logits = self._start(request)
+            token, position = draw(logits, generator), torch.tensor([len(request.prompt)], device=device)
+            drawn, launched, previous = deque([_Drawn(token, logits, request.logprobs, 0.0)]), 1, None
         for count in range(1, new_tokens + 1):
             while launched < new_tokens and len(drawn) <= ahead:
-                if self._pending is not None:
-                    self._apply(self._pending)
-                logits = self.step(token.view(1, 1), position)
-                token, position = draw(logits, generator), position + 1
-                drawn.append(_Drawn(token, logits, request.logprobs, self.sparsity))
+                pending, self._pending = self._pending, None
+                if pending is not None:
+                    self._apply(pending)
+                with self._on_device():
+                    logits = self.step(token.view(1, 1), position)
+                    token, position = draw(logits, generator), position + 1
+                    drawn.append(_Drawn(token, logits, request.logprobs, self.sparsity))
                 launched += 1
             found = drawn.popleft()
             id, logprob = found.wait()
             if previous is not None:  # the step that gave this token has put that one into the cache
                 self._remember(previous, found.sparsity)
+                self._decoded = (self._decoded[0], len(self.ids))
             previous = id
             reason = "stop" if id in stop else "length" if count == new_tokens else None
             yield Token(id, logprob, found.sparsity, reason)
+            self._owner = threading.get_ident()  # a stream may be taken on by another thread
             if reason:
                 return
 
     def _remember(self, token: int, sparsity: float) -> None:
-        """Notes that the cache holds the keys and values of one more token, from a step at this sparsity."""
-        if sparsity == 0 and self.dense == len(self.ids):
-            self.dense += 1
+        """Notes that the cache holds the keys and values of one more token, made at this sparsity on those before."""
+        self.made.append(max(sparsity, self.made[-1]) if self.made else sparsity)
         self.ids.append(token)
-        self._decoded = (self._decoded[0], len(self.ids))
 
 
 def _generator(device: torch.device, seed: int | None) -> torch.Generator:
@@ -181,7 +210,7 @@ class _Drawn:
             self.token = _to_host(token)
             self.logprob = None if self.logprob is None else _to_host(self.logprob)
             self.copied = torch.cuda.Event()
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(token.device))
 
     def wait(self) -> tuple[int, float | None]:
         """The token's id and, if asked for, its log-probability."""

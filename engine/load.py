@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from teal_fast.engine.device import pick_device
+from teal_fast.engine.device import find_device
 from teal_fast.engine.engine import CONTEXT, Engine
 from teal_fast.files.calibration import MissingCalibrationError, load_calibration
 from teal_fast.files.checkpoint import find_checkpoint
@@ -25,12 +25,14 @@ def load(
     by default the checkpoint's own; without one the engine serves sparsity 0. Nothing is downloaded or calibrated:
     FileNotFoundError and ValueError say what to run.
     """
-    folder, where = find_checkpoint(str(checkpoint)), pick_device(device)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype {dtype!r} is not known, expected one of {', '.join(DTYPES)}")
+    if context < 1:
+        raise ValueError(f"context {context}: expected at least 1 token")
+    folder, where = find_checkpoint(str(checkpoint)), find_device(device)
     tokenizer = Tokenizer.load(folder)
     try:
         found = load_calibration(folder, calibration)
     except MissingCalibrationError:
         found = None
-    model = load_model(folder, where, DTYPES.get(dtype))
-    cache = model.new_cache(1, min(context, model.args.max_position))
-    return Engine(model, found, tokenizer.eos_ids, cache), tokenizer
+    return Engine(load_model(folder, where, DTYPES.get(dtype)), found, tokenizer.eos_ids, context), tokenizer

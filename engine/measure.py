@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from teal_fast.engine.engine import Token
+from teal_fast.engine.request import Token
 from teal_fast.files.store import new_file
 from teal_fast.model import Transformer
 

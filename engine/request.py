@@ -13,8 +13,9 @@ class Request:
 
     sparsity: the share of weight bytes that a decoded token skips, 0 (dense) to 1, of the engine's calibration; the
     prompt is computed densely. stop: ids that end the answer, None for the engine's own. max_new_tokens: None for as
-    many as fit the context. seed: the same seed draws the same tokens; None draws a new one. logprobs: whether tokens
-    carry their log-probability, in nats, before temperature and filters.
+    many as fit the context. seed: the same seed draws the same tokens from the same logits (a prefix that the cache
+    holds may round otherwise than one that is read); None draws a new one. logprobs: whether tokens carry their
+    log-probability, in nats, before temperature and filters.
     """
 
     prompt: Iterable[int]
@@ -33,6 +34,8 @@ class Request:
             raise ValueError("the prompt is empty: give at least one token")
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity {self.sparsity}: expected a fraction from 0 (dense) to 1")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed}: expected a whole number of at most 64 bits")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
 

@@ -15,6 +15,15 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
 
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature}: expected a number of at least 0 (0: greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k}: expected at least 1, or None for all tokens")
+        for name in ("top_p", "min_p"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} {value}: expected a number from 0 to 1, or None")
+
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """One token id, int64 [1], from logits [vocab]."""
         if self.temperature == 0:

@@ -23,21 +23,13 @@ class Session:
     next answer; it counts up.
     """
 
+    engine: Engine
     tokenizer: Tokenizer
     sampling: Sampling
     sparsity: float
     max_new_tokens: int
     seed: int
     chat: list[Message] | None
-    engine: Engine | None = None
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, in a chat as its next message."""
-        if not text.strip():
-            raise ValueError("the prompt is empty: give some text with --prompt")
-        if self.chat is None:
-            return self.tokenizer.encode(text)
-        return self.tokenizer.encode_chat([*self.chat, _message("user", text)])
 
     def answer(self, prompt: list[int], sample: Sample) -> None:
         """Prints the answer's text as it comes; what there is of it and of the sample survives Ctrl-C."""
@@ -71,14 +63,17 @@ class Session:
         return sample
 
     def _fit(self, text: str) -> tuple[list[int], list[Message] | None]:
-        """The prompt's ids, and the chat's messages with it, as many of them as leave half of the context free."""
+        """The prompt's ids, and the chat's messages with it: as many as leave room for an answer.
+
+        Room is for max_new_tokens, or for half of the context where that is less.
+        """
         room = self.engine.context - min(self.max_new_tokens, self.engine.context // 2)
-        prompt, dropped = self.encode(text), 0
-        kept = self.chat
+        kept, dropped = self.chat, 0
+        prompt = encode_prompt(self.tokenizer, text, kept)
         while kept is not None and len(prompt) > room and len(shorter := _without_oldest_turn(kept)) < len(kept):
             kept = shorter
             dropped += 1
-            prompt = self.tokenizer.encode_chat([*kept, _message("user", text)])
+            prompt = encode_prompt(self.tokenizer, text, kept)
         if len(prompt) >= self.engine.context:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.engine.context}: shorten it")
         if dropped:
@@ -86,6 +81,15 @@ class Session:
             print(f"the context is full: the oldest {turns} dropped", file=sys.stderr)
             self.chat = kept
         return prompt, None if kept is None else [*kept, _message("user", text)]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, chat: list[Message] | None) -> list[int]:
+    """Token ids of a prompt: in a chat as its next message, by itself where there is none."""
+    if not text.strip():
+        raise ValueError("the prompt is empty: give some text")
+    if chat is None:
+        return tokenizer.encode(text)
+    return tokenizer.encode_chat([*chat, _message("user", text)])
 
 
 def _message(role: str, content: str) -> Message:
@@ -107,7 +111,7 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "prompt_tokens": samples[-1].prompt_tokens,
         "new_tokens": [len(sample.tokens) for sample in samples],
         "finish_reason": samples[-1].tokens[-1].finish_reason,
-        "first_token_s": statistics.median(sample.first_token_s for sample in samples),
+        "first_token_s": samples[0].first_token_s,  # later samples find the prompt in the cache
         "tokens_per_s": rate,
         "tokens_per_s_spread": [min(rates, default=0.0), max(rates, default=0.0)],
         "bytes_per_token": read,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teal_fast.families.config import LARGEST, model_args
 from teal_fast.files.checkpoint import FINGERPRINT, fingerprint, read_config
-from teal_fast.files.paths import DATA
+from teal_fast.files.paths import DATA, command
 from teal_fast.files.store import new_file, open_safetensors, parse_json, short
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
@@ -27,7 +27,7 @@ CALIBRATION_VERSION = "2"
 SHIPPED = DATA / "demo-calibration.safetensors"  # the demo model's, made by calibrate.py's defaults
 FACTOR = ".factor"  # what a layer's factors are called in the file, after its name
 MOST_POINTS, MOST_INPUTS = 2**16, LARGEST  # of a curve, of a layer: more is a corrupt file
-AGAIN = "run calibrate.py again"
+AGAIN = f"run `{command('calibrate')}` again"
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,21 @@ class Calibration:
             found = ", ".join(
                 f"{name} {short(self.model.get(name))} (checkpoint: {expected[name]})" for name in differing
             )
-            raise ValueError(f"the calibration is another model's: it has {found}; run calibrate.py on {folder}")
+            raise ValueError(
+                f"the calibration is another model's: it has {found}; run `{command('calibrate')}` on {folder}"
+            )
         inputs = _layer_inputs(model_args(read_config(folder)))
         if differing := sorted(inputs.keys() ^ self.curves.keys()) or sorted(self.factors.keys() - inputs.keys()):
             side = "lacks" if differing[0] in inputs else "has, unlike the model,"
-            raise ValueError(f"the calibration {side} layer {short(differing[0])}: run calibrate.py on {folder}")
+            raise ValueError(
+                f"the calibration {side} layer {short(differing[0])}: run `{command('calibrate')}` on {folder}"
+            )
         for name, factor in self.factors.items():
             if len(factor) != inputs[name]:
                 found = f"{len(factor)} factors, the layer {inputs[name]} inputs"
-                raise ValueError(f"the calibration's {name}{FACTOR} has {found}: run calibrate.py on {folder}")
+                raise ValueError(
+                    f"the calibration's {name}{FACTOR} has {found}: run `{command('calibrate')} --checkpoint {folder}`"
+                )
 
 
 def _read_about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -169,7 +175,9 @@ def load_calibration(folder: Path, path: Path | None = None) -> Calibration:
     Raises MissingCalibrationError, a FileNotFoundError, when there is none.
     """
     if path is None and not (path := calibration_path(folder)).exists():
-        raise MissingCalibrationError(f"{folder} has no calibration: run `python calibrate.py --checkpoint {folder}`")
+        raise MissingCalibrationError(
+            f"{folder} has no calibration: run `{command('calibrate')} --checkpoint {folder}`"
+        )
     calibration = Calibration.load(path)
     calibration.check(folder)
     return calibration

@@ -17,3 +17,8 @@ def checkpoints_folder() -> Path:
 def demo_folder() -> Path:
     """The demo checkpoint's folder."""
     return (ROOT if IN_A_CLONE else cache_folder()) / "checkpoints" / "demo"
+
+
+def command(name: str) -> str:
+    """What a user types to run the command called so: the file in a clone, the console script elsewhere."""
+    return f"python {name}.py" if IN_A_CLONE else f"teal-fast {name}"

@@ -111,9 +111,9 @@ class Tokenizer:
         data = b"".join(self._pieces.get(int(token), b"") for token in ids)
         return data.decode("utf-8", "replace").removeprefix(self._lead)
 
-    def stream(self) -> "TextStream":
+    def stream(self) -> "PieceStream":
         """Start a text that arrives token by token."""
-        return TextStream(self._pieces, self._lead)
+        return PieceStream(self._pieces, self._lead)
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -123,7 +123,7 @@ class Tokenizer:
             raise ValueError(f"text cannot be tokenized ({_line(error)}): pass valid Unicode text") from error
 
 
-class TextStream:
+class PieceStream:
     """Text of tokens that arrive one by one; all of it together is `Tokenizer.decode` of all tokens."""
 
     def __init__(self, pieces: dict[int, bytes], lead: str):

@@ -6,6 +6,7 @@ Every op is registered here, too.
 import functools
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # Triton has no build for this platform: CUDA kernels are not to be had, the CPU path is
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)  # for the kernels' signatures
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

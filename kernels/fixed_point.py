@@ -11,8 +11,8 @@ Accumulators are tuples of int32 tensors, one for each byte of a word, of four-b
 from teal_fast.kernels.backend import INTERPRETED, jit, tl
 
 # What rounds to whole numbers: added to |x| < 2 ** 22 it leaves x in the lowest bits of a float.
-ROUNDING = tl and tl.constexpr(1.5 * 2.0**23)
-PLAIN = tl and tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
+ROUNDING = tl.constexpr(1.5 * 2.0**23)
+PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
 WORST = 128  # of a weight's size, with the half byte of four bits in a byte's upper half
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from teal_fast.cli import run
 from teal_fast.files.gguf import convert_gguf
-from teal_fast.files.paths import checkpoints_folder
+from teal_fast.files.paths import checkpoints_folder, command
 from teal_fast.weights.formats import DTYPES
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or checkpoints_folder() / options.source.stem
     convert_gguf(options.source, out, DTYPES[options.dtype])
-    print(f"wrote {out}\nnext: python calibrate.py --checkpoint {out}")
+    print(f"wrote {out}\nnext: {command('calibrate')} --checkpoint {out}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_a_missing_demo_is_made_with_a_word_or_refused(tmp_path, monkeypatch, ca
         for name in (CONFIG, WEIGHTS):
             (out / name).write_text("")
 
-    monkeypatch.setattr(cli, "convert", convert)
+    monkeypatch.setattr(cli, "convert_gguf", convert)
     with pytest.raises(FileNotFoundError, match=r"run `python -m teal_fast\.scripts\.prepare_demo`"):
         cli.open_checkpoint("demo", prepare=False)
     assert cli.open_checkpoint("demo") == folder and calls == [(".gguf", folder)]

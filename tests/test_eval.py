@@ -227,7 +227,11 @@ def test_an_unwritable_out_is_refused_before_the_work(run_here, calibrated, tmp_
         (["--checkpoint", "{none}"], 1, "none does not exist: expected a converted checkpoint"),
         (["--calibration", "{broken}", "--sparsity", "0.5"], 1, "is truncated or not a safetensors file"),
         (["--calibration", "{none}", "--sparsity", "0.5"], 1, "is missing"),
-        (["--calibration", "{weights}", "--sparsity", "0.5"], 1, "is no calibration of version 2: run calibrate.py"),
+        (
+            ["--calibration", "{weights}", "--sparsity", "0.5"],
+            1,
+            "is no calibration of version 2: run `python calibrate.py` again",
+        ),
         (["--device", "tpu"], 1, "--device tpu is not known here"),
     ],
 )

@@ -47,9 +47,7 @@ def test_command_chat_at_a_terminal(calibrated, command):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 4
     lines = done.stderr.splitlines()
-    assert (
-        lines[0].startswith("loading ") and lines.count("error: the prompt is empty: give some text with --prompt") == 1
-    )
+    assert lines[0].startswith("loading ") and lines.count("error: the prompt is empty: give some text") == 1
     assert sum("tokens/s" in line for line in lines) == 2  # what each turn cost
     known = [int(line.split()[3]) - int(line.split()[1]) for line in lines if line.startswith("reading")]
     assert known[0] == 0 < known[1]  # the second turn reads only what is new
@@ -148,3 +146,10 @@ def test_demo_answers_sensibly_dense_and_sparse(demo):
         assert "light" in text and ("photosynthesis" in text or "chlorophyll" in text), text
     assert 0.45 < engine.achieved_sparsity()["all"] < 0.55
     assert bytes_per_token(engine.model, 0.5) < 0.7 * bytes_per_token(engine.model, 0)
+
+
+def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, command):
+    arguments = ("--checkpoint", calibrated, "--temperature", 0, "--max_new_tokens", 5, "--prompt", "The light")
+    texts = [command("generate", *arguments, *more).stdout for more in ((), ("--chat",), ("--eager",))]
+    assert texts[0].startswith("The light") and texts[2] == texts[0]
+    assert "The light" not in texts[1] and texts[1].strip()

@@ -352,7 +352,9 @@ def test_calibration_of_another_model_is_refused(tiny, biased, tmp_path, calibra
     tensors = load_file(finetuned / WEIGHTS)
     tensors["layers.1.attention.wo.weight"][0] += 1
     save_file(tensors, finetuned / WEIGHTS, metadata={"format": "teal-fast"})
-    with pytest.raises(ValueError, match=rf"has weights '\w+' \(checkpoint: \w+\); run calibrate.py on {finetuned}"):
+    with pytest.raises(
+        ValueError, match=rf"has weights '\w+' \(checkpoint: \w+\); run `python calibrate\.py` on {finetuned}"
+    ):
         calibration.check(finetuned)
 
 

@@ -151,7 +151,7 @@ def test_what_the_hub_refuses_is_one_line(run_here, calibrated, tmp_path):
     (calibrated / CALIBRATION).unlink()
     fails(
         run_here(gone, *arguments, "--push_to_hub", REPO),
-        "does not exist: run calibrate.py without --push_to_hub",
+        "does not exist: run `python calibrate.py` without --push_to_hub",
     )
 
 

@@ -295,8 +295,9 @@ def test_quantized_same_bits_for_any_number_of_threads(make_step, case, format, 
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def greedy(model: Transformer, step, prompt: list[int], tokens: int) -> list[int]:
-    engine = Engine(model, made("llama", model.norm.weight.dtype)[1], cache=model.cache, step=step)
+def greedy(model: Transformer, make_step, prompt: list[int], tokens: int) -> list[int]:
+    calibration = made("llama", model.norm.weight.dtype)[1]
+    engine = Engine(model, calibration, context=model.cache.length, make_step=make_step)
     return [token.id for token in engine.stream(Request(prompt, Sampling(0.0), 0.5, tokens))]
 
 
@@ -307,11 +308,16 @@ def test_same_tokens_for_any_number_of_threads(make_step, dtype, prompt, set_thr
     model, found = make("llama", 0.5, dtype), []
     for threads in (1, 2, 4):
         set_threads(threads)
-        step, logits = make_step(model), []
+        logits = []
 
-        def keeping(*arguments, step=step, logits=logits):
-            logits.append(step(*arguments).clone())
-            return logits[-1]
+        def keeping(model, cache, logits=logits):
+            step = CpuStep(model, cache)
+
+            def kept(*arguments):
+                logits.append(step(*arguments).clone())
+                return logits[-1]
+
+            return kept
 
         found.append((greedy(model, keeping, list(range(5, 5 + prompt)), 40), torch.stack(logits)))
     for tokens, logits in found[1:]:
@@ -323,7 +329,7 @@ def test_same_tokens_for_any_number_of_threads(make_step, dtype, prompt, set_thr
 def test_a_thousand_steps_repeat(make_step, set_threads):
     model, runs = make("llama", 0.5, torch.bfloat16, length=1024), []
     for _ in range(2):
-        runs.append(greedy(model, make_step(model), [5, 6, 7], 1000))
+        runs.append(greedy(model, CpuStep, [5, 6, 7], 1000))
         set_threads(2)
     assert runs[0] == runs[1] and len(set(runs[0])) > 10
 

@@ -95,7 +95,7 @@ def test_captured_step_equals_eager_at_every_sparsity(config):
 @pytest.mark.gpu
 def test_a_thousand_steps_repeat():
     model, cache, calibration = make(TINY, torch.bfloat16, 0.5, length=1024)
-    engine = Engine(model, calibration, cache=cache)
+    engine = Engine(model, calibration, context=cache.length)
     request = Request(PROMPT, Sampling(0.0), 0.5, 1000)
     runs = [[token.id for token in engine.stream(request)] for _ in range(2)]
     assert runs[0] == runs[1] and len(set(runs[0])) > 10
@@ -109,7 +109,7 @@ def test_decoding_ahead_of_the_host_gives_the_same_tokens():
     for position in range(len(PROMPT), len(PROMPT) + 11):
         token, place = torch.tensor([expected[-1:]], device=DEVICE), torch.tensor([position], device=DEVICE)
         expected.append(int(fused_step(model, cache, token, place).argmax()))
-    engine = Engine(model, calibration, cache=cache)
+    engine = Engine(model, calibration, context=cache.length)
     for stop in ((), (expected[8],)):
         tokens = [token.id for token in engine.stream(Request(PROMPT, Sampling(0.0), 0.5, 12, stop))]
         assert tokens == (expected[: expected.index(expected[8]) + 1] if stop else expected)

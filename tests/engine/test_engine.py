@@ -17,11 +17,11 @@ from teal_fast.engine.measure import Sample, cache_length
 from teal_fast.engine.prefill import prefill
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
-from teal_fast.engine.steps import PlainStep
+from teal_fast.engine.steps import PlainStep, fast_step
 from teal_fast.files.calibration import CALIBRATION, Calibration
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.load import load_model
-from teal_fast.sparse_model import Phase, sparse_layers
+from teal_fast.sparse_model import KEEP_ALL, Phase, sparse_layers
 
 PROMPT = [504, 2217, 282, 260]
 GREEDY = Sampling(0.0)
@@ -171,10 +171,10 @@ def test_a_dense_turn_reuses_only_what_was_made_densely(engine, calibrated):
     for ours, theirs in zip((*engine.cache.k, *engine.cache.v), (*fresh.cache.k, *fresh.cache.v), strict=True):
         assert torch.equal(ours[:, :, : len(engine.ids)], theirs[:, :, : len(fresh.ids)])
     sparse = load(calibrated, context=128)[0]
-    answer(sparse, sparsity=0.9)
-    answer(sparse, prompt, 0.5, 20)  # a sparse turn builds on the sparse keys
-    assert not torch.equal(sparse.cache.k[1][:, :, : len(prompt)], fresh.cache.k[1][:, :, : len(prompt)])
-    assert sparse.dense == len(PROMPT)
+    answer(sparse, sparsity=0.5)
+    assert sparse.known(prompt, 0.4) == len(PROMPT) < sparse.known([*PROMPT, *answer(sparse, sparsity=0.5), 7], 0.5)
+    answer(sparse, [*PROMPT, *answer(sparse, sparsity=0.9), 7, 8, 9], 0.9, 20)  # a sparse turn builds on sparse keys
+    assert sparse.dense == len(PROMPT) < len(sparse.ids)
 
 
 def test_a_closed_or_failing_stream_leaves_a_sound_cache(engine, calibrated):
@@ -234,14 +234,13 @@ def test_a_sample_takes_the_time_of_every_step(engine):
 # --- threads
 
 
-@pytest.mark.parametrize("make_step", [None, PlainStep], ids=["fast", "plain"])
+@pytest.mark.parametrize("make_step", [fast_step, PlainStep], ids=["fast", "plain"])
 def test_one_model_two_caches_two_threads(calibrated, make_step):
     """One prefills again and again while the other decodes: steps stay sparse, texts are those made alone."""
     model, calibration = load_model(calibrated), Calibration.load(calibrated / CALIBRATION)
 
     def make():
-        cache = model.new_cache(1, 256)
-        return Engine(model, calibration, cache=cache, step=make_step and make_step(model, cache))
+        return Engine(model, calibration, context=256, make_step=make_step)
 
     prompts = [list(range(9 + i, 60 + i)) for i in range(12)]
     decoding, prefilling = make(), make()
@@ -250,12 +249,11 @@ def test_one_model_two_caches_two_threads(calibrated, make_step):
     firsts = [answer(prefilling, prompt, 0.5, 2) for prompt in prompts]
     assert alone != dense
     decoding, prefilling, found = make(), make(), {"first": [], "text": None}
-    decoding._apply(0.5)
     done = threading.Event()
 
     def prefill_on():
         while not done.is_set():
-            prefilling.ids = []
+            prefilling.forget()
             found["first"].append([answer(prefilling, prompt, 0.5, 2) for prompt in prompts])
 
     thread = threading.Thread(target=prefill_on)
@@ -267,6 +265,27 @@ def test_one_model_two_caches_two_threads(calibrated, make_step):
         thread.join()
     assert found["text"] == alone
     assert len(found["first"]) > 1 and all(first == firsts for first in found["first"])
+
+
+def test_one_model_at_two_sparsities_in_two_threads(calibrated):
+    """Weights are shared, thresholds are not: the dense text stays dense while the other is decoded sparsely."""
+    model, calibration = load_model(calibrated), Calibration.load(calibrated / CALIBRATION)
+    sparsities = (0, 0.9)
+    alone = [answer(Engine(model, calibration, context=256), sparsity=s, new_tokens=200) for s in sparsities]
+    engines, found = [Engine(model, calibration, context=256) for _ in sparsities], {}
+    pairs = list(zip(engines, sparsities, strict=True))
+    threads = [
+        threading.Thread(target=lambda e=e, s=s: found.update({s: answer(e, sparsity=s, new_tokens=200)}))
+        for e, s in pairs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[s] for s in sparsities] == alone and alone[0] != alone[1]
+    weights = [sparse_layers(engine.model)["layers.0.attention.wo"].weight.packed for engine in engines]
+    assert weights[0].data_ptr() == weights[1].data_ptr()
+    assert all((layer.threshold == KEEP_ALL).all() for layer in sparse_layers(model).values())
 
 
 def test_streams_of_several_threads_take_turns(engine):
@@ -292,6 +311,15 @@ def test_a_thread_that_would_wait_for_itself_is_told(engine):
     assert len(answer(engine)) == 12
 
 
+def test_a_stream_may_be_taken_on_by_another_thread(engine):
+    expected, stream, found = answer(engine), engine.stream(ask()), []
+    found.append(next(stream).id)
+    thread = threading.Thread(target=lambda: found.extend(token.id for token in stream))
+    thread.start()
+    thread.join()
+    assert found == expected == answer(engine)
+
+
 # --- what it refuses
 
 
@@ -306,6 +334,11 @@ def test_a_thread_that_would_wait_for_itself_is_told(engine):
         (lambda: ask(sparsity=1.5), "sparsity 1.5: expected a fraction"),
         (lambda: ask(sparsity=float("nan")), "sparsity nan: expected a fraction"),
         (lambda: ask(new_tokens=0), "max_new_tokens 0: expected at least 1"),
+        (lambda: ask(seed=10**20), "seed 100000000000000000000: expected a whole number of at most 64 bits"),
+        (lambda: ask(sampling=Sampling(top_k=0)), "top_k 0: expected at least 1"),
+        (lambda: ask(sampling=Sampling(-1.0)), "temperature -1.0: expected a number of at least 0"),
+        (lambda: ask(sampling=Sampling(float("nan"))), "temperature nan: expected"),
+        (lambda: ask(sampling=Sampling(top_p=2)), "top_p 2: expected a number from 0 to 1"),
     ],
 )
 def test_bad_requests_are_refused_at_once(engine, request_, said):
@@ -324,6 +357,9 @@ def test_sparsity_needs_a_calibration(tiny):
 def test_load_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load(tmp_path / "none")
+    for bad, said in (({"dtype": "float16"}, "dtype 'float16' is not known"), ({"context": 0}, "context 0: expected")):
+        with pytest.raises(ValueError, match=said):
+            load(tmp_path / "none", **bad)
 
 
 def test_the_package_offers_them():

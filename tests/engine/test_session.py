@@ -5,7 +5,7 @@ import pytest
 from teal_fast.engine.load import load
 from teal_fast.engine.measure import Sample
 from teal_fast.engine.sampling import Sampling
-from teal_fast.engine.session import Session, describe_cost, summarize
+from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
 
 SYSTEM = {"role": "system", "content": "Answer briefly."}
 
@@ -17,8 +17,8 @@ def opened(tiny):
 
 def make(opened, chat, max_new_tokens=8, context=None):
     engine, tokenizer = opened
-    engine.ids, engine.dense = [], 0
-    return Session(tokenizer, Sampling(0.0), 0.0, max_new_tokens, 1, chat, engine)
+    engine.forget()
+    return Session(engine, tokenizer, Sampling(0.0), 0.0, max_new_tokens, 1, chat)
 
 
 def test_a_second_turn_reads_only_what_is_new(opened, capsys):
@@ -83,7 +83,7 @@ def test_the_same_seed_draws_the_same_texts(opened, capsys):
         session = make(opened, None, max_new_tokens=12)
         session.sampling = Sampling(1.0)
         for _ in range(2):
-            session.answer(session.encode("The sea was"), Sample(3))
+            session.answer(encode_prompt(session.tokenizer, "The sea was", None), Sample(3))
             texts.append(capsys.readouterr().out)
     assert texts[:2] == texts[2:] and texts[0] != texts[1]
 

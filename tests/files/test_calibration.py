@@ -34,7 +34,7 @@ def refusal(tiny, path: Path) -> str:
     with pytest.raises(ValueError) as refused:
         load_calibration(tiny, path)
     line = str(refused.value)
-    assert "\n" not in line and len(line) < 900 and "run calibrate.py" in line
+    assert "\n" not in line and len(line) < 900 and "run `python calibrate.py" in line
     return line
 
 
