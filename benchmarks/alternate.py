@@ -59,8 +59,10 @@ def main() -> None:
     parser.add_argument("--before_commit", help="its commit, where git is not there to say")
     parser.add_argument("--rounds", type=positive_int, default=9, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
-    parser.add_argument("arguments", nargs="*", help="after --: arguments of benchmarks.decode")
-    options = parser.parse_args()
+    if "--" not in sys.argv:
+        parser.error("give -- and then arguments of benchmarks.decode, such as -- --checkpoint demo")
+    cut = sys.argv.index("--")
+    arguments, options = sys.argv[cut + 1 :], parser.parse_args(sys.argv[1:cut])
     check_records_path(options.out)
     before = options.before.resolve()
     if not (before / "benchmarks" / "decode.py").is_file():
@@ -68,7 +70,7 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
-            sides = [decode(root, Path(folder, name), options.arguments) for name, root in (("b", before), ("a", ROOT))]
+            sides = [decode(root, Path(folder, name), arguments) for name, root in (("b", before), ("a", ROOT))]
             rounds.append(tuple(sides))
             print(f"round {number + 1}:", *(f"{r['ratio']:.3f}" for r in compare(rounds[-1:])), flush=True)
     of_machine = ("device", "threads", "instruction_set", "settings", "versions", "date", "run")
