@@ -127,7 +127,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, call: Call, mask: Tensor | None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, call: Call, mask: Tensor | None, layer: int) -> Tensor:
         batch, tokens, _ = x.shape
         parts = self.wqkv(x, call.phase).split(self.sizes, dim=-1)
         q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in parts)
@@ -162,7 +162,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x: Tensor, call: Call, mask: Tensor | None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, call: Call, mask: Tensor | None, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), call, mask, layer)
         return x + self.feed_forward(self.ffn_norm(x), call.phase)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from teal_fast.cli import positive_int, run
 from teal_fast.evaluation.record import check_records_path, write_records
-from teal_fast.files.paths import ROOT
+from teal_fast.files.paths import IN_A_CLONE, ROOT
 
 DECODE = "teal_fast.benchmarks.decode"
 FIELDS = ("model", "format", "sparsity", "prompt_tokens")  # what rows of both checkouts are matched by
@@ -64,6 +64,8 @@ def main() -> None:
     cut = sys.argv.index("--")
     arguments, options = sys.argv[cut + 1 :], parser.parse_args(sys.argv[1:cut])
     check_records_path(options.out)
+    if not IN_A_CLONE:
+        raise ValueError("it compares two checkouts: run it in a clone of this project")
     before = options.before.resolve()
     if not (before / "benchmarks" / "decode.py").is_file():
         raise FileNotFoundError(f"{before} has no benchmarks/decode.py: expected another checkout of this project")

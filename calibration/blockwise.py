@@ -29,7 +29,7 @@ def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[st
     with tqdm(total=STEPS * len(model.layers), desc="allocating", unit="step") as progress:
         for index, block in enumerate(model.layers):
             mask = model.mask(positions, None, model.args.sliding_windows[index])
-            inputs = (Call(*model.rotary(positions, x.dtype), positions, phase=Phase(1)), mask)
+            inputs = (Call(*model.rotary(positions, x.dtype), positions, phase=Phase(1)), mask, index)
             layers = sparse_layers(block)
             points = [quantiles[f"layers.{index}.{name}"] for name in layers]
             weights = torch.tensor([layer.weight.packed.nbytes for layer in layers.values()], dtype=torch.float64)

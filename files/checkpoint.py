@@ -25,7 +25,7 @@ class MissingDemoError(FileNotFoundError):
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder that `--checkpoint name` means. "demo" is prepared on first use (scripts/prepare_demo.py)."""
+    """The folder that `--checkpoint name` means. "demo" must be there: cli.py prepares it."""
     folder = demo_folder() if name == "demo" else Path(name)
     if name == "demo" and not folder.exists():
         raise MissingDemoError("the demo model is not prepared yet: run `python -m teal_fast.scripts.prepare_demo`")

@@ -144,7 +144,7 @@ class QuantizedSource:
 
 
 def tune_checkpoint(folder: Path, out: Path, format: Format, fit: Fit) -> None:
-    """Tunes the scales of the quantized checkpoint `out` towards the dense one in `folder` (tuning.py)."""
+    """Tunes the scales of the quantized checkpoint `out` towards the dense one in `folder` (quantization/tuning.py)."""
     # A step takes the first half of a full sequence: 8 s for the demo model on 2 cores.
     sequences = [ids[:STEP_TOKENS] for ids in fit.sequences]
     try:

@@ -76,7 +76,8 @@ class GptqQuantizer:
             positions = torch.arange(x.shape[1])
             mask = self.model.mask(positions, None, window)
             cos, sin = (part.to(self.device) for part in self.model.rotary(positions, x.dtype))
-            return block.attention(x, Call(cos, sin, positions), mask if mask is None else mask.to(self.device))
+            mask = mask if mask is None else mask.to(self.device)
+            return block.attention(x, Call(cos, sin, positions), mask, self.block)
 
         self.quantize_half(prefix + "attention.", block.attention, block.attention_norm, attend, ("wqkv", "wo"))
         mlp = block.feed_forward

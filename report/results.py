@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teal_fast.evaluation.record import read_records
+from teal_fast.files.paths import IN_A_CLONE, ROOT
 from teal_fast.report.results_quality import perplexity_section, quality_section, tasks_section
 from teal_fast.report.results_section import Record, Section, by, read_text, unique
 from teal_fast.report.results_speed import (
@@ -26,7 +27,6 @@ from teal_fast.report.results_speed import (
     table_section,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 TEMPLATE = Path(__file__).with_name("results_template.md")
 PROGRAMS = {"torch": "PyTorch", "triton": "Triton", "python": "Python"}
@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records (default: benchmarks/results)")
     parser.add_argument("--out", type=Path, default=PAGE, help="page to write (default: docs/results.md)")
     options = parser.parse_args()
+    if not IN_A_CLONE:
+        raise ValueError("docs/results.md is a page of the repository: run it in a clone")
     page = make_page(read_results(options.results), TEMPLATE.read_text(encoding="utf-8"))
     options.out.write_text(page, encoding="utf-8")
     print(f"wrote {options.out}")
