@@ -84,7 +84,7 @@ class Calibration:
         expected = fingerprint(folder)
         if differing := [name for name in expected if self.model.get(name) != expected[name]]:
             found = ", ".join(
-                f"{name} {short(self.model.get(name))} (checkpoint: {expected[name]})" for name in differing
+                f"{name} {short(self.model.get(name))} (checkpoint: {expected[name]!r})" for name in differing
             )
             raise ValueError(
                 f"the calibration is another model's: it has {found}; run `{command('calibrate')}` on {folder}"

@@ -133,7 +133,7 @@ def test_calibration_of_another_model_is_refused(calibrated, demo, command):
         "generate", "--checkpoint", calibrated, "--sparsity", 0.5, "--calibration", demo / "calibration.safetensors"
     )
     assert done.returncode == 1
-    assert "another model's" in done.stderr and "dim 576 (checkpoint: 64)" in done.stderr
+    assert "another model's" in done.stderr and "dim '576' (checkpoint: '64')" in done.stderr
 
 
 def test_demo_answers_sensibly_dense_and_sparse(demo):

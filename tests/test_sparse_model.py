@@ -345,7 +345,8 @@ def test_truncated_and_missing_calibration_files(tmp_path, calibration):
 
 
 def test_calibration_of_another_model_is_refused(tiny, biased, tmp_path, calibration):
-    with pytest.raises(ValueError, match=r"architecture 'llama' \(checkpoint: qwen2\), n_layers '2' \(checkpoint: 3\)"):
+    differing = r"architecture 'llama' \(checkpoint: 'qwen2'\), n_layers '2' \(checkpoint: '3'\)"
+    with pytest.raises(ValueError, match=differing):
         calibration.check(biased)
     finetuned = tmp_path / "finetuned"
     shutil.copytree(tiny, finetuned)
@@ -353,7 +354,7 @@ def test_calibration_of_another_model_is_refused(tiny, biased, tmp_path, calibra
     tensors["layers.1.attention.wo.weight"][0] += 1
     save_file(tensors, finetuned / WEIGHTS, metadata={"format": "teal-fast"})
     with pytest.raises(
-        ValueError, match=rf"has weights '\w+' \(checkpoint: \w+\); run `python calibrate\.py` on {finetuned}"
+        ValueError, match=rf"has weights '\w+' \(checkpoint: '\w+'\); run `python calibrate\.py` on {finetuned}"
     ):
         calibration.check(finetuned)
 
