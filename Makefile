@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo smoke test lint bench table report results findings
+.PHONY: demo smoke test test-docs test-package lint bench table report results findings
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -17,8 +17,17 @@ demo: $(READY)
 smoke: $(READY)
 	$(PYTHON) -m pytest tests/test_smoke.py
 
+# The long parts have targets of their own, which .ci/run calls as well.
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --ignore=tests/test_readme.py --ignore=tests/test_package.py
+
+# Every command and example of README.md and docs/usage.md.
+test-docs: $(READY)
+	$(PYTHON) -m pytest tests/test_readme.py
+
+# The wheel, an installation without the clone, and Hugging Face's `kernels` beside our folder of that name.
+test-package: $(READY)
+	$(PYTHON) -m pytest tests/test_package.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
