@@ -230,7 +230,7 @@ def test_an_unwritable_out_is_refused_before_the_work(run_here, calibrated, tmp_
         (
             ["--calibration", "{weights}", "--sparsity", "0.5"],
             1,
-            "is no calibration of version 2: run `python calibrate.py` again",
+            "has no metadata called calibration, with version",
         ),
         (["--device", "tpu"], 1, "--device tpu is not known here"),
     ],
