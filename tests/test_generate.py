@@ -14,6 +14,7 @@ from teal_fast.engine.load import load
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.text import stream_text
+from teal_fast.files.calibration import SHIPPED
 from teal_fast.files.paths import ROOT
 
 
@@ -126,12 +127,8 @@ def test_cuda_without_cuda_is_one_line(calibrated, command):
     assert done.stderr == "error: --device cuda: this PyTorch sees 0 CUDA devices, use another or --device cpu\n"
 
 
-def test_calibration_of_another_model_is_refused(calibrated, demo, command):
-    if not (demo / "calibration.safetensors").exists():
-        assert command("calibrate", "--checkpoint", demo).returncode == 0
-    done = command(
-        "generate", "--checkpoint", calibrated, "--sparsity", 0.5, "--calibration", demo / "calibration.safetensors"
-    )
+def test_calibration_of_another_model_is_refused(calibrated, command):
+    done = command("generate", "--checkpoint", calibrated, "--sparsity", 0.5, "--calibration", SHIPPED)
     assert done.returncode == 1
     assert "another model's" in done.stderr and "dim '576' (checkpoint: '64')" in done.stderr
 
