@@ -38,7 +38,22 @@ class Weight(Protocol):
     def compact_gate_up(self, x: CompactVector, threshold: Tensor, semaphores: Tensor) -> CompactVector: ...
 
 
-class DenseWeight(nn.Module):
+class RowSkippingWeight(nn.Module):
+    """The products that skip rows: they are the same for every format, since kernels take the weight as its operand."""
+
+    operand: PackedWeight
+
+    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
+        return sparse_gemv(x, self.operand, threshold, bias)
+
+    def compact_matvec(self, x: CompactVector, semaphores: Tensor) -> Tensor:
+        return compact_gemv(x, self.operand, semaphores)
+
+    def compact_gate_up(self, x: CompactVector, threshold: Tensor, semaphores: Tensor) -> CompactVector:
+        return gate_up(x, self.operand, threshold, semaphores)
+
+
+class DenseWeight(RowSkippingWeight):
     """An unquantized weight [K, N] in fp32, bf16 or fp16."""
 
     format, scale = "dense", None
@@ -58,15 +73,6 @@ class DenseWeight(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return _linear(x, self.packed, bias)
-
-    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.operand, threshold, bias)
-
-    def compact_matvec(self, x: CompactVector, semaphores: Tensor) -> Tensor:
-        return compact_gemv(x, self.operand, semaphores)
-
-    def compact_gate_up(self, x: CompactVector, threshold: Tensor, semaphores: Tensor) -> CompactVector:
-        return gate_up(x, self.operand, threshold, semaphores)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,19 +8,15 @@ scales is the matter of grids.py.
 import torch
 from torch import Tensor, nn
 
-from teal_fast.kernels.compact_gemv import compact_gemv
-from teal_fast.kernels.compact_vector import CompactVector
 from teal_fast.kernels.dequantize import dequantize
-from teal_fast.kernels.gate_up import gate_up
 from teal_fast.kernels.int4 import pack_int4, row_bytes, row_scales
 from teal_fast.kernels.packed import ALIGNMENT, PackedWeight
 from teal_fast.kernels.quantized_gemm import MOST_TOKENS, quantized_gemm
-from teal_fast.kernels.sparse_gemv import sparse_gemv
-from teal_fast.weights.dense import _linear
+from teal_fast.weights.dense import RowSkippingWeight, _linear
 from teal_fast.weights.grids import EPSILON, Int4Grid, Int8Grid
 
 
-class QuantizedWeight(nn.Module):
+class QuantizedWeight(RowSkippingWeight):
     """What int8 and int4 have in common: a scale fp32 [N], and kernels that tell the formats apart by dtype.
 
     packed: the codes, one row per input channel; group: outputs that share a row scale, 0 for int8.
@@ -52,15 +48,6 @@ class QuantizedWeight(nn.Module):
             return quantized_gemm(x.reshape(-1, x.shape[-1]), self.operand, bias).view(*x.shape[:-1], -1)
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
         return _linear(x, dequantize(self.operand, dtype), bias)
-
-    def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_gemv(x, self.operand, threshold, bias)
-
-    def compact_matvec(self, x: CompactVector, semaphores: Tensor) -> Tensor:
-        return compact_gemv(x, self.operand, semaphores)
-
-    def compact_gate_up(self, x: CompactVector, threshold: Tensor, semaphores: Tensor) -> CompactVector:
-        return gate_up(x, self.operand, threshold, semaphores)
 
 
 class Int8Weight(QuantizedWeight):
