@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo smoke test test-docs test-package lint bench table report results findings
+.PHONY: demo smoke test test-docs test-package test-fuzz lint bench table report results findings
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -19,7 +19,7 @@ smoke: $(READY)
 
 # The long parts have targets of their own, which .ci/run calls as well.
 test: lint
-	$(PYTHON) -m pytest --ignore=tests/test_readme.py --ignore=tests/test_package.py
+	$(PYTHON) -m pytest --ignore=tests/test_readme.py --ignore=tests/test_package.py --ignore=tests/fuzz
 
 # Every command and example of README.md and docs/usage.md.
 test-docs: $(READY)
@@ -28,6 +28,11 @@ test-docs: $(READY)
 # The wheel, an installation without the clone, and Hugging Face's `kernels` beside our folder of that name.
 test-package: $(READY)
 	$(PYTHON) -m pytest tests/test_package.py
+
+# Mutated files of every kind through the door, and commands that are ended in the middle. By hand, with more cases:
+# python -m teal_fast.tests.fuzz.run --cases 10000
+test-fuzz: $(READY)
+	$(PYTHON) -m pytest tests/fuzz
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -1,0 +1,44 @@
+"""What may come of a mutated source: a refusal in one line, the unmutated one's result, or transformers' own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from teal_fast.tests.fuzz.doors import CLOSE, PROMPT, differing
+
+LOADED = (  # transformers loads them on first use, which every child would do again
+    transformers.LlamaForCausalLM,
+    transformers.MistralForCausalLM,
+    transformers.Qwen2ForCausalLM,
+    transformers.Qwen3ForCausalLM,
+    transformers.AutoTokenizer,
+    transformers.LlamaTokenizer,
+)
+TOKENIZERS = ("tokenizer", "special_tokens", "generation_config", "chat_template")  # files' names begin so
+
+
+def same(found: dict[str, Any], sound: dict[str, Any]) -> bool:
+    """Whether two answers are one, but for what rounding does to the log-probabilities."""
+    if found.keys() != sound.keys():
+        return False
+    equal = all(found[name] == sound[name] for name in sound if not name.startswith("tokens"))
+    tokens = [name for name in sound if name.startswith("tokens")]
+    return equal and not any(differing(found[name], sound[name], 1e-6) for name in tokens)
+
+
+def differs_from_transformers(source: Path, file: str, found: dict[str, Any]) -> str:
+    """Where the answer parts from transformers' on the same folder; raises what transformers raises.
+
+    file: the mutated one, which tells whether to look at the tokenizer or at the model.
+    """
+    if file.startswith(TOKENIZERS):
+        ids = list(transformers.AutoTokenizer.from_pretrained(source)(PROMPT).input_ids)
+        return "" if ids == found["ids"] else f"ids {found['ids'][:12]}, transformers' {ids[:12]}"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    ids, ours = found["ids"], found["tokens at 0.0"]
+    with torch.no_grad():
+        rows = model(torch.tensor([ids + [id for id, _ in ours]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    theirs = [(id, float(row[id])) for (id, _), row in zip(ours, rows, strict=True)]
+    return differing(ours, theirs, CLOSE)
