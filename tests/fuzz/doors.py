@@ -50,7 +50,8 @@ def answer(source: Path, out: Path) -> dict[str, Any]:
     calibration = load_calibration(folder) if (folder / CALIBRATION).exists() else None
     model = load_model(folder)
     found: dict[str, Any] = {"ids": tokenizer.encode(PROMPT), "chat": chat_ids(tokenizer)}
-    ends = sorted(tokenizer.eos_ids)
+    said = found["chat"][:32] if isinstance(found["chat"], list) else []
+    said = said or found["ids"]
     engines = [Engine(model, calibration, tokenizer.eos_ids, 64, step) for step in (fast_step, PlainStep)]
     for sparsity in (0.0, 0.5) if calibration else (0.0,):
         request = Request(found["ids"], Sampling(temperature=0), sparsity, NEW_TOKENS, stop=(), logprobs=True)
@@ -66,7 +67,7 @@ def answer(source: Path, out: Path) -> dict[str, Any]:
             NEW_TOKENS,
         )
         found[f"text at {sparsity}"] = "".join(stream_text(engines[0].stream(request), tokenizer))
-    return found | {"ends": ends}
+    return found | {"ends": sorted(tokenizer.eos_ids)}
 
 
 def chat_ids(tokenizer: Tokenizer) -> list[int] | str | None:

@@ -16,7 +16,7 @@ LOADED = (  # transformers loads them on first use, which every child would do a
     transformers.AutoTokenizer,
     transformers.LlamaTokenizer,
 )
-TOKENIZERS = ("tokenizer", "special_tokens", "generation_config", "chat_template")  # files' names begin so
+TOKENIZERS = ("tokenizer", "special_tokens", "chat_template")  # files' names begin so
 
 
 def same(found: dict[str, Any], sound: dict[str, Any]) -> bool:

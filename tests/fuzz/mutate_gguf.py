@@ -28,7 +28,7 @@ NAMED = {  # values that a file may well have, and some that none has
     "tokenizer.ggml.model": ("gpt2", "llama", "bert", "t5", "rwkv", "no_vocab"),
     "tokenizer.ggml.pre": ("default", "gpt-2", "smollm", "qwen2", "llama-bpe", "llama3", "tekken", "unknown"),
     "general.architecture": ("llama", "qwen2", "qwen3", "mistral", "gemma3", "a\nb"),
-    "tokenizer.chat_template": ("{{", "{{ 9 ** 9 ** 9 }}", "{% for m in messages %}{{ m.content }}{% endfor %}"),
+    "tokenizer.chat_template": ("{{", "{{ 10 ** 5000 }}", "{% for m in messages %}{{ m.content }}{% endfor %}"),
 }
 IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
 
