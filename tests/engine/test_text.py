@@ -22,7 +22,7 @@ def as_tokens(ids, reason="length"):
 
 @pytest.mark.parametrize("stop", [(), ("zebra",), ("ago",), ("\n\n",), ("aab", "🐳"), ("abac",), ("c",), ("Call",)])
 def test_the_text_ends_before_the_first_stop_string(tokenizer, stop):
-    found = "".join(stream_text(as_tokens(tokenizer.encode(TEXT)), tokenizer, stop))
+    found = "".join(stream_text(as_tokens(tokenizer.encode(TEXT)), tokenizer, (), stop))
     assert found == TEXT[: min((TEXT.find(s) for s in stop if s in TEXT), default=len(TEXT))]
 
 
@@ -34,7 +34,7 @@ def test_random_stop_strings_at_random_borders(tokenizer):
         ids = [id for piece in text for id in tokenizer.encode(piece)] if rng.random() < 0.5 else tokenizer.encode(text)
         whole = tokenizer.decode(ids)
         expected = whole[: min((whole.find(s) for s in stop if s in whole), default=len(whole))]
-        stream = TextStream(tokenizer, stop)
+        stream = TextStream(tokenizer, (), stop)
         pieces = []
         for token in as_tokens(ids):
             pieces.append(stream.push(token))
@@ -45,7 +45,7 @@ def test_random_stop_strings_at_random_borders(tokenizer):
 
 
 def test_nothing_certain_is_held_back(tokenizer):
-    stream, text = TextStream(tokenizer, ["zebra"]), ""
+    stream, text = TextStream(tokenizer, (), ["zebra"]), ""
     for token in as_tokens(tokenizer.encode("a buzz of bees")):
         text += stream.push(token)
     assert text == "a buzz of bees"[: len(text)] and len(text) >= len("a buzz of bees") - 4
@@ -53,9 +53,9 @@ def test_nothing_certain_is_held_back(tokenizer):
 
 def test_a_stop_token_has_no_text(tokenizer):
     ids = tokenizer.encode("The sea was calm")
-    assert "".join(stream_text(as_tokens(ids, "stop"), tokenizer)) == tokenizer.decode(ids[:-1])
+    assert "".join(stream_text(as_tokens(ids, "stop"), tokenizer, ())) == tokenizer.decode(ids[:-1])
 
 
 def test_an_empty_stop_string_is_refused(tokenizer):
     with pytest.raises(ValueError, match="a stop string is empty"):
-        TextStream(tokenizer, [""])
+        TextStream(tokenizer, (), [""])

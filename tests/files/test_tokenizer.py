@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from teal_fast.files.tokenizer import LLAMA3_SPECIAL, LLAMA3_SPLIT, Tokenizer
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.files.tokenizer_model import LLAMA3_SPECIAL, LLAMA3_SPLIT
 
 TEXTS = [
     "",
