@@ -66,7 +66,7 @@ def answer(source: Path, out: Path) -> dict[str, Any]:
             sparsity,
             NEW_TOKENS,
         )
-        found[f"text at {sparsity}"] = "".join(stream_text(engines[0].stream(request), tokenizer))
+        found[f"text at {sparsity}"] = "".join(stream_text(engines[0].stream(request), tokenizer, said))
     return found | {"ends": sorted(tokenizer.eos_ids)}
 
 
