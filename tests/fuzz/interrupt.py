@@ -39,12 +39,12 @@ MOMENT = "teal_fast.moment"  # our own event: a tensor or a pass
 
 def commands(bases: Path, out: Path) -> dict[str, tuple[Callable[[], None], list]]:
     """The commands that write, small: `main` and its arguments, by what they do."""
-    text = ["--corpus", bases / "corpus.txt", "--tokens", 256, "--out", out]
+    text = ["--corpus", bases / "corpus.txt", "--tokens", 128, "--out", out]
     own = ["--checkpoint", bases / "own-dense"]
     return {
         "convert a file": (convert_gguf.main, [bases / "gguf-llama" / "model.gguf", "--out", out]),
         "convert a folder": (convert_hf_checkpoint.main, [bases / "hf-qwen2", "--out", out]),
-        "calibrate": (calibrate.main, [*own, *text, "--context", 64, "--pass_tokens", 128]),
+        "calibrate": (calibrate.main, [*own, *text, "--context", 64, "--pass_tokens", 64, "--method", "uniform"]),
         "quantize": (quantize.main, [*own, "--mode", "int4", "--group", 64, "--tune", *text, "--no_prepare"]),
     }
 
@@ -94,6 +94,8 @@ def look(main: Callable, arguments: list, place: Path, sound: dict[str, str], mo
     whole = out.exists()
     if whole and contents(out) != sound:
         return f"half an output: {sorted(contents(out))} of {sorted(sound)}"
+    for rest in place.glob(".*"):
+        os.utime(rest, (0, 0))  # the next run spares what another process may have made this second
     again = run_once(main, arguments, place)
     if again.code and not (whole and "exists already" in again.err):
         return f"the next run ends by {again.code}: {again.err[-300:]}"
