@@ -1,6 +1,11 @@
-"""Chat templates: a checkpoint's Jinja2 program, run in a sandbox, that turns messages into one text."""
+"""Chat templates: a checkpoint's Jinja2 program, run in a sandbox, that turns messages into one text.
+
+The program is foreign. Jinja2 keeps it from the machine's files, but not from its time and memory: here a template ends
+that calls functions for longer than SECONDS, or asks for a product or power of more than MOST.
+"""
 
 import json
+import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, ClassVar
@@ -9,13 +14,42 @@ from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
+SECONDS = 5  # a template takes milliseconds
+MOST = 2**24  # characters or items of a repeated text or list, bits of a number
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.deadline = time.monotonic() + SECONDS
+
+    def call(self, *arguments: Any, **named: Any) -> Any:
+        # range() and macros are called: loops within loops, and macros that call themselves, come by here.
+        if time.monotonic() > self.deadline:
+            raise SecurityError(f"it takes over {SECONDS} s")
+        return super().call(*arguments, **named)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _size_of_result(operator, left, right) > MOST:
+            raise SecurityError(f"{operator} gives more than {MOST} characters, items or bits")
+        return super().call_binop(context, operator, left, right)
+
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         # Jinja2 lets an unsafe attribute print as nothing; a template that tries is not to be trusted.
         raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__} is not allowed")
+
+
+def _size_of_result(operator: str, left: Any, right: Any) -> int:
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+    repeated, times = (right, left) if isinstance(left, int) else (left, right)
+    return len(repeated) * times if isinstance(times, int) and hasattr(repeated, "__len__") else 0
 
 
 class _Generation(Extension):

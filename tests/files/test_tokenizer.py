@@ -404,9 +404,15 @@ def test_where_the_chat_template_is_found(tmp_path, byte_level_json, files, expe
         ("{{ (''|attr('__class__')) }}", "SecurityError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes over 0.1 s"),
+        ("{% macro m(n) %}{{ m(n - 1) + m(n - 1) if n }}{% endmacro %}{{ m(60) }}", "it takes over 0.1 s"),
+        ("{{ 'a' * 10**11 }}", "gives more than"),
+        ("{{ 10**11 * messages }}", "gives more than"),
+        ("{{ 9 ** (9 ** 9) }}", "gives more than"),
     ],
 )
-def test_chat_that_cannot_be_rendered(tmp_path, byte_level_json, template, said):
+def test_chat_that_cannot_be_rendered(tmp_path, byte_level_json, monkeypatch, template, said):
+    monkeypatch.setattr("teal_fast.files.chat.SECONDS", 0.1)
     files = {"tokenizer.json": byte_level_json, "tokenizer_config.json": {"chat_template": template}}
     tokenizer = Tokenizer.load(write(tmp_path, files))
     with pytest.raises(ValueError, match=said) as refused:

@@ -72,7 +72,7 @@ class Case:
         rest = [path.name for path in self.place.iterdir() if path not in (self.source, self.out)]
         rest += [str(path.name) for path in temporary.iterdir()]
         rest += [name for name in contents(self.out) if Path(name).name.startswith(".") and name != "."]
-        if ended.code and self.out.exists():
+        if ended.code and self.out.exists() and not self.answer.exists():
             rest.append("out")
         return f"left behind: {', '.join(sorted(rest))}" if rest else ""
 

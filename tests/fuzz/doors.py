@@ -43,12 +43,16 @@ def convert(source: Path, out: Path) -> Path:
     return out
 
 
-def answer(source: Path, out: Path) -> dict[str, Any]:
-    """All that a user gets of a model, as JSON: ids, tokens, log-probabilities, text, and whether two steps agree."""
+def answer(source: Path, out: Path, opened: Callable[[], None]) -> dict[str, Any]:
+    """All that a user gets of a model, as JSON: ids, tokens, log-probabilities, text, and whether two steps agree.
+
+    `opened` is called when the checkpoint is there and open: what is refused from there on refuses a prompt only.
+    """
     folder = find_checkpoint(str(convert(source, out)))
     tokenizer = Tokenizer.load(folder)
     calibration = load_calibration(folder) if (folder / CALIBRATION).exists() else None
     model = load_model(folder)
+    opened()
     found: dict[str, Any] = {"ids": tokenizer.encode(PROMPT), "chat": chat_ids(tokenizer)}
     said = found["chat"][:32] if isinstance(found["chat"], list) else []
     said = said or found["ids"]
@@ -118,9 +122,8 @@ def command(rng: random.Random, source: Path, out: Path, corpus: Path) -> tuple[
 
 
 def run_door(source: Path, out: Path, result: Path) -> None:
-    """Writes the answer to `result`."""
-    found = answer(source, out)
-    result.write_text(json.dumps(found))
+    """Writes the answer to `result`, which is empty when only the answer is refused."""
+    result.write_text(json.dumps(answer(source, out, result.touch)))
 
 
 def run_command(main: Callable[[], None], arguments: list[str]) -> None:

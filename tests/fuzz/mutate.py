@@ -29,7 +29,7 @@ Mutator = Callable[[random.Random, Path], str]
 class Mutation:
     """file: the mutated one's name; text: what happened to it; sound: whether a sound file may be so.
 
-    A header that does not describe its data is never sound. Of all else the mutators don't know, so that it may be.
+    A header that does not describe its data is never sound, nor is an offset that is another. Of all else the mutators don't know, so that it may be.
     """
 
     file: str
@@ -72,7 +72,8 @@ def mutate(rng: random.Random, source: Path) -> Mutation:
     path = rng.choice([*files, *[file for file in files if file.name == "config.json"] * 2])
     mutator = rng.choice(mutators(path))
     text = mutator(rng, path)
-    return Mutation(path.name, text, mutator not in (mutate_header, mutate_length) or " swap " in text)
+    unsound = mutator in (mutate_header, mutate_length) and " swap " not in text
+    return Mutation(path.name, text, not (unsound or text.startswith("offset")))
 
 
 def restore(source: Path, base: Path) -> None:

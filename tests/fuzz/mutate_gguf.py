@@ -30,6 +30,7 @@ NAMED = {  # values that a file may well have, and some that none has
     "general.architecture": ("llama", "qwen2", "qwen3", "mistral", "gemma3", "a\nb"),
     "tokenizer.chat_template": ("{{", "{{ 10 ** 5000 }}", "{% for m in messages %}{{ m.content }}{% endfor %}"),
 }
+OFFSET = 5  # the part of a tensor's entry that says where its data are: right behind those before it, says llama.cpp
 IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
 
 
@@ -52,7 +53,8 @@ def mutate_entry(rng: random.Random, path: Path) -> str:
     else:
         part[index] = number = not part[index]
     reader.data.flush()
-    return f"entry: part {place}[{index}] of {field.name[:60]} = {number}"
+    moved = "offset" if field in tensors and place == OFFSET else "entry"
+    return f"{moved}: part {place}[{index}] of {field.name[:60]} = {number}"
 
 
 def mutate_metadata(rng: random.Random, path: Path) -> str:

@@ -11,6 +11,7 @@ RAW = (
     "NaN",
     "-Infinity",
     "1e999",
+    "9" * 400,  # an int that no float holds
     "9" * 5000,
     '"\\ud800"',
     "tru",
