@@ -17,7 +17,6 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
 SECONDS = 5  # a template takes milliseconds
 MOST = 2**24  # characters or items of a repeated text or list, bits of a number
 

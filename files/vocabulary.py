@@ -79,7 +79,9 @@ def unreadable(path: Path, kind: str, error: Exception) -> ValueError:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """What a library says, without the file that some of them quote whole."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:200]} … {text[-100:]}"
 
 
 def _added(entry: dict[str, Any]) -> AddedToken:

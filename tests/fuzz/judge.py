@@ -1,5 +1,6 @@
 """What may come of a mutated source: a refusal in one line, the unmutated one's result, or transformers' own."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ LOADED = (  # transformers loads them on first use, which every child would do a
     transformers.AutoTokenizer,
     transformers.LlamaTokenizer,
 )
+FLOATS = {"rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"}
 TOKENIZERS = ("tokenizer", "special_tokens", "chat_template")  # files' names begin so
 
 
@@ -28,6 +30,16 @@ def same(found: dict[str, Any], sound: dict[str, Any]) -> bool:
     return equal and not any(differing(found[name], sound[name], 1e-6) for name in tokens)
 
 
+def _write_floats(path: Path) -> None:
+    """Writes whole numbers as floats where transformers insists on them, which JSON does not tell apart."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for fields in (config, config.get("rope_scaling"), config.get("rope_parameters")):
+        for name in FLOATS.intersection(fields or ()):
+            if type(fields[name]) is int and fields[name] < 2**53:
+                fields[name] = float(fields[name])
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
 def differs_from_transformers(source: Path, file: str, found: dict[str, Any]) -> str:
     """Where the answer parts from transformers' on the same folder; raises what transformers raises.
 
@@ -36,6 +48,7 @@ def differs_from_transformers(source: Path, file: str, found: dict[str, Any]) ->
     if file.startswith(TOKENIZERS):
         ids = list(transformers.AutoTokenizer.from_pretrained(source)(PROMPT).input_ids)
         return "" if ids == found["ids"] else f"ids {found['ids'][:12]}, transformers' {ids[:12]}"
+    _write_floats(source / "config.json")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     ids, ours = found["ids"], found["tokens at 0.0"]
     with torch.no_grad():

@@ -29,7 +29,8 @@ Mutator = Callable[[random.Random, Path], str]
 class Mutation:
     """file: the mutated one's name; text: what happened to it; sound: whether a sound file may be so.
 
-    A header that does not describe its data is never sound, nor is an offset that is another. Of all else the mutators don't know, so that it may be.
+    A header that does not describe its data is never sound, nor is an offset that is another. Of all else the mutators
+    don't know, so that it may be.
     """
 
     file: str
