@@ -53,7 +53,25 @@ class UnreadableTypeError(ValueError):
 
 
 class Reader(gguf.GGUFReader):
-    """Names the tensor whose type it cannot read, where gguf.GGUFReader names an id and dequantizes at the end."""
+    """Refuses what gguf.GGUFReader 0.19 takes or never finishes, as llama.cpp's gguf.cpp does, and tensors by their name.
+
+    That is a list or value that is longer than the file, lists within lists, tensors elsewhere than behind one another,
+    and types that cannot be dequantized.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError(f"it ends at byte {len(self.data)}, within what begins at {offset}")
+        return found
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            kind, count = int(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
+            if kind == gguf.GGUFValueType.ARRAY:
+                raise ValueError("it has lists within lists")
+            self._get(orig_offs, np.uint8, count)  # an entry has at least a byte
+        return super()._get_field_parts(orig_offs, raw_type)
 
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
         for field in fields:
@@ -62,6 +80,11 @@ class Reader(gguf.GGUFReader):
                 name = short(bytes(name).decode("utf-8", "replace"))
                 raise UnreadableTypeError(f"tensor {name} is of type {problem}: take a file in another quantization")
         super()._build_tensors(start_offs, fields)
+        place = start_offs
+        for tensor in self.tensors:
+            if tensor.data_offset != place:
+                raise ValueError(f"tensor {short(tensor.name)} lies at byte {tensor.data_offset}, expected {place}")
+            place += -(-tensor.n_bytes // self.alignment) * self.alignment
 
 
 @cache

@@ -6,6 +6,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -146,6 +147,24 @@ def test_garbage_file(tmp_path, head):
     path = tmp_path / "model.gguf"
     path.write_bytes(head + np.random.default_rng(0).bytes(50_000))
     refuses(path, tmp_path, "model.gguf is truncated or not a GGUF file")
+
+
+@pytest.mark.parametrize(
+    "name, part, value, said",
+    [
+        ("tokenizer.ggml.token_type", 4, 2**40, "ends at byte"),  # gguf 0.19 reads on behind the end of the file
+        ("tokenizer.ggml.tokens", 3, 9, "lists within lists"),
+        ("blk.0.attn_q.weight", 5, 1, "lies at byte"),
+        ("output_norm.weight", 5, 0, "lies at byte"),  # upon another, as every offset that is not the next one
+    ],
+)
+def test_what_llama_cpp_refuses_is_refused(tiny_gguf, tmp_path, name, part, value, said):
+    path = Path(shutil.copy(tiny_gguf, tmp_path))
+    reader = gguf.GGUFReader(path, "r+")
+    tensors = {tensor.name: tensor.field for tensor in reader.tensors}
+    (tensors.get(name) or reader.fields[name]).parts[part][0] = value
+    reader.data.flush()
+    refuses(path, tmp_path, said)
 
 
 def test_command_converts_or_prints_one_line(command, run_main, tiny_gguf, tmp_path):

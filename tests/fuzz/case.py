@@ -106,8 +106,8 @@ class Case:
 
         ended = run_child(judge, self.place, seconds=60)
         if ended.code:
-            refused = "" if alike else "an answer, where transformers fails: " + ended.err.strip()[-200:]
-            return "same", refused
+            alike = same(found, self.sound, only=("ids", "tokens"))  # ends and templates we may pass over
+            return "same", "" if alike else "an answer, where transformers fails: " + ended.err.strip()[-200:]
         difference = json.loads(self.answer.read_text())
         if difference:
             return "same" if alike else "changed", f"transformers differs: {difference}" + " (as unmutated)" * alike

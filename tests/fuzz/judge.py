@@ -21,8 +21,9 @@ FLOATS = {"rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_
 TOKENIZERS = ("tokenizer", "special_tokens", "chat_template")  # files' names begin so
 
 
-def same(found: dict[str, Any], sound: dict[str, Any]) -> bool:
-    """Whether two answers are one, but for what rounding does to the log-probabilities."""
+def same(found: dict[str, Any], sound: dict[str, Any], only: tuple[str, ...] = ("",)) -> bool:
+    """Whether two answers are one, but for what rounding does to the log-probabilities; of `only` what begins so."""
+    found, sound = ({k: value for k, value in answer.items() if k.startswith(only)} for answer in (found, sound))
     if found.keys() != sound.keys():
         return False
     equal = all(found[name] == sound[name] for name in sound if not name.startswith("tokens"))
