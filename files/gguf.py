@@ -53,10 +53,10 @@ class UnreadableTypeError(ValueError):
 
 
 class Reader(gguf.GGUFReader):
-    """Refuses what gguf.GGUFReader 0.19 takes or never finishes, as llama.cpp's gguf.cpp does, and tensors by their name.
+    """Refuses what gguf.GGUFReader 0.19 takes or never finishes, and llama.cpp's gguf.cpp refuses.
 
     That is a list or value that is longer than the file, lists within lists, tensors elsewhere than behind one another,
-    and types that cannot be dequantized.
+    and, by the tensor's name, types that cannot be dequantized.
     """
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
