@@ -104,6 +104,11 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
+    if folder.name == "hf-mistral":  # as folders of 2023 have them
+        (folder / "special_tokens_map.json").write_text(
+            json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+        )
+        (folder / "added_tokens.json").write_text(json.dumps({"</s>": 2}))
     if folder.name == "hf-qwen2":
         (folder / "chat_template.jinja").write_text(CHATML)
     else:
