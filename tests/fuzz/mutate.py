@@ -1,7 +1,6 @@
 """Draws a mutation for a source: a file of it, and what happens to that file."""
 
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
