@@ -117,9 +117,9 @@ def find_value(reader: gguf.GGUFReader, key: str, kind: type, default: Any = Non
     field = reader.get_field(key)
     found = default if field is None else field.contents()
     if found is None:
-        raise ValueError(f"the GGUF metadata lacks {key}: cannot tell the model's shape")
+        raise ValueError(f"the GGUF metadata lacks {key[:80]}: cannot tell the model's shape")
     if not isinstance(found, kind):
-        raise ValueError(f"the GGUF metadata has {key} {str(found)[:80]!r}, expected {kind.__name__}")
+        raise ValueError(f"the GGUF metadata has {key[:80]} {str(found)[:80]!r}, expected {kind.__name__}")
     return found
 
 

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from teal_fast.files.pre_tokenizers import SPLITTINGS, find_name
+from teal_fast.files.store import short
 
 PREFIX = "tokenizer.ggml."
 AGAIN = "take another GGUF file"
@@ -25,6 +26,7 @@ TYPES = {  # of what a key holds, or of what its list holds
     **dict.fromkeys(ENDS := ("eos_token_id", "eot_token_id", "eom_token_id"), int),
     **dict.fromkeys(("add_bos_token", "add_space_prefix"), bool),
 }
+LISTS = ("tokens", "merges", "scores", "token_type")
 NO_ID = 2**32 - 1  # -1 as an unsigned number: some converters wrote it for a token that the model lacks
 NAMED = {"unk_token": "unknown_token_id", "bos_token": "bos_token_id"}
 NAMED |= {"eos_token": "eos_token_id", "pad_token": "padding_token_id"}  # in the order of sentencepiece's fields
@@ -58,12 +60,17 @@ def write_tokenizer(reader: GGUFReader, folder: Path, pre: str | None = None) ->
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The metadata of a vocabulary that can be written, with its token types. Raises ValueError for any other."""
     for name, kind in TYPES.items():
-        for value in given[name][:1] if isinstance(given.get(name), list) else [given.get(name)]:
-            if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-                raise ValueError(f"{PREFIX}{name} holds {str(value)[:80]!r}, expected {kind}: {AGAIN}")
+        if (value := given.get(name)) is None:
+            continue
+        if isinstance(value, list) != (name in LISTS):
+            expected = "a list" if name in LISTS else "one value"
+            raise ValueError(f"{PREFIX}{name} is {short(value)}, expected {expected}: {AGAIN}")
+        for entry in value[:1] if name in LISTS else [value]:
+            if not isinstance(entry, kind) or (kind is int and isinstance(entry, bool)):
+                raise ValueError(f"{PREFIX}{name} holds {short(entry)}, expected {kind}: {AGAIN}")
     model, tokens = given.get("model"), given.get("tokens") or []
     if model not in ("gpt2", "llama"):
-        raise ValueError(f"{PREFIX}model is {model!r}, expected 'gpt2' or 'llama': {AGAIN}")
+        raise ValueError(f"{PREFIX}model is {short(model)}, expected 'gpt2' or 'llama': {AGAIN}")
     byte_level = "Ġ" in tokens and not any(token.startswith("▁") for token in tokens)
     if byte_level and given.get("merges"):
         model = "gpt2"  # also where a converter called it "llama", as which no program could use it
@@ -72,7 +79,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{', '.join(missing)}: missing in the GGUF file, expected lists: {AGAIN}")
     if byte_level != (model == "gpt2"):
         found = "byte-level tokens without merges" if byte_level else "no byte-level tokens"
-        raise ValueError(f"{PREFIX}model is {model!r}, but the GGUF file has {found}: {AGAIN}")
+        raise ValueError(f"{PREFIX}model is {short(model)}, but the GGUF file has {found}: {AGAIN}")
     types = given.get("token_type") or [TokenType.NORMAL] * len(tokens)
     if uneven := [name for name in ("scores", "token_type") if len(given.get(name) or tokens) != len(tokens)]:
         raise ValueError(f"{PREFIX}{uneven[0]} and {PREFIX}tokens differ in length: {AGAIN}")

@@ -13,7 +13,7 @@ from typing import Any
 from teal_fast.files.chat import render_chat
 from teal_fast.files.decoding import PieceStream
 from teal_fast.files.stop import stop_ids
-from teal_fast.files.store import read_text
+from teal_fast.files.store import read_text, short
 from teal_fast.files.tokenizer_json import load_json
 from teal_fast.files.tokenizer_model import load_model
 from teal_fast.files.vocabulary import (
@@ -43,7 +43,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = named.get("bos_token"), named.get("eos_token")
         if "bos_token" in named and self.bos_id is None:
             raise ValueError(
-                f"bos_token {names['bos_token']!r} is not in the vocabulary: correct tokenizer_config.json"
+                f"bos_token {short(names['bos_token'])} is not in the vocabulary: correct tokenizer_config.json"
             )
         self.eos_ids = stop_ids(vocabulary, ends | {"the vocabulary's EOS": vocabulary.eos}, template)
         self.vocab_size: int = max(vocabulary.ids.values()) + 1

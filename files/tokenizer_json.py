@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from teal_fast.files.decoding import json_decoder
-from teal_fast.files.store import parse_json, read_text
+from teal_fast.files.store import parse_json, read_text, short
 from teal_fast.files.vocabulary import Vocabulary, unreadable
 
 
@@ -50,7 +50,7 @@ def _add(library: Tokenizer, declared: dict[int, AddedToken], special: Iterable[
     library.add_tokens([*new.values()])
     for token, added in new.items():
         if (found := library.token_to_id(added.content)) != token:
-            raise ValueError(f"its next id is {found} where the files beside it give {token} to {added.content!r}")
+            raise ValueError(f"its next id is {found} where the files beside it give {token} to {short(added.content)}")
     known = {added.content for added in library.get_added_tokens_decoder().values()}
     named = [name for name in special if name not in known and library.token_to_id(name) is not None]
     library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in named])
