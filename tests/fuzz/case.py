@@ -105,6 +105,8 @@ class Case:
             self.answer.write_text(json.dumps(differs_from_transformers(folder, mutation.file, found)))
 
         ended = run_child(judge, self.place, seconds=60)
+        if ended.code and self.name.startswith("gguf"):  # it needs more metadata than a model has
+            return "same" if alike else "changed", ""
         if ended.code:
             alike = same(found, self.sound, only=("ids", "tokens"))  # ends and templates we may pass over
             return "same", "" if alike else "an answer, where transformers fails: " + ended.err.strip()[-200:]
@@ -117,8 +119,8 @@ class Case:
         """A folder that transformers can read and that has the mutated file; None where there is none."""
         if self.name in ("hf-tiktoken", "hf-mistral") and file.startswith(TOKENIZERS):
             return None  # a tokenizer.model alone transformers reads otherwise, or not without protobuf
-        if self.name.startswith("hf"):
-            return self.source
+        if self.name.startswith("hf") or (self.name.startswith("gguf") and self.name != "gguf-rope"):
+            return self.source  # of GGUF files transformers 5.23 does not read the rotary scaling
         if self.name.startswith("own") and file.startswith(TOKENIZERS):
             return self.source
         if self.name == "own-dense" and file == "config.json":
