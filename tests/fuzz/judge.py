@@ -37,7 +37,7 @@ def _write_floats(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     for fields in (config, config.get("rope_scaling"), config.get("rope_parameters")):
         for name in FLOATS.intersection(fields or ()):
-            if type(fields[name]) is int and fields[name] < 2**53:
+            if type(fields[name]) is int and fields[name] < 2**1000:
                 fields[name] = float(fields[name])
     path.write_text(json.dumps(config), encoding="utf-8")
 

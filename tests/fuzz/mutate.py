@@ -82,5 +82,6 @@ def mutate(rng: random.Random, source: Path) -> Mutation:
                 raise
             break
         at_odds = mutator in (mutate_header, mutate_length) and " swap " not in texts[-1]
-        sound = sound and not at_odds and not texts[-1].startswith("offset")
+        # New metadata are written with the whole file, tensors in their places.
+        sound = mutator == mutate_metadata or (sound and not at_odds and not texts[-1].startswith("offset"))
     return Mutation(path.name, "; ".join(texts), sound)
