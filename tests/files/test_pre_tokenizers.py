@@ -1,5 +1,10 @@
 """The words that each named pre-tokenizer makes: spelled out here, and against llama.cpp where it is installed."""
 
+import base64
+import json
+import unicodedata
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -13,8 +18,9 @@ TEXTS = [
     "Hello world", " Hello  world ", "it's we'LL they'Re I'D don't 'tis '' 'S", "1", "12", "123", "1234",
     "1234567 3.14 1,000,000 007", "x1y22z333 v1.2.3", "tabs\tand\t\tmore\n\n\n  end  \n", "\r\n\r\n \r\n a\rb",
     "   \n   \t  x", "def f(x):\n    return x**2  # done\n", "a/b\\c //path/to\n/x/\n\n",
-    "!?!... --- ***bold*** (((x)))\n\n", "$5 €5 £5 ¥ 50% #1 @me a+b=c <tag> ^~|`", "naïve café École façade Straße", "Привет МИР, как дела?",
-    "Ελληνικά ΟΔΟΣ", "日本語のテキスト、中文。한국어 텍스트", "ไทย ภาษาไทย", "हिन्दी में लिखा ১২৩ ४५६", "العربية، ١٢٣ نص",
+    "!?!... --- ***bold*** (((x)))\n\n", "$5 €5 £5 ¥ 50% #1 @me a+b=c <tag> ^~|`", "naïve café École façade Straße",
+    "Привет МИР, как дела?", "Ελληνικά ΟΔΟΣ", "日本語のテキスト、中文。한국어 텍스트", "ไทย ภาษาไทย",
+    "हिन्दी में लिखा ১২৩ ४५६", "العربية، ١٢٣ نص",
     "עברית שלום",
     "🙂👩‍👩‍👧🇨🇭 ✨ e🙂x", "Ⅳ ² ½ ①②③ ٣", "a\u00a0b\u2003c\u3000d\u200bx", "CamelCaseString HTTPServer iPhone A1B2",
     "\ufeffzero_width __init__ snake_case λ→∞", "#!/usr/bin/env <|x|> [1, 2]", "ΑΒΓ абв ABC 中1文2 é1",
