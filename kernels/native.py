@@ -86,26 +86,25 @@ def cache_folder() -> Path:
 def build(compiler: str, instructions: str) -> Path:
     """The shared library, compiled unless the cache has it: of these sources, this compiler, these instructions.
 
-    One that no longer loads, as after an update of what it is linked with, is compiled again.
+    One that is damaged or no longer loads, as after an update of what it is linked with, is compiled again.
     """
     command = [compiler, *FLAGS, *INSTRUCTIONS[instructions]]
     version = _run(compiler, "--version")
     key = hashlib.sha256("\n".join([*command, version, platform.machine()]).encode())
     for source in sorted(CSRC.iterdir()):
         key.update(source.read_bytes())
-    target = cache_folder() / f"{instructions}-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        try:
-            ctypes.CDLL(str(target))
-            return target
-        except OSError as error:
-            print(f"the compiled CPU kernels no longer load ({error})", file=sys.stderr)
+    folder, name = cache_folder(), f"{instructions}-{key.hexdigest()[:16]}"
+    for found in folder.glob(f"{name}-*.so"):
+        if _loads(found):
+            return found
+        print(f"{found} no longer loads", file=sys.stderr)
+        found.unlink(missing_ok=True)
     print(f"compiling the CPU kernels for {instructions}, once: some seconds", file=sys.stderr)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        linked, objects = Path(scratch, target.name), [str(Path(scratch, f"{name}.o")) for name in SOURCES]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        linked, objects = Path(scratch, f"{name}.so"), [str(Path(scratch, f"{source}.o")) for source in SOURCES]
         with ThreadPoolExecutor() as pool:
-            sources = (str(CSRC / f"{name}.cpp") for name in SOURCES)
+            sources = (str(CSRC / f"{source}.cpp") for source in SOURCES)
             list(pool.map(lambda source, out: _run(*command, "-c", source, "-o", out), sources, objects))
         # Not linked with OpenMP: the library that PyTorch has loaded serves, so that there is one pool of threads.
         undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
@@ -115,8 +114,19 @@ def build(compiler: str, instructions: str) -> Path:
         except OSError:  # this PyTorch has none to offer
             _run(compiler, "-shared", "-fopenmp", *objects, "-o", str(linked))
             ctypes.CDLL(str(linked))  # the cache gets nothing that can't be loaded
-        linked.replace(target)
-    return target
+        return linked.replace(folder / f"{name}-{_digest(linked)}.so")
+
+
+def _loads(path: Path) -> bool:
+    """Whether a cached library can be used; half a file would end the process, so that its bytes are checked first."""
+    try:
+        return path.stem.endswith(_digest(path)) and bool(ctypes.CDLL(str(path)))
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _run(*command: str) -> str:

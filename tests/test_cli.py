@@ -26,6 +26,12 @@ def finish(body: str) -> subprocess.CompletedProcess:
         ("open('/nowhere/file')", 1, "error: [Errno 2] No such file or directory: '/nowhere/file'\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
         ("raise BrokenPipeError", 1, ""),
+        (
+            "import torch; torch.empty(1 << 50, dtype=torch.uint8)",
+            1,
+            "error: out of memory (1,125,899.9 GB more were refused): take shorter texts, a narrower type (--dtype) or "
+            "another --device\n",
+        ),
     ],
 )
 def test_run_ends_in_one_line(body, code, said):
@@ -33,8 +39,9 @@ def test_run_ends_in_one_line(body, code, said):
     assert (done.returncode, done.stderr) == (code, said)
 
 
-def test_run_does_not_hide_our_own_mistakes():
-    assert "Traceback" in finish("raise AssertionError").stderr
+@pytest.mark.parametrize("mistake", ["AssertionError", "RuntimeError('shapes')"])
+def test_run_does_not_hide_our_own_mistakes(mistake):
+    assert "Traceback" in finish(f"raise {mistake}").stderr
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,7 @@ def test_run_does_not_hide_our_own_mistakes():
         (cli.probability, {"0": 0, "1": 1}, ["1.1", "-1", "nan"]),
         (cli.temperature, {"0": 0, "2.5": 2.5}, ["-1", "inf", "nan"]),
         (cli.positive_int, {"1": 1, "20": 20}, ["0", "-3", "1.5", "x"]),
+        (cli.count, {"0": 0, "20": 20}, ["-1", "1.5", "x", ""]),
     ],
 )
 def test_argument_types(parse, good, bad):
