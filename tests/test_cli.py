@@ -1,15 +1,19 @@
 import argparse
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from teal_fast import cli
+from teal_fast import calibrate, cli, generate, quantize
+from teal_fast import eval as evaluate
 from teal_fast.calibration.probe import POINTS
 from teal_fast.files.calibration import CALIBRATION, SHIPPED
 from teal_fast.files.checkpoint import CONFIG, WEIGHTS
+from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.paths import ROOT
+from teal_fast.tests.models import write_llama
 
 
 def finish(body: str) -> subprocess.CompletedProcess:
@@ -100,3 +104,40 @@ def test_the_demo_comes_with_a_calibration(demo, tmp_path):
     shipped = cli.open_calibration(bare, prepare=False)
     assert (shipped.origin["method"], shipped.origin["tokens"]) == ("measured", "16384")
     assert cli.open_calibration(bare, SHIPPED, prepare=False).curves.keys() == shipped.curves.keys()
+
+
+@pytest.fixture(scope="module")
+def small_table(demo, tmp_path_factory):
+    """A checkpoint of 1,000 embeddings with the demo's tokenizer of 49,152 tokens; a text and a task of larger ids."""
+    folder = tmp_path_factory.mktemp("table")
+    convert_huggingface(write_llama(folder / "hf", demo, 128, 256, 1, vocab_size=1000), folder / "small", None)
+    (folder / "text.txt").write_text("Call me Ishmael. " * 50)
+    (folder / "task.jsonl").write_text('{"ctx": "Call me", "cont": " Ishmael"}\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "module, arguments",
+    [
+        (generate, ("--prompt", "Call me Ishmael")),
+        (generate, ("--prompt", "Call me Ishmael", "--chat")),
+        (calibrate, ("--corpus", "text.txt", "--out", "new.safetensors")),
+        (evaluate, ("--text", "text.txt", "--context", 16, "--sparsity", 0)),
+        (evaluate, ("--tasks", "task", "--task_data", ".", "--sparsity", 0)),
+        (evaluate, ("--text", "text.txt", "--baseline", "wanda", "--wanda_text", "text.txt", "--context", 16)),
+        (quantize, ("--calibrated", "--corpus", "text.txt", "--out", "new")),
+    ],
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else " ".join(map(str, value)),
+)
+def test_a_token_without_embedding_is_one_line(small_table, module, arguments, run_main, monkeypatch):
+    monkeypatch.chdir(small_table)
+    code, _, errors = run_main(module.main, "--checkpoint", small_table / "small", *arguments)
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(said) == 1 and "Traceback" not in errors
+    assert re.match(r"error: token id \d{4,5} is outside the model's vocabulary of 1000: leave that token out", said[0])
+    assert not list(small_table.glob("new*"))
+
+
+def test_a_prompt_of_known_tokens_is_answered(small_table, run_main):
+    code, text, errors = run_main(generate.main, "--checkpoint", small_table / "small", "--prompt", "a", "--top_k", 0)
+    assert (code, text[:1]) == (0, "a"), errors
