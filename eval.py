@@ -3,7 +3,9 @@
     python eval.py --checkpoint demo --text data/evaluation --sparsity 0 0.25 0.4 0.5
     python eval.py --checkpoint demo --tasks hellaswag piqa --task_data data/tasks --limit 200 --sparsity 0 0.4
 
-For perplexity the text is tokenized whole and cut into windows; the first position of a window is not scored.
+For perplexity the text is tokenized whole and cut into windows; the first position of a window is not scored. BOS
+stands where the tokenizer puts it, at the start of a document, not of a window. docs/usage.md says how the perplexities
+of llama.cpp and lm-evaluation-harness differ.
 `--prefill` chooses the tokens of a window that are sparse: full, all but the first (an attention sink); half, the
 second half, as TEAL's release does; dense, none. In a task (evaluation/tasks.py) it chooses those of the context; the
 continuation is always sparse, as decoded tokens are. This choice moves a score as much as the calibration method does,
