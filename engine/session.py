@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Session:
     """Answers prompts one after another with the same settings.
 
     chat: the messages so far, at first the system's or none; None where each prompt is a text of its own. seed: of the
-    next answer; it counts up.
+    next answer; it counts up. stop: strings that end an answer, besides the engine's stop tokens.
     """
 
     engine: Engine
@@ -32,26 +32,32 @@ class Session:
     max_new_tokens: int
     seed: int
     chat: list[Message] | None
+    stop: Sequence[str] = ()
 
-    def answer(self, prompt: list[int], sample: Sample) -> None:
-        """Prints the answer's text as it comes; what there is of it and of the sample survives Ctrl-C.
+    def answer(self, prompt: list[int], sample: Sample) -> str:
+        """Prints the answer's text as it comes, and returns it; what there is of the sample survives Ctrl-C.
 
         An answer that ends because the context is full says so: it is shorter than was asked for.
         """
         new_tokens = min(self.max_new_tokens, self.engine.context - len(prompt))
         request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed)
         self.seed += 1
-        text, stream = TextStream(self.tokenizer), self.engine.stream(request)
+        text, stream, pieces = TextStream(self.tokenizer, prompt, self.stop), self.engine.stream(request), []
         try:
             for token in sample.watch(stream):
-                print(text.push(token), end="", flush=True)
+                pieces.append(text.push(token))
+                print(pieces[-1], end="", flush=True)
+                if text.stopped:
+                    break
         finally:
             stream.close()
-            print(text.flush(), flush=True)
+            pieces.append(text.flush())
+            print(pieces[-1], flush=True)
         sample.cut = not text.stopped and token.finish_reason == "length" and new_tokens < self.max_new_tokens
         if sample.cut:
             length = f"{new_tokens} of {self.max_new_tokens} tokens"
             print(f"the context of {self.engine.context} tokens is full: cut after {length}", file=sys.stderr)
+        return "".join(pieces)
 
     @contextmanager
     def counted(self, sample: Sample) -> Iterator[None]:
@@ -72,12 +78,11 @@ class Session:
         sample = Sample(len(prompt))
         try:
             with self.counted(sample):
-                self.answer(prompt, sample)
+                answer = self.answer(prompt, sample)
         except KeyboardInterrupt:
             return sample
         if messages is not None:
-            ids = [token.id for token in sample.tokens]
-            self.chat = [*messages, _message("assistant", self.tokenizer.decode(ids))]
+            self.chat = [*messages, _message("assistant", answer)]
         return sample
 
     def _fit(self, text: str) -> tuple[list[int], list[Message] | None]:
@@ -128,7 +133,8 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "mode": engine.step.mode,
         "prompt_tokens": samples[-1].prompt_tokens,
         "new_tokens": [len(sample.tokens) for sample in samples],
-        "finish_reason": samples[-1].tokens[-1].finish_reason,
+        "finish_reason": samples[-1].tokens[-1].finish_reason or "stop",  # none of its own at a stop string
+        "stop_ids": sorted(engine.stop),
         "cut_by_context": sum(sample.cut for sample in samples),  # how many: not by max_new_tokens
         "first_token_s": samples[0].first_token_s,  # later samples find the prompt in the cache
         "tokens_per_s": statistics.median(rates or [0.0]),
