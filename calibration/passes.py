@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from teal_fast.calibration.probe import observe
-from teal_fast.files.store import new_file, open_safetensors
+from teal_fast.files.store import check_writable, new_file, open_safetensors
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
 
@@ -31,6 +31,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, about: dict):
+        check_writable(path)
         self.path, self.about = path, json.dumps(about)
         self.tensors = self._read() if path.exists() else {}
 
