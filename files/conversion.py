@@ -17,7 +17,7 @@ from teal_fast.files.load import load_model
 from teal_fast.files.store import is_finite, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import ModelArgs, Transformer
-from teal_fast.sparse_model import SPARSE_WEIGHT
+from teal_fast.sparse_model import SPARSE_WEIGHT, dtype_name
 
 
 def write_weights(
@@ -58,12 +58,18 @@ def write_weights(
 def check_opens(folder: Path) -> None:
     """Opens a converted folder as later commands do: tokenizer, config, weights, and the dense pass of one token.
 
-    Raises ValueError or FileNotFoundError. The pass reads all weights once, memory-mapped, most likely while they still
-    are in the system's cache; above them it takes one layer's weight in fp32.
+    Raises ValueError or FileNotFoundError. The pass reads all weights once, memory-mapped, while most of them still lie
+    in the system's cache; besides them it takes one layer's weight in fp32.
     """
-    Tokenizer.load(folder).encode("a")
-    if not is_finite(load_model(folder)(torch.tensor([[0]]))):
-        raise ValueError("the converted model computes NaN or inf in its stored type: try another --dtype")
+    try:
+        Tokenizer.load(folder).encode("a")
+    except (ValueError, OSError) as error:
+        found = str(error).removeprefix(f"{folder}: ").replace(f"{folder}/", "")  # its name for now
+        raise ValueError(f"the model's tokenizer does not open: {found}") from error
+    model = load_model(folder)
+    if not is_finite(model(torch.tensor([[0]]))):
+        name = dtype_name(model)
+        raise ValueError(f"the converted model computes NaN or inf in {name}: convert with another --dtype")
 
 
 def _part_rows(args: ModelArgs, name: str, shape: torch.Size, parts: int) -> tuple[int, ...]:

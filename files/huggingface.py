@@ -51,7 +51,7 @@ QUANTIZED_NAMES = {  # how names of a quantized layer's tensors end, and by what
     ".SCB": "bitsandbytes",
     ".absmax": "bitsandbytes",
     ".weight_scale_inv": "FP8",
-    ".weight_scale": "FP8",
+    ".weight_scale": "FP8 or compressed-tensors",
     ".scales": "MLX",
 }
 
@@ -147,10 +147,11 @@ def check_floats(source: Path, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError unless all tensors are floats; of quantized ones their names tell what quantized them."""
     other = next((name for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values()), None)
     if other is not None:
+        dtype = str(tensors[other].dtype)
         signs = [method for end, method in QUANTIZED_NAMES.items() if any(name.endswith(end) for name in tensors)]
-        method = signs[0] if signs else "FP8" if "float8" in str(tensors[other].dtype) else "something"
-        found = f"{short(other)} in {tensors[other].dtype}, expected {', '.join(DTYPES)}"
-        raise ValueError(f"{source} holds {found}, so that {method} seems to have quantized it: {INSTEAD}")
+        method = next(iter(signs), "something" if any(kind in dtype for kind in ("int", "float8", "float4")) else None)
+        todo = f"it seems that {method} quantized them; {INSTEAD}" if method else "store the weights in one of these"
+        raise ValueError(f"{source} holds {short(other)} in {dtype}, expected {', '.join(DTYPES)}: {todo}")
 
 
 def tie(tensors: dict[str, Tensor], dtype: torch.dtype) -> bool:

@@ -250,6 +250,72 @@ def test_quantized_weights_are_refused(damaged, tmp_path, dtype):
     refuses(damaged, tmp_path, "mlp.up_proj.weight' in torch.int8, expected bf16, fp16, fp32", dtype)
 
 
+INT, BYTE, HALF, FP8 = torch.int32, torch.uint8, torch.float16, torch.float8_e4m3fn
+LAYERS = {  # what stands in the place of a layer's weight, by what quantized it
+    "GPTQ": {"qweight": INT, "qzeros": INT, "scales": HALF, "g_idx": INT},
+    "GPTQ or AWQ": {"qweight": INT, "qzeros": INT, "scales": HALF},
+    "compressed-tensors": {"weight_packed": INT, "weight_scale": HALF, "weight_shape": torch.int64},
+    "bitsandbytes": {"weight": BYTE, "weight.absmax": torch.float32, "weight.quant_map": torch.float32},
+    "FP8": {"weight": FP8, "weight_scale_inv": torch.float32},
+    "FP8 or compressed-tensors": {"weight": torch.int8, "weight_scale": HALF},
+    "MLX": {"weight": torch.uint32, "scales": HALF, "biases": HALF},
+    "something": {"weight": FP8},
+}
+
+
+@pytest.mark.parametrize("method", LAYERS)
+def test_quantized_weights_that_no_field_tells_of_are_refused(damaged, tmp_path, method):
+    layer = f"{PREFIX}mlp.up_proj"
+
+    def alter(tensors):
+        del tensors[f"{layer}.weight"]
+        tensors |= {f"{layer}.{name}": torch.zeros(8, 8, dtype=dtype) for name, dtype in LAYERS[method].items()}
+
+    change(damaged, alter)
+    refuses(damaged, tmp_path, f"it seems that {method} quantized them; convert the unquantized model")
+
+
+def test_wider_floats_are_not_taken_for_quantized(damaged, tmp_path):
+    change(damaged, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].double()}))
+    refuses(damaged, tmp_path, "'lm_head.weight' in torch.float64, expected bf16, fp16, fp32: store the weights")
+
+
+def test_a_quantized_model_is_refused_before_its_weights_are_read(command, damaged, tmp_path):
+    config = json.loads((damaged / CONFIG).read_text())
+    (damaged / CONFIG).write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    (damaged / WEIGHTS).write_bytes(b"")
+    done = command("scripts.convert_hf_checkpoint", damaged, "--out", tmp_path / "out")
+    fails(done, "AWQ (4 bits) quantized the weights: convert the unquantized model that it was made from")
+    assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 190
+
+
+# --- the end
+
+
+def test_what_no_command_could_open_is_not_left(damaged, tmp_path):
+    """A tokenizer that is none, and weights whose products are out of range."""
+    (damaged / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    refuses(damaged, tmp_path, "tokenizer.json")
+    write_tokenizer(damaged)
+    (damaged / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
+    with pytest.raises(ValueError, match="'<none>' is not in the vocabulary"):
+        convert_huggingface(damaged, tmp_path / "out", None)
+    (damaged / "tokenizer_config.json").unlink()
+    change(damaged, lambda tensors: [tensor.mul_(3e4) for name, tensor in tensors.items() if "mlp" in name])
+    with pytest.raises(
+        ValueError, match="the converted model computes NaN or inf in fp16: convert with another --dtype"
+    ):
+        convert_huggingface(damaged, tmp_path / "out", torch.float16)
+    assert sorted(os.listdir(tmp_path)) == ["model", "parent"]
+    convert_huggingface(damaged, tmp_path / "out", torch.bfloat16)
+
+
+def test_a_model_without_tokenizer_is_refused_before_the_work(damaged, tmp_path):
+    (damaged / "tokenizer.json").unlink()
+    (damaged / WEIGHTS).write_bytes(b"")
+    refuses(damaged, tmp_path, "has no tokenizer.json or tokenizer.model: copy them from the original model")
+
+
 # --- bad input
 
 
