@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from teal_fast import calibrate, cli, generate, quantize
 from teal_fast import eval as evaluate
@@ -141,3 +142,53 @@ def test_a_token_without_embedding_is_one_line(small_table, module, arguments, r
 def test_a_prompt_of_known_tokens_is_answered(small_table, run_main):
     code, text, errors = run_main(generate.main, "--checkpoint", small_table / "small", "--prompt", "a", "--top_k", 0)
     assert (code, text[:1]) == (0, "a"), errors
+
+
+@pytest.mark.parametrize(
+    "module, arguments, what, todo",
+    [
+        (generate, ("--prompt", "a b c"), "for a prompt of 3 tokens and its answer ", "shorten the prompt"),
+        (
+            calibrate,
+            ("--corpus", "text.txt", "--context", 64),
+            "for calibrating on sequences of 64 tokens ",
+            "lower --con",
+        ),
+        (
+            evaluate,
+            ("--text", "text.txt", "--context", 16, "--sparsity", 0),
+            "for windows of 16 tokens ",
+            "lower --context",
+        ),
+        (evaluate, ("--tasks", "task", "--task_data", ".", "--sparsity", 0), "", "take shorter texts, a narrower type"),
+        (
+            quantize,
+            ("--calibrated", "--corpus", "text.txt", "--out", "new"),
+            "for the hidden states of ",
+            "lower --tokens",
+        ),
+    ],
+    ids=["generate", "calibrate", "eval", "tasks", "quantize"],
+)
+def test_memory_that_is_refused_is_one_line(even, small_table, module, arguments, what, todo, run_main, monkeypatch):
+    """The allocator really refuses, in the first layer; the line says what was asked for and what to lower."""
+    monkeypatch.chdir(small_table)
+    monkeypatch.setattr("teal_fast.model.Attention.forward", lambda *given: torch.empty(1 << 50, dtype=torch.uint8))
+    if module is quantize:
+        monkeypatch.setattr("teal_fast.quantize.open_calibration", lambda *given: None)
+    code, _, errors = run_main(module.main, "--checkpoint", even, *arguments)
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(said) == 1 and "Traceback" not in errors
+    assert said[0].startswith(f"error: out of memory {what}") and f" GB more were refused): {todo}" in said[0]
+
+
+def test_weights_that_do_not_fit_are_one_line(tiny, run_main, monkeypatch):
+    def refused(*given):
+        raise MemoryError
+
+    monkeypatch.setattr("teal_fast.files.load.check_finite", refused)
+    code, _, errors = run_main(generate.main, "--checkpoint", tiny, "--dtype", "bf16")
+    assert code == 1 and errors.splitlines()[-1] == (
+        f"error: out of memory for the weights of {tiny} on cpu (more was refused): take a quantized copy "
+        "(quantize.py), a narrower type (--dtype bf16) or another --device"
+    )
