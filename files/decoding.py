@@ -71,13 +71,15 @@ def json_decoder(decoder: dict[str, Any] | None, pre_tokenizer: dict[str, Any] |
             return lambda token: f" {token}".encode(), without_a_space
     if "ByteLevel" in steps and steps.keys() <= {"ByteLevel", "ByteFallback", "Fuse"}:
         return byte_level(), unchanged
-    space = steps.get("Replace", {"pattern": {"String": "▁"}})["pattern"].get("String")
-    if space != "▁" or not steps.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+    spaces = {steps.get("Replace", {"pattern": {"String": "▁"}})["pattern"].get("String")}
+    spaces.add(steps.get("Metaspace", {}).get("replacement", "▁"))
+    if spaces != {"▁"} or not steps.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         raise ValueError(f"its decoder is {'+'.join(steps)}, known are ByteLevel and sentencepiece's")
+    to_bytes = piece_bytes if decoder is None or "ByteFallback" in steps else text_bytes
     if "Metaspace" in steps and steps["Metaspace"].get("prepend_scheme") != "never":
-        return piece_bytes, without_spaces  # as tokenizers 0.23 does: all spaces of the first token
+        return to_bytes, without_spaces  # as tokenizers 0.23 does: all spaces of the first token
     strips = "Strip" in steps and steps["Strip"]["start"] > 0
-    return piece_bytes, without_a_space if strips else unchanged
+    return to_bytes, without_a_space if strips else unchanged
 
 
 _REVERSIBLE = ("ByteLevel", "Metaspace")
@@ -97,5 +99,9 @@ def byte_level() -> ToBytes:
 
 def piece_bytes(piece: str) -> bytes:
     """A sentencepiece token: a byte written <0x0A>, or text with ▁ for spaces."""
-    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
-    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+    byte = piece.startswith("<0x") and re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else text_bytes(piece)
+
+
+def text_bytes(piece: str) -> bytes:
+    return piece.replace("▁", " ").encode()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import CONFIG
-from teal_fast.files.conversion import write_weights
+from teal_fast.files.conversion import check_opens, write_weights
 from teal_fast.files.gguf_tokenizer import write_tokenizer
-from teal_fast.files.store import new_folder, short
+from teal_fast.files.store import check_new, new_folder, short
 
 NAMES = {
     "tok_embeddings": ("token_embd",),
@@ -231,10 +231,11 @@ def convert_gguf(
     rope_scaling: str | None = None,
     rope_theta: float | None = None,
 ) -> None:
-    """Writes the checkpoint folder `out`, whole or not at all.
+    """Writes the checkpoint folder `out`, whole or not at all; at the end it is opened, see `check_opens`.
 
     What a converter left out may be given: `pre`, the name of the pre-tokenizer, and the rotary settings.
     """
+    check_new(out)
     reader = open_gguf(source)
     config = to_config(reader, rope_scaling, rope_theta)
     args = model_args(config)
@@ -255,3 +256,5 @@ def convert_gguf(
         write_tokenizer(reader, folder, pre)
         del reader  # its metadata, an object for each token, is larger than some models
         write_weights(folder, args, NAMES, shapes, read, dtype)
+        tensors.clear()  # the source's pages need not be in memory beside the copy's
+        check_opens(folder)

@@ -51,7 +51,7 @@ def stop_ids(vocabulary: Vocabulary, declared: dict[str, Any], template: str | N
 def _id(entry: Any, ids: dict[str, int]) -> int | None:
     entry = entry.get("content", entry.get("id")) if isinstance(entry, dict) else entry
     if isinstance(entry, str):
-        return ids.get(entry, int(entry) if re.fullmatch("[0-9]{1,9}", entry) else None)
+        return int(entry) if re.fullmatch("[0-9]{1,9}", entry) else ids.get(entry)
     if isinstance(entry, bool) or not isinstance(entry, int | float):
         return None
     return int(entry) if entry >= 0 and float(entry).is_integer() else None

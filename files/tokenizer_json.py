@@ -19,7 +19,7 @@ def load_json(path: Path, declared: dict[int, AddedToken], special: Iterable[str
         to_bytes, first = json_decoder(described.get("decoder"), described.get("pre_tokenizer"))
         library.no_truncation()  # a file may ask for either; a prompt is neither cut nor filled up
         library.no_padding()
-        if not library.get_vocab():
+        if not library.get_vocab_size():
             raise ValueError("its vocabulary is empty")
         _add(library, declared, special)
         probe = library.encode("a")  # shows what the post-processor puts before a text

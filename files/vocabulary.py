@@ -45,15 +45,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
     """The tokens that tokenizer_config.json adds to the tokenizer's file by id, or else added_tokens.json."""
-    name, declared = "tokenizer_config.json", settings.get("added_tokens_decoder")
+    name, kind, declared = "tokenizer_config.json", "added_tokens_decoder", settings.get("added_tokens_decoder")
     try:
         if declared is None:
-            name, special = "added_tokens.json", special_names(settings)
+            name, kind, special = "added_tokens.json", "list of added tokens", special_names(settings)
             texts = read_optional(folder / name).items()
             declared = {token: {"content": text, "special": text in special} for text, token in texts}
         return {_id(token): _added(entry) for token, entry in declared.items() if entry["content"]}
     except (AttributeError, KeyError, TypeError) as error:
-        raise unreadable(folder / name, "list of added tokens", error) from error
+        raise unreadable(folder / name, kind, error) from error
 
 
 def special_names(settings: dict[str, Any]) -> set[str]:
@@ -65,7 +65,8 @@ def special_names(settings: dict[str, Any]) -> set[str]:
 
 
 def content(value: Any) -> str | None:
-    """The text of a token that a JSON file gives as text or as an object with its flags; None for anything else."""
+    """The text of a token that a JSON file gives as text, as an object with its flags, or as the first of a list."""
+    value = value[0] if isinstance(value, list) and value else value
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 

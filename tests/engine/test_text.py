@@ -5,8 +5,9 @@ import random
 import pytest
 
 from teal_fast.engine.request import Token
-from teal_fast.engine.text import TextStream, stream_text
+from teal_fast.engine.text import TextStream, split_stops, stream_text
 from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.tests.files.made_tokenizers import train_sentencepiece, write
 
 TEXT = "Call me Ishmael. Some years ago — never mind how long précisément — 日本語 🐳 aaaaab\n\nabab abac"
 
@@ -49,6 +50,20 @@ def test_nothing_certain_is_held_back(tokenizer):
     for token in as_tokens(tokenizer.encode("a buzz of bees")):
         text += stream.push(token)
     assert text == "a buzz of bees"[: len(text)] and len(text) >= len("a buzz of bees") - 4
+
+
+def test_the_text_goes_on_from_its_prompt(tmp_path):
+    tokenizer = Tokenizer.load(write(tmp_path, {"tokenizer.model": train_sentencepiece()}))
+    prompt, whole = tokenizer.encode("In 2024"), tokenizer.encode("In 2024 people paid")
+    tokens = as_tokens(whole[len(prompt) :])
+    assert "".join(stream_text(tokens, tokenizer, prompt)) == " people paid"
+    assert "".join(stream_text(tokens, tokenizer, ())) == "people paid"
+    assert "".join(stream_text(tokens, tokenizer, prompt, [" paid"])) == " people"
+
+
+def test_what_ends_an_answer_is_a_token_or_a_text(tokenizer):
+    assert split_stops(tokenizer, ["<|im_start|>", "ago", "<file_sep>", "The"]) == ({1, 5}, ("ago", "The"))
+    assert split_stops(tokenizer, []) == (set(), ())
 
 
 def test_a_stop_token_has_no_text(tokenizer):
