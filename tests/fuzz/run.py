@@ -53,7 +53,8 @@ def run_cases(numbers: list[int], seed: int, bases: Path, sound: dict[str, dict]
             file.write(json.dumps(record) + "\n")
             file.flush()
             if record["fault"]:
-                print(json.dumps(record, ensure_ascii=False), file=sys.stderr, flush=True)
+                again = f"python -m teal_fast.tests.fuzz.run --seed {seed} --only {number}"
+                print(json.dumps(record | {"again": again}, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
 def spread(numbers: list[int], jobs: int, *rest) -> list[dict]:
