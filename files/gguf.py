@@ -44,6 +44,7 @@ ROPE_SCALINGS = ("llama3", "none")  # what may be given where the file says noth
 # By id: what files hold that llama.cpp reads no longer (ggml/include/ggml.h).
 REMOVED_TYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
 REMOVED_TYPES |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+FIXED_KEYS = {"attention.causal": True, "rope.scaling.attn_factor": 1.0}  # what llama.cpp reads for every model
 TOKENS = "tokenizer.ggml.tokens"
 VALUES_AT_ONCE = 2**22  # dequantized at a time: 16 MB of fp32, where an embedding table may take gigabytes
 
@@ -130,10 +131,9 @@ def to_config(
 
     `rope_scaling`, one of ROPE_SCALINGS, and `rope_theta` count instead of what the file says or leaves out.
     """
-    if (parts := find_value(reader, "split.count", int, 1)) > 1:
-        raise ValueError(f"the GGUF file is one of {parts} parts: join them with llama.cpp's llama-gguf-split --merge")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     architecture = find_value(reader, "general.architecture", str)
+    check_supported(reader, architecture)
     value = partial(find_value, reader)
     vocab_size = len(value(TOKENS, list))
     dim = value(f"{architecture}.embedding_length", int)
@@ -159,9 +159,16 @@ def to_config(
     if 0 <= (eos := value("tokenizer.ggml.eos_token_id", int, -1)) < vocab_size:
         config["eos_token_id"] = eos
     config["rope_theta"] = find_theta(reader, architecture) if rope_theta is None else rope_theta
-    if scaling := find_scaling(reader, config, tensors.get(ROPE_FACTORS), rope_scaling):
-        config["rope_scaling"] = scaling
-    return config
+    scaling = find_scaling(reader, config, tensors.get(ROPE_FACTORS), rope_scaling)
+    return config | ({"rope_scaling": scaling} if scaling else {})
+
+
+def check_supported(reader: gguf.GGUFReader, architecture: str) -> None:
+    if (parts := find_value(reader, "split.count", int, 1)) > 1:
+        raise ValueError(f"the GGUF file is one of {parts} parts: join them with llama.cpp's llama-gguf-split --merge")
+    for key, fixed in FIXED_KEYS.items():
+        if (found := find_value(reader, f"{architecture}.{key}", type(fixed), fixed)) != fixed:
+            raise ValueError(f"the GGUF metadata has {architecture}.{key} {found}, expected {fixed}")
 
 
 def find_theta(reader: gguf.GGUFReader, architecture: str) -> float:

@@ -90,7 +90,13 @@ def write_gguf(path, model, kind=Type.F32, extra=None, metadata=None, vocabulary
     }
     if config.rope_parameters["rope_type"] == "linear":
         fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_parameters["factor"]}
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for name, value in (fields | (metadata or {})).items():
         if value is not None:
             add[type(value)](name if name.startswith("split.") else f"{config.model_type}.{name}", value)
