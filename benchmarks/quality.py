@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of records, to which these are added")
     options = parser.parse_args()
     check_records_path(options.out)
-
+    records = read_records(options.out) if options.out and options.out.exists() else []
     opened = open_model(
         options.checkpoint, options.device, options.dtype, calibrated=False, prepare=not options.no_prepare
     )
@@ -102,7 +102,6 @@ def main() -> None:
         "text": [path.name for path in options.text],
         "protocol": f"context {options.context}, {len(windows)} windows, prefill {options.prefill}",
     }
-    records = read_records(options.out) if options.out and options.out.exists() else []
     runs = 1 + len(options.sparsity) * len(calibrations)
     with tqdm(total=runs * len(windows) * options.context, desc="evaluating", unit="token") as progress:
         for layer in sparse_layers(model).values():

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import CONFIG
-from teal_fast.files.conversion import write_weights
+from teal_fast.files.conversion import check_opens, write_weights
 from teal_fast.files.gguf_tokenizer import write_tokenizer
-from teal_fast.files.store import new_folder
+from teal_fast.files.store import check_new, new_folder
 
 NAMES = {
     "tok_embeddings": ("token_embd",),
@@ -129,7 +129,8 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
 
 
 def convert_gguf(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Writes the checkpoint folder `out`, whole or not at all."""
+    """Writes the checkpoint folder `out`, whole or not at all; at the end it is opened, see `check_opens`."""
+    check_new(out)
     reader = open_gguf(source)
     config = to_config(reader)
     args = model_args(config)
@@ -150,3 +151,5 @@ def convert_gguf(source: Path, out: Path, dtype: torch.dtype) -> None:
         write_tokenizer(reader, folder)
         del reader  # its metadata, an object for each token, is larger than some models
         write_weights(folder, args, NAMES, shapes, read, dtype)
+        tensors.clear()  # the source's pages need not be in memory beside the copy's
+        check_opens(folder)

@@ -124,8 +124,8 @@ def check_layout(path: Path, expected: dict[str, Tensor], found: dict[str, tuple
         if name in fixed and dtype != SAFETENSORS_DTYPES[parameter.dtype]:
             raise ValueError(f"{path}: {name} is {dtype}, expected {SAFETENSORS_DTYPES[parameter.dtype]}: {AGAIN}")
         if name not in fixed and (dtype != usual or dtype not in floats):
-            wanted = f"{usual} as most others are" if usual in floats else " or ".join(floats)
-            raise ValueError(f"{path}: {name} is {dtype}, expected {wanted}: {AGAIN}")
+            types = f"{usual} as most others are" if usual in floats else " or ".join(floats)
+            raise ValueError(f"{path}: {name} is {dtype}, expected {types}: {AGAIN}")
         if list(shape) != list(parameter.shape):
             called_for = f"config.json calls for {list(parameter.shape)}"
             raise ValueError(f"{path}: {name} is {short(list(shape))}, {called_for}: {AGAIN}")

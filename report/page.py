@@ -17,7 +17,7 @@ from shlex import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from teal_fast.cli import add_model_arguments, open_calibration, open_checkpoint, pick_device, run
-from teal_fast.evaluation.record import read_records, write_records
+from teal_fast.evaluation.record import read_records, reading_records, write_records
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.paths import ROOT
 from teal_fast.files.store import check_writable, new_file
@@ -241,13 +241,14 @@ def main() -> None:
         device = pick_device(options.device)
         calibration = open_calibration(folder, None, device, not options.no_prepare)
         write_records(activations, [measure_checkpoint(folder, calibration, device, options.dtype)])
-    record = read_activations(activations, folder)
-    records = [other for other in records if other.get("model") == record["model"]]
-    own = [
-        *activation_sections(record),
-        *(make(records, options.checkpoint) for make in (quality_section, table_section)),
-    ]
-    html = page(record, own)
+    with reading_records(activations, options.results):
+        record = read_activations(activations, folder)
+        records = [other for other in records if other.get("model") == record["model"]]
+        own = [
+            *activation_sections(record),
+            *(make(records, options.checkpoint) for make in (quality_section, table_section)),
+        ]
+        html = page(record, own)
     with new_file(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
     print(f"wrote {out}: {len(html) / 1e6:.1f} MB")

@@ -254,6 +254,8 @@ def main() -> None:
     folder, device = open_checkpoint(options.checkpoint, not options.no_prepare), pick_device(options.device)
     out = options.out or default_path(folder)
     check_writable(out)
+    if options.figures:
+        check_writable(options.figures / "any.svg")
     calibration = open_calibration(folder, options.calibration, device, not options.no_prepare)
     settings = Settings(tuple(options.corpus), tuple(options.sparsity), options.tokens, options.context, options.seed)
     record = measure_checkpoint(folder, calibration, device, options.dtype, settings)

