@@ -54,4 +54,4 @@ def _id(entry: Any, ids: dict[str, int]) -> int | None:
         return int(entry) if re.fullmatch("[0-9]{1,9}", entry) else ids.get(entry)
     if isinstance(entry, bool) or not isinstance(entry, int | float):
         return None
-    return int(entry) if entry >= 0 and float(entry).is_integer() else None
+    return int(entry) if entry >= 0 and (isinstance(entry, int) or entry.is_integer()) else None
