@@ -80,6 +80,8 @@ def _be_child(work: Callable[[], None], temporary: Path, out: Path, err: Path) -
     try:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (as long as the process)
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         faulthandler.enable(2)
         os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
