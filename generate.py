@@ -25,6 +25,7 @@ from teal_fast.engine.prefill import compiled_prefill, prefill
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
 from teal_fast.engine.steps import PlainStep, fast_step
+from teal_fast.engine.text import split_stops
 from teal_fast.evaluation.record import describe
 from teal_fast.files.store import check_writable
 from teal_fast.sparse_model import format_of
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_k", type=positive_int, default=200, help="draw among the K likeliest (default: 200)")
     parser.add_argument("--top_p", type=probability, help="draw among the likeliest that make up P")
     parser.add_argument("--min_p", type=probability, help="drop tokens less likely than P times the likeliest")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="also end at this text or token")
     parser.add_argument("--seed", type=int, default=1234, help="of the first text, the next ones count up from it")
     parser.add_argument("--compile", action="store_true", help="the default, accepted as gpt-fast's flag")
     parser.add_argument("--eager", action="store_true", help="decode by plain PyTorch, without CUDA graph and C++")
@@ -124,16 +126,20 @@ def main() -> None:
         context = cache_length(model, tokens + options.max_new_tokens)
     step = PlainStep if options.eager else fast_step
     read_prompt = compiled_prefill() if options.compile_prefill else prefill
-    engine = Engine(model, opened.calibration, tokenizer.eos_ids, context, step, read_prompt)
+    stop_ids, stop_strings = split_stops(tokenizer, options.stop)
+    engine = Engine(model, opened.calibration, tokenizer.eos_ids | stop_ids, context, step, read_prompt)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    session = Session(engine, tokenizer, sampling, options.sparsity, options.max_new_tokens, options.seed, chat)
+    session = Session(
+        engine, tokenizer, sampling, options.sparsity, options.max_new_tokens, options.seed, chat, stop_strings
+    )
     if options.interactive:
         return interactive(session)
     samples = generate(session, options.prompt, options.num_samples, options.profile)
     measured = summarize(session.engine, samples)
     print(describe_cost(measured), file=sys.stderr)
     if options.json:
-        print(json.dumps(describe(opened.name, opened.device, format_of(model)) | measured))
+        stops = {"stop": [*stop_strings]}
+        print(json.dumps(describe(opened.name, opened.device, format_of(model)) | measured | stops))
 
 
 if __name__ == "__main__":

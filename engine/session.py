@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from teal_fast.engine.accounting import bytes_per_token
@@ -20,7 +21,7 @@ class Session:
     """Answers prompts one after another with the same settings.
 
     chat: the messages so far, at first the system's or none; None where each prompt is a text of its own. seed: of the
-    next answer; it counts up.
+    next answer; it counts up. stop: strings that end an answer, besides the engine's stop tokens.
     """
 
     engine: Engine
@@ -30,19 +31,25 @@ class Session:
     max_new_tokens: int
     seed: int
     chat: list[Message] | None
+    stop: Sequence[str] = ()
 
-    def answer(self, prompt: list[int], sample: Sample) -> None:
-        """Prints the answer's text as it comes; what there is of it and of the sample survives Ctrl-C."""
+    def answer(self, prompt: list[int], sample: Sample) -> str:
+        """Prints the answer's text as it comes, and returns it; what there is of the sample survives Ctrl-C."""
         new_tokens = min(self.max_new_tokens, self.engine.context - len(prompt))
         request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed)
         self.seed += 1
-        text, stream = TextStream(self.tokenizer), self.engine.stream(request)
+        text, stream, pieces = TextStream(self.tokenizer, prompt, self.stop), self.engine.stream(request), []
         try:
             for token in sample.watch(stream):
-                print(text.push(token), end="", flush=True)
+                pieces.append(text.push(token))
+                print(pieces[-1], end="", flush=True)
+                if text.stopped:
+                    break
         finally:
             stream.close()
-            print(text.flush(), flush=True)
+            pieces.append(text.flush())
+            print(pieces[-1], flush=True)
+        return "".join(pieces)
 
     def turn(self, text: str) -> Sample:
         """Answers one prompt of a terminal session. A chat's oldest turns are dropped when the context is full.
@@ -54,12 +61,11 @@ class Session:
         print(f"reading {len(prompt) - known} of {len(prompt)} tokens …", file=sys.stderr, flush=True)
         sample = Sample(len(prompt))
         try:
-            self.answer(prompt, sample)
+            answer = self.answer(prompt, sample)
         except KeyboardInterrupt:
             return sample
         if messages is not None:
-            ids = [token.id for token in sample.tokens]
-            self.chat = [*messages, _message("assistant", self.tokenizer.decode(ids))]
+            self.chat = [*messages, _message("assistant", answer)]
         return sample
 
     def _fit(self, text: str) -> tuple[list[int], list[Message] | None]:
@@ -110,7 +116,8 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "mode": engine.step.mode,
         "prompt_tokens": samples[-1].prompt_tokens,
         "new_tokens": [len(sample.tokens) for sample in samples],
-        "finish_reason": samples[-1].tokens[-1].finish_reason,
+        "finish_reason": samples[-1].tokens[-1].finish_reason or "stop",  # none of its own at a stop string
+        "stop_ids": sorted(engine.stop),
         "first_token_s": samples[0].first_token_s,  # later samples find the prompt in the cache
         "tokens_per_s": rate,
         "tokens_per_s_spread": [min(rates, default=0.0), max(rates, default=0.0)],

@@ -58,6 +58,8 @@ def _config(given: dict[str, Any], template: str | None, tokens: list[str], type
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
+    if given["model"] == "llama":
+        config["legacy"] = True  # llama.cpp puts a space before every text that follows a special token
     for key, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         if (token := given.get(f"{name}_token_id")) is None:
             continue

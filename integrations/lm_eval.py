@@ -59,7 +59,7 @@ class TealLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return min(self.text.eos_ids)
+        return min(self.text.eos_ids) if self.text.eos_id is None else self.text.eos_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -109,7 +109,7 @@ class TealLM(TemplateLM):
         new_tokens = min(new_tokens, self.engine.context - 1)
         prompt = self.tok_encode(context)[-(self.engine.context - new_tokens) :]
         request = Request(prompt, Sampling(temperature=0), self.sparsity, new_tokens)
-        return "".join(stream_text(self.engine.stream(request), self.text, until))
+        return "".join(stream_text(self.engine.stream(request), self.text, prompt, until))
 
 
 def main() -> None:

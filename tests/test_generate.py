@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from teal_fast import generate
 from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.load import load
 from teal_fast.engine.request import Request
@@ -129,10 +130,37 @@ def test_demo_answers_sensibly_dense_and_sparse(demo):
     prompt = tokenizer.encode_chat([{"role": "user", "content": "Explain how plants make food from sunlight."}])
     for sparsity in (0, 0.5):
         tokens = engine.stream(Request(prompt, Sampling(0.0), sparsity, 64))
-        text = "".join(stream_text(tokens, tokenizer)).lower()
+        text = "".join(stream_text(tokens, tokenizer, prompt)).lower()
         assert "light" in text and ("photosynthesis" in text or "chlorophyll" in text), text
     assert 0.45 < engine.achieved_sparsity()["all"] < 0.55
     assert bytes_per_token(engine.model, 0.5) < 0.7 * bytes_per_token(engine.model, 0)
+
+
+def test_stop_takes_tokens_and_texts(calibrated, run_main):
+    arguments = (
+        "--checkpoint",
+        calibrated,
+        "--temperature",
+        0,
+        "--max_new_tokens",
+        12,
+        "--prompt",
+        "The light",
+        "--json",
+    )
+    code, out, err = run_main(generate.main, *arguments)
+    assert not code, err
+    text, record = out.rsplit("\n", 2)[0].removeprefix("The light"), json.loads(out.splitlines()[-1])
+    assert record["stop_ids"] == [0, 2, 4] and record["stop"] == [] and record["finish_reason"] == "length"
+    end = text[len(text) // 2 :][:3]
+    code, out, err = run_main(generate.main, *arguments, "--stop", end, "--stop", "<|im_start|>", "--stop", "zebra")
+    assert not code, err
+    record = json.loads(out.splitlines()[-1])
+    assert out.rsplit("\n", 2)[0] == "The light" + text[: text.index(end)]
+    assert record["stop_ids"] == [0, 1, 2, 4] and record["stop"] == [end, "zebra"]
+    assert record["finish_reason"] == "stop" and record["new_tokens"][0] < 12
+    code, out, err = run_main(generate.main, *arguments, "--stop", "")
+    assert code == 1 and err.splitlines()[-1] == "error: a stop string is empty: give some text"
 
 
 def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, run_main):

@@ -1,11 +1,16 @@
 """A chat at a terminal: it keeps its prefix, drops its oldest turns when the context is full, and counts its cost."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from teal_fast.engine.load import load
 from teal_fast.engine.measure import Sample
+from teal_fast.engine.request import Token
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.tests.files.made_tokenizers import train_sentencepiece, write
 
 SYSTEM = {"role": "system", "content": "Answer briefly."}
 
@@ -86,6 +91,30 @@ def test_the_same_seed_draws_the_same_texts(opened, capsys):
             session.answer(encode_prompt(session.tokenizer, "The sea was", None), Sample(3))
             texts.append(capsys.readouterr().out)
     assert texts[:2] == texts[2:] and texts[0] != texts[1]
+
+
+def test_an_answer_goes_on_from_its_prompt(tmp_path, capsys):
+    tokenizer = Tokenizer.load(write(tmp_path, {"tokenizer.model": train_sentencepiece()}))
+    prompt, whole = tokenizer.encode("In 2024"), tokenizer.encode("In 2024 people paid")
+    engine = SimpleNamespace(
+        context=100, stream=lambda request: (Token(id, None, 0.0, None) for id in whole[len(prompt) :])
+    )
+    session = Session(engine, tokenizer, Sampling(0.0), 0.0, 8, 1, None)
+    assert session.answer(prompt, Sample(3)) == " people paid"
+    session.stop = [" paid"]
+    assert session.answer(prompt, sample := Sample(3)) == " people" and len(sample.tokens) < len(whole)
+    assert capsys.readouterr().out == " people paid\n people\n"
+
+
+def test_a_stop_string_is_no_part_of_the_chat(opened, capsys):
+    session = make(opened, [SYSTEM])
+    session.turn("What is a whale?")
+    answer = session.chat[-1]["content"]
+    session = make(opened, [SYSTEM])
+    session.stop = [answer[4:7]]
+    sample = session.turn("What is a whale?")
+    assert session.chat[-1]["content"] == answer[: answer.index(answer[4:7])]
+    assert summarize(session.engine, [sample])["finish_reason"] == "stop"
 
 
 def test_cost(opened):
