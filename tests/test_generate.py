@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,17 +19,7 @@ from teal_fast.files.paths import ROOT
 from teal_fast.generate import main
 
 
-@pytest.fixture(scope="module")
-def calibrated(tiny, command, tmp_path_factory):
-    """A copy of the tiny checkpoint with a calibration file beside it."""
-    folder = tmp_path_factory.mktemp("calibrated") / "tiny"
-    shutil.copytree(tiny, folder)
-    done = command("calibrate", "--checkpoint", folder, "--tokens", 2000, "--context", 128)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_command_streams_text_and_reports(calibrated, command):
+def test_command_streams_text_and_reports(calibrated, command, run_main):
     arguments = ("--checkpoint", calibrated, "--sparsity", 0.5, "--prompt", "The light", "--max_new_tokens", 12)
     done = command("generate", *arguments, "--num_samples", 2, "--json")
     assert done.returncode == 0, done.stderr
@@ -40,8 +29,8 @@ def test_command_streams_text_and_reports(calibrated, command):
     assert 0.4 < record["achieved_sparsity"] < 0.6
     assert record["tokens_per_s"] > 0 and record["gb_per_s"] > 0 and record["new_tokens"] == [12, 12]
     assert "tokens/s" in done.stderr and "achieved, 50% nominal" in done.stderr and "gate+up" in done.stderr
-    again = command("generate", *arguments, "--num_samples", 2)
-    assert done.stdout.startswith(again.stdout)
+    _, again, _ = run_main(main, *arguments, "--num_samples", 2)
+    assert done.stdout.startswith(again)
 
 
 def test_command_chat_at_a_terminal(calibrated, command):
@@ -116,24 +105,24 @@ def test_ctrl_c_ends_cleanly(calibrated):
         (("--profile", "/proc/nowhere/trace.json"), 1, "/proc/nowhere"),
     ],
 )
-def test_bad_input_is_one_line(calibrated, command, arguments, code, said):
-    done = command("generate", "--checkpoint", calibrated, "--max_new_tokens", "2", *arguments)
-    assert done.returncode == code
-    line = done.stderr.splitlines()[-1]
-    assert said in line and "error: " in line and "Traceback" not in done.stderr
+def test_bad_input_is_one_line(calibrated, run_main, arguments, code, said):
+    ended, _, errors = run_main(main, "--checkpoint", calibrated, "--max_new_tokens", "2", *arguments)
+    assert ended == code
+    line = errors.splitlines()[-1]
+    assert said in line and "error: " in line and "Traceback" not in errors
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_cuda_is_one_line(calibrated, command):
-    done = command("generate", "--checkpoint", calibrated, "--device", "cuda")
-    assert done.returncode == 1
-    assert done.stderr == "error: --device cuda: this PyTorch sees 0 CUDA devices, use another or --device cpu\n"
+def test_cuda_without_cuda_is_one_line(calibrated, run_main):
+    code, _, errors = run_main(main, "--checkpoint", calibrated, "--device", "cuda")
+    assert code == 1
+    assert errors == "error: --device cuda: this PyTorch sees 0 CUDA devices, use another or --device cpu\n"
 
 
-def test_calibration_of_another_model_is_refused(calibrated, command):
-    done = command("generate", "--checkpoint", calibrated, "--sparsity", 0.5, "--calibration", SHIPPED)
-    assert done.returncode == 1
-    assert "another model's" in done.stderr and "dim '576' (checkpoint: '64')" in done.stderr
+def test_calibration_of_another_model_is_refused(calibrated, run_main):
+    code, _, errors = run_main(main, "--checkpoint", calibrated, "--sparsity", 0.5, "--calibration", SHIPPED)
+    assert code == 1
+    assert "another model's" in errors and "dim '576' (checkpoint: '64')" in errors
 
 
 def test_demo_answers_sensibly_dense_and_sparse(demo):
@@ -175,9 +164,9 @@ def test_stop_takes_tokens_and_texts(calibrated, run_main):
     assert code == 1 and err.splitlines()[-1] == "error: a stop string is empty: give some text"
 
 
-def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, command):
+def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, run_main):
     arguments = ("--checkpoint", calibrated, "--temperature", 0, "--max_new_tokens", 5, "--prompt", "The light")
-    texts = [command("generate", *arguments, *more).stdout for more in ((), ("--chat",), ("--eager",))]
+    texts = [run_main(main, *arguments, *more)[1] for more in ((), ("--chat",), ("--eager",))]
     assert texts[0].startswith("The light") and texts[2] == texts[0]
     assert "The light" not in texts[1] and texts[1]
 

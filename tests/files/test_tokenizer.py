@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.files.tokenizer_model import LLAMA3_SPECIAL, LLAMA3_SPLIT
-from teal_fast.tests.files.made_tokenizers import SPECIAL, TEXTS, train_sentencepiece, write
+from teal_fast.tests.files.made_tokenizers import SPECIAL, TEXTS, load_real, train_sentencepiece, write
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -347,3 +347,14 @@ def test_malformed_added_tokens(tmp_path, sentencepiece_model):
 def test_any_other_tokenizer_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sentencepiece"):
         Tokenizer.load(write(tmp_path, {"tokenizer.model": b'{"config": {}, "vocab": []}'}))
+
+
+@pytest.mark.parametrize(
+    "name, begins",
+    [("llama", True), ("mistral", True), ("deepseek", False), ("qwen", False), ("falcon", False), ("yi", False)],
+)
+def test_real_folders_put_bos_as_transformers(name, begins):
+    """The rows of docs/tokens.md; what transformers 5.23 does was read off by hand, since it takes ten seconds each."""
+    tokenizer = load_real(name)
+    assert (tokenizer.encode("a whale")[:1] == [tokenizer.bos_id]) is begins
+    assert tokenizer.encode("a whale")[begins:] == tokenizer.encode("a whale", add_bos=False)

@@ -52,10 +52,10 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def built(tiny, command, tmp_path_factory):
+def built(calibrated, command, tmp_path_factory):
     """A folder with a copy of the tiny model, `results`, and what the command made: activations.json, report.html."""
     folder = tmp_path_factory.mktemp("report")
-    shutil.copytree(tiny, folder / "tiny")
+    shutil.copytree(calibrated, folder / "tiny")
     (folder / "results").mkdir()
     records = [QUALITY, QUALITY | {"model": "other", "perplexity": 12.34}, TABLE]
     (folder / "results" / "a.json").write_text(json.dumps(records))
