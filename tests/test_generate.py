@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from teal_fast import generate
 from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.load import load
 from teal_fast.engine.request import Request
@@ -148,18 +149,18 @@ def test_stop_takes_tokens_and_texts(calibrated, run_main):
         "The light",
         "--json",
     )
-    code, out, err = run_main(main, *arguments)
+    code, out, err = run_main(generate.main, *arguments)
     assert not code, err
     text, record = out.rsplit("\n", 2)[0].removeprefix("The light"), json.loads(out.splitlines()[-1])
     assert record["stop_ids"] == [0, 2, 4] and record["stop"] == [] and record["finish_reason"] == "length"
     end = text[len(text) // 2 :][:3]
-    code, out, err = run_main(main, *arguments, "--stop", end, "--stop", "<|im_start|>", "--stop", "zebra")
+    code, out, err = run_main(generate.main, *arguments, "--stop", end, "--stop", "<|im_start|>", "--stop", "zebra")
     assert not code, err
     record = json.loads(out.splitlines()[-1])
     assert out.rsplit("\n", 2)[0] == "The light" + text[: text.index(end)]
     assert record["stop_ids"] == [0, 1, 2, 4] and record["stop"] == [end, "zebra"]
     assert record["finish_reason"] == "stop" and record["new_tokens"][0] < 12
-    code, out, err = run_main(main, *arguments, "--stop", "")
+    code, out, err = run_main(generate.main, *arguments, "--stop", "")
     assert code == 1 and err.splitlines()[-1] == "error: a stop string is empty: give some text"
 
 
