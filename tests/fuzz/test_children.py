@@ -31,8 +31,8 @@ def refuse(said: str) -> None:
         (lambda: sys.exit(3), "exit code 3"),
         (lambda: run(lambda: [][0]), "traceback: IndexError"),
         (lambda: os.kill(os.getpid(), signal.SIGSEGV), "signal SIGSEGV"),
-        (lambda: bytes(MEMORY + 1), "traceback: MemoryError"),
-        (lambda: run(lambda: bytes(MEMORY + 1)), "memory: error: out of memory"),
+        (lambda: bytes(2 * MEMORY), "traceback: MemoryError"),
+        (lambda: run(lambda: bytes(2 * MEMORY)), "memory: error: out of memory"),
         (lambda: time.sleep(5), "hangs"),
     ],
 )
