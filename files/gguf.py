@@ -203,7 +203,7 @@ def stated_scaling(
     """As llama.cpp reads it: linear where no type is given, by 1 where no factor is, on top of the file's divisors."""
     kind = find_value(reader, f"{architecture}.rope.scaling.type", str, "linear")
     if kind not in ("none", "linear"):
-        raise ValueError(f"the GGUF metadata has rope scaling of type {short(kind)}, expected linear or none")
+        raise ValueError(f"the GGUF metadata has rope scaling of type {kind[:80]}, expected linear or none")
     former = find_value(reader, f"{architecture}.rope.scale_linear", float, 1.0)
     factor = find_value(reader, f"{architecture}.rope.scaling.factor", float, former)
     factor = 1.0 if kind == "none" or factor == 0 else factor
