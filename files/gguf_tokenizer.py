@@ -67,7 +67,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{PREFIX}{name} is {short(value)}, expected {expected}: {AGAIN}")
         for entry in value[:1] if name in LISTS else [value]:
             if not isinstance(entry, kind) or (kind is int and isinstance(entry, bool)):
-                raise ValueError(f"{PREFIX}{name} holds {short(entry)}, expected {kind}: {AGAIN}")
+                raise ValueError(f"{PREFIX}{name} holds {str(entry)[:80]!r}, expected {kind}: {AGAIN}")
     model, tokens = given.get("model"), given.get("tokens") or []
     if model not in ("gpt2", "llama"):
         raise ValueError(f"{PREFIX}model is {short(model)}, expected 'gpt2' or 'llama': {AGAIN}")
