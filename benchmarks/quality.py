@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.cli import (
+    ModelChoice,
     add_model_arguments,
     open_model,
     positive_int,
@@ -85,11 +86,11 @@ def main() -> None:
     options = parser.parse_args()
     check_records_path(options.out)
     records = read_records(options.out) if options.out and options.out.exists() else []
-    opened = open_model(
-        options.checkpoint, options.device, options.dtype, calibrated=False, prepare=not options.no_prepare
-    )
+    choice = ModelChoice(options.checkpoint, options.device, options.dtype, no_prepare=options.no_prepare)
+    opened = open_model(choice, calibrated=False)
     model = opened.model
-    ids = [token for text in read_corpus(options.text) for token in opened.tokenizer.encode(text)]
+    documents = encode_corpus(options.text, opened.tokenizer, model.args)
+    ids = [token for document in documents for token in document]
     calibrations = [load_calibration(opened.folder, path) for path in options.calibration]
     if not 2 <= options.context <= model.args.max_position:
         raise ValueError(f"--context {options.context}: expected 2 to this model's {model.args.max_position}")

@@ -135,6 +135,7 @@ def achieved_curve(folder: Path, calibration: Calibration, device: torch.device)
     """The sparsity achieved on text that ships with teal-fast: nominal sparsity to tensor kind (or "all") to share."""
     model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
     ids = tokenizer.encode("".join(read_corpus([CARD_TEXT])))[: min(CARD_TOKENS, model.args.max_position)]
+    model.args.check_ids(ids)
     curve = {}
     for nominal in CARD_SPARSITIES:
         set_sparsity(model, calibration, nominal)

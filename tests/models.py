@@ -38,7 +38,13 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_llama(
-    folder: Path, demo: Path, hidden_size: int, intermediate_size: int, layers: int = 2, positions: int = 512
+    folder: Path,
+    demo: Path,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int = 2,
+    positions: int = 512,
+    vocab_size: int = 49152,
 ) -> Path:
     """A tiny random Llama in fp32, written by transformers, with the demo's tokenizer: a Hugging Face folder."""
     torch.manual_seed(0)
@@ -48,7 +54,7 @@ def write_llama(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=49152,
+        vocab_size=vocab_size,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=2,

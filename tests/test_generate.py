@@ -96,6 +96,7 @@ def test_ctrl_c_ends_cleanly(calibrated):
         (("--sparsity", "half"), 2, "expected a fraction"),
         (("--temperature", "nan"), 2, "argument --temperature: got 'nan'"),
         (("--max_new_tokens", "0"), 2, "expected a whole number of at least 1"),
+        (("--top_k", "-1"), 2, "argument --top_k: got '-1', expected a whole number of at least 0"),
         (("--prompt", "  "), 1, "the prompt is empty"),
         (("--prompt", "word " * 600), 1, "the prompt has 601 tokens"),
         (("--device", "tpu"), 1, "--device tpu is not known here"),
@@ -168,3 +169,25 @@ def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, run_ma
     texts = [run_main(main, *arguments, *more)[1] for more in ((), ("--chat",), ("--eager",))]
     assert texts[0].startswith("The light") and texts[2] == texts[0]
     assert "The light" not in texts[1] and texts[1]
+
+
+def test_an_answer_that_the_context_cuts_says_so(calibrated, run_main):
+    """The model's context is 512. Filters that are off and the smallest temperature draw as greedy decoding does."""
+    arguments = (
+        "--checkpoint",
+        calibrated,
+        "--prompt",
+        "The light",
+        "--max_new_tokens",
+        600,
+        "--json",
+        "--temperature",
+    )
+    off = ("--top_k", 0, "--top_p", 1, "--min_p", 0)
+    (code, text, errors), (_, again, _) = (run_main(main, *arguments, t, *off) for t in ("0", "1e-310"))
+    record = json.loads(text.splitlines()[-1])
+    (tokens,) = record["new_tokens"]
+    assert code == 0 and tokens + record["prompt_tokens"] == 512
+    assert record["finish_reason"] == "length" and record["cut_by_context"] == 1
+    assert f"the context of 512 tokens is full: cut after {tokens} of 600 tokens\n" in errors
+    assert again.splitlines()[:-1] == text.splitlines()[:-1]

@@ -123,6 +123,14 @@ def test_records_are_shown(record):
     assert {"44.15", "38.25", "31.79", "51.2 %", "2.59", "50.7 %", "5.28", "123.4", "63", "7.8"} <= set(shown)
 
 
+def test_speed_is_drawn_over_the_sparsity_of_decoding():
+    """Perplexity stands beside the text's. A chart has two points, of one format."""
+    rows = [TABLE | {"sparsity": 0.25, "achieved_sparsity": 0.24}, TABLE]
+    decoded = [rows[0] | {"decode_achieved_sparsity": 0.1}, rows[1] | {"decode_achieved_sparsity": 0.4}]
+    (old,), (new,) = (table_section(records, "tiny").groups for records in (rows, decoded))
+    assert old.tables == new.tables and old.figures[0] == new.figures[0] and old.figures[1] != new.figures[1]
+
+
 def test_of_several_runs_the_last_counts():
     (group,) = quality_section([QUALITY, QUALITY | {"perplexity": 40.0}], "tiny").groups
     assert [row[3] for row in group.tables[0].rows] == ["40.00"]
