@@ -6,6 +6,7 @@ vocabulary becomes a tokenizer.model. Both encode as llama.cpp does (src/llama-v
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,13 @@ from teal_fast.files.store import short
 
 PREFIX = "tokenizer.ggml."
 AGAIN = "take another GGUF file"
-TYPES = {  # of what a key holds, or of what its list holds
-    **dict.fromkeys(("model", "pre", "tokens", "merges"), str),
-    "scores": int | float,
-    **dict.fromkeys(("bos_token_id", "unknown_token_id", "padding_token_id", "token_type"), int),
-    **dict.fromkeys(ENDS := ("eos_token_id", "eot_token_id", "eom_token_id"), int),
-    **dict.fromkeys(("add_bos_token", "add_space_prefix"), bool),
-}
-LISTS = ("tokens", "merges", "scores", "token_type")
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 NO_ID = 2**32 - 1  # -1 as an unsigned number: some converters wrote it for a token that the model lacks
 NAMED = {"unk_token": "unknown_token_id", "bos_token": "bos_token_id"}
 NAMED |= {"eos_token": "eos_token_id", "pad_token": "padding_token_id"}  # in the order of sentencepiece's fields
+LISTS = {"tokens": str, "merges": str, "scores": int | float, "token_type": int}  # of what
+SCALARS = dict.fromkeys((*NAMED.values(), *ENDS), int) | {"model": str, "pre": str}
+SCALARS |= {"add_bos_token": bool, "add_space_prefix": bool}
 SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)  # no text
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
@@ -39,14 +36,14 @@ def write_tokenizer(reader: GGUFReader, folder: Path, pre: str | None = None) ->
 
     `pre` names the pre-tokenizer instead of the file.
     """
-    metadata = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
-    given = {name.removeprefix(PREFIX): value for name, value in metadata.items() if name.startswith(PREFIX)}
+    keys = {PREFIX + name: name for name in (*LISTS, *SCALARS)} | {"tokenizer.chat_template": "chat_template"}
+    given = {name: reader.fields[key].contents() for key, name in keys.items() if key in reader.fields}
     given = _checked({name: value for name, value in given.items() if value != NO_ID})
     if given["model"] == "gpt2":
         given["pre"] = find_name(pre or given.get("pre"), given["tokens"])
     elif pre:
         raise ValueError("--pre is for byte-level vocabularies, this GGUF file has a sentencepiece one: leave it out")
-    config = _config(given, metadata.get("tokenizer.chat_template"))
+    config = _config(given)
     if given["model"] == "gpt2":
         _byte_level_bpe(given, config).save(str(folder / "tokenizer.json"))
     else:
@@ -59,15 +56,7 @@ def write_tokenizer(reader: GGUFReader, folder: Path, pre: str | None = None) ->
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The metadata of a vocabulary that can be written, with its token types. Raises ValueError for any other."""
-    for name, kind in TYPES.items():
-        if (value := given.get(name)) is None:
-            continue
-        if isinstance(value, list) != (name in LISTS):
-            expected = "a list" if name in LISTS else "one value"
-            raise ValueError(f"{PREFIX}{name} is {short(value)}, expected {expected}: {AGAIN}")
-        for entry in value[:1] if name in LISTS else [value]:
-            if not isinstance(entry, kind) or (kind is int and isinstance(entry, bool)):
-                raise ValueError(f"{PREFIX}{name} holds {str(entry)[:80]!r}, expected {kind}: {AGAIN}")
+    _check_types(given)
     model, tokens = given.get("model"), given.get("tokens") or []
     if model not in ("gpt2", "llama"):
         raise ValueError(f"{PREFIX}model is {short(model)}, expected 'gpt2' or 'llama': {AGAIN}")
@@ -85,7 +74,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{PREFIX}{uneven[0]} and {PREFIX}tokens differ in length: {AGAIN}")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # llama.cpp's name for them
     if len(set(tokens)) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        ((twice, _),) = Counter(tokens).most_common(1)
         raise ValueError(f"{PREFIX}tokens holds {twice[:80]!r} twice: {AGAIN}")
     if beyond := [name for name in (*NAMED.values(), *ENDS) if not 0 <= given.get(name, 0) < len(tokens)]:
         raise ValueError(f"{beyond[0]} is {given[beyond[0]]} of {len(tokens)} tokens: {AGAIN}")
@@ -95,7 +84,19 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"model": model, "tokens": tokens, "token_type": types}
 
 
-def _config(given: dict[str, Any], template: str | None) -> dict[str, Any]:
+def _check_types(given: dict[str, Any]) -> None:
+    for name, kind in (LISTS | SCALARS | {"chat_template": str}).items():
+        value = given.get(name)
+        if value is None or value == []:
+            continue
+        listed = isinstance(value, list)
+        one = value[0] if listed else value  # a GGUF list holds values of one type
+        if listed != (name in LISTS) or not isinstance(one, kind) or (kind is not bool and isinstance(one, bool)):
+            wanted = f"a list of {getattr(kind, '__name__', kind)}" if name in LISTS else f"one {kind.__name__}"
+            raise ValueError(f"the GGUF metadata has {name} {str(value)[:80]!r}, expected {wanted}: {AGAIN}")
+
+
+def _config(given: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json: what to put before a prompt, where to stop, and which tokens are no text."""
     tokens, types, sentencepiece = given["tokens"], given["token_type"], given["model"] == "llama"
     add_bos = given.get("add_bos_token", sentencepiece or SPLITTINGS[given["pre"]].add_bos)
@@ -108,8 +109,8 @@ def _config(given: dict[str, Any], template: str | None) -> dict[str, Any]:
     if sentencepiece:
         config["legacy"] = True  # a text that follows an added token begins with a space, as the prompt does
     config |= {name: tokens[given[key]] for name, key in NAMED.items() if key in given}
-    if template:
-        config["chat_template"] = template
+    if given.get("chat_template"):
+        config["chat_template"] = given["chat_template"]
     config["added_tokens_decoder"] = {
         str(i): {"content": tokens[i], "special": kind in SPECIAL, "normalized": False}
         for i, kind in enumerate(types)

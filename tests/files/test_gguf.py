@@ -20,7 +20,6 @@ from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.scripts.convert_gguf import main
-from teal_fast.tests.fuzz.mutate_gguf import rewrite
 from teal_fast.tests.gguf_models import CASES, LLAMA3_VOCABULARY, VOCABULARY, make_model, write_gguf
 from teal_fast.tests.memory import peak_bytes
 
@@ -235,13 +234,6 @@ def test_what_llama_cpp_refuses_is_refused(tiny_gguf, tmp_path, name, part, valu
     (tensors.get(name) or reader.fields[name]).parts[part][0] = value
     reader.data.flush()
     refuses(path, tmp_path, said)
-
-
-@pytest.mark.parametrize("key, kind, value", [("pre", "ARRAY", ["gpt-2"]), ("merges", "STRING", "t h")])
-def test_a_list_for_a_value_is_refused(tiny_gguf, tmp_path, key, kind, value):
-    path = Path(shutil.copy(tiny_gguf, tmp_path))
-    rewrite(path, {f"tokenizer.ggml.{key}": (gguf.GGUFValueType[kind], value)})
-    refuses(path, tmp_path, f"tokenizer.ggml.{key} is {value!r}, expected")
 
 
 def test_command_converts_or_prints_one_line(command, run_main, tiny_gguf, tmp_path):

@@ -297,8 +297,8 @@ def test_what_no_command_could_open_is_not_left(damaged, tmp_path):
     (damaged / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
     refuses(damaged, tmp_path, "tokenizer.json")
     write_tokenizer(damaged)
-    (damaged / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
-    with pytest.raises(ValueError, match="'<none>' is not in the vocabulary"):
+    (damaged / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    with pytest.raises(ValueError, match="chat_template is a int"):
         convert_huggingface(damaged, tmp_path / "out", None)
     (damaged / "tokenizer_config.json").unlink()
     change(damaged, lambda tensors: [tensor.mul_(3e4) for name, tensor in tensors.items() if "mlp" in name])

@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from gguf import TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from teal_fast.files import pre_tokenizers as named
@@ -64,14 +65,15 @@ def vocabulary():
     library.train_from_iterator(
         [part for text in TEXTS for part in (text, *text.split(" "), text[1:], text[:-1])], trainer
     )
-    return fields_of(library)
+    n = library.get_vocab_size()
+    return fields_of(library, [("<s>", TokenType.CONTROL)]) | {"bos_token_id": n, "eos_token_id": n}
 
 
 @pytest.mark.parametrize("name", {splitting: name for name, splitting in reversed(SPLITTINGS.items())}.values())
 def test_ids_are_those_of_llama_cpp(vocabulary, name, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     path = tmp_path / "vocabulary.gguf"
-    write_tokenizer(write_gguf(path, "gpt2", pre=name, bos_token_id=5, eos_token_id=6, **vocabulary), tmp_path)
+    write_tokenizer(write_gguf(path, "gpt2", pre=name, **vocabulary), tmp_path)
     ours, theirs = Ours.load(tmp_path), llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     for text in TEXTS:
         if name != "tekken" or all(unicodedata.category(c)[0] != "M" for c in text):  # see TEKKEN
