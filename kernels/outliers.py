@@ -3,9 +3,9 @@
 In 16 bits of the largest entry, one that is 5,000 times the rest leaves them 3 bits: 2.5 % of what they add is lost.
 Such massive activations are real (Llama-2 and 3: arXiv:2402.17762). So fixed point holds entries up to FACTOR times
 what the split's entries are like. That is the smallest of the largest entries of GROUPS interleaved groups: up to seven
-outliers leave one group untouched, and neither zeros nor many small entries make outliers of the rest. What others add
-is then off by 1e-3 at most in int8 (bf16 rounds off as much), on usual inputs by 1e-4; in int4, where a row's scales take
-a part of the 16 bits, by two or three times that. What is beyond is added in fp32, in the order of the entries.
+outliers leave one group untouched, and neither zeros nor many small entries make outliers of the rest. What the others
+add is then off by 1e-3 at most in int8 (bf16 rounds off as much), on usual inputs by 1e-4; in int4, where a row's
+scales take a part of the 16 bits, by two or three times that. What is beyond is added in fp32, in the entries' order.
 """
 
 from teal_fast.kernels.backend import jit, tl, triton
