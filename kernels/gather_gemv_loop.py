@@ -104,8 +104,8 @@ def _sum_outliers(
     OFFSET: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BLOCK_N]: what fixed point lacks of the split's entries beyond `most`, one after another in their order."""
-    # Forgotten, or offsets would be kept in registers all through the loop above: gate_up in int8 takes 171 instead of
-    # 113 of them a thread.
+    # Forgotten, or offsets would be kept in registers all through the loop above: gate_up in int8 took 171 of them a
+    # thread instead of 103.
     split = forget(split)
     x = split_entries(value_ptr, count_ptr, split, SLOTS, SLOT, SHARE, STEP, TURN)
     number, only = tl.arange(0, x.numel), tl.arange(0, 1)

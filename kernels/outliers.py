@@ -1,17 +1,19 @@
 """Outliers of a split for kernels/gather_gemv_loop.py: entries so large that fixed point would lose the others.
 
 In 16 bits of the largest entry, one that is 5,000 times the rest leaves them 3 bits: 2.5 % of what they add is lost.
-Such massive activations are real (Llama-2 and 3: arXiv:2402.17762). So fixed point holds entries up to FACTOR times
-what the split's entries are like. That is the smallest of the largest entries of GROUPS interleaved groups: up to seven
-outliers leave one group untouched, and neither zeros nor many small entries make outliers of the rest. What the others
-add is then off by 1e-3 at most in int8 (bf16 rounds off as much), on usual inputs by 1e-4; in int4, where a row's
-scales take a part of the 16 bits, by two or three times that. What is beyond is added in fp32, in the entries' order.
+Such massive activations are real (Llama-2 and 3: arXiv:2402.17762). So where an entry is beyond RARE times what the
+split's entries are like, fixed point holds entries up to HELD times that, and what is beyond is added in fp32, in the
+entries' order. What they are like is the smallest of the largest entries of GROUPS interleaved groups: up to seven
+outliers leave one group untouched, and neither zeros nor many small entries make outliers of the rest. An entry just
+within RARE costs 1e-3 of what the others add in int8, no more than bf16 rounds off; in int4, where a row's scales take
+a part of the 16 bits, two or three times that.
 """
 
 from teal_fast.kernels.backend import jit, tl, triton
 from teal_fast.kernels.fixed_point import PLAIN, pair, signed
 
-FACTOR = tl.constexpr(64.0)
+RARE = tl.constexpr(64.0)  # one of 100 to 1,000 splits of the demo, whose splits are small; 32: one of 20 to 200
+HELD = tl.constexpr(16.0)
 GROUPS = tl.constexpr(8)
 
 
@@ -52,7 +54,7 @@ def split_range(x):
     largest = tl.max(tl.reshape(tl.abs(x), (x.numel // G, G)), axis=0)
     usual = tl.min(tl.where(largest > 0, largest, float("inf")), axis=0)
     peak = tl.max(largest, axis=0)
-    most = tl.minimum(peak, usual * FACTOR) + tl.sum(x * 0.0, axis=0)
+    most = tl.where(peak > usual * RARE, usual * HELD, peak) + tl.sum(x * 0.0, axis=0)
     return most, peak > most
 
 
