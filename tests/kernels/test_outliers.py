@@ -38,7 +38,7 @@ def lost(outliers: dict[int, float], N: int, group: int, slots: int = 1, limit: 
 @pytest.mark.parametrize(
     "outliers, N, group, slots",
     [
-        ({0: 1000.0}, 80, 0, 1),
+        ({0: 1000.0}, 48, 0, 1),
         ({89: -5000.0}, 64, 0, 1),
         ({31: 5000.0, 32: -1000.0, 63: 5000.0, 64: 1000.0}, 64, 0, 1),
         ({29: 1000.0, 30: 5000.0, 59: -1000.0, 60: -5000.0}, 64, 0, 3),
@@ -50,8 +50,7 @@ def lost(outliers: dict[int, float], N: int, group: int, slots: int = 1, limit: 
     ],
 )
 def test_what_others_add_is_kept(outliers, N, group, slots):
-    assert lost(outliers, N, group, slots) < 1e-3
-    assert lost({}, N, group, slots) < 3e-4
+    assert lost(outliers, N, group, slots) < 5e-4
 
 
 @pytest.mark.parametrize("group", [0, 64])
