@@ -17,9 +17,9 @@ demo: $(READY)
 smoke: $(READY)
 	$(PYTHON) -m pytest tests/test_smoke.py
 
-# The long parts have targets of their own, which .ci/run calls as well.
+# The long parts have targets of their own, which .ci/run calls as well. A file's tests share a worker and its fixtures.
 test: lint
-	$(PYTHON) -m pytest --ignore=tests/test_readme.py --ignore=tests/test_package.py
+	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore=tests/test_readme.py --ignore=tests/test_package.py
 
 # Every command and example of README.md and docs/usage.md.
 test-docs: $(READY)

@@ -5,7 +5,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +18,7 @@ from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
 from teal_fast.files.gguf import convert_gguf
 from teal_fast.files.load import load_model
+from teal_fast.files.memory import OutOfMemoryError, explain_memory
 from teal_fast.files.paths import command, demo_folder
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
@@ -36,10 +37,19 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our stdout went away (`| head`): nothing is left to be said to it
         sys.stderr.close()
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    except (ValueError, OSError, OutOfMemoryError) as error:
+        fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if (said := explain_memory(error)) is None:
+            raise
+        fail(f"out of memory ({said}): take shorter texts, a narrower type (--dtype) or another --device")
     sys.exit(0)
+
+
+def fail(said: str) -> NoReturn:
+    """Ends the process with an error in one line."""
+    print(f"error: {' '.join(said.split())}", file=sys.stderr)
+    sys.exit(1)
 
 
 def sparsity(text: str) -> float:
@@ -59,8 +69,17 @@ def temperature(text: str) -> float:
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return _whole(text, 1)
+
+
+def count(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
     return int(text)
 
 
@@ -82,6 +101,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="computation type (default: the stored one)")
     add_prepare_argument(parser)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to open, by the flags of `add_model_arguments` and --calibration."""
+
+    checkpoint: str
+    device: str | None = None
+    dtype: str | None = None
+    calibration: Path | None = None
+    no_prepare: bool = False
+
+
+def parse_with_model(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ModelChoice]:
+    """A command's arguments, and those among them that choose its model."""
+    options = parser.parse_args()
+    return options, ModelChoice(*(getattr(options, field.name) for field in fields(ModelChoice)))
 
 
 def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
@@ -164,19 +200,13 @@ class Opened:
         return self.folder.resolve().name
 
 
-def open_model(
-    checkpoint: str,
-    device: str | None = None,
-    dtype: str | None = None,
-    calibration: Path | None = None,
-    calibrated: bool = True,
-    prepare: bool = True,
-) -> Opened:
-    """The checkpoint called so, with its tokenizer, its model and, if calibrated, its calibration or the one given.
+def open_model(choice: ModelChoice, calibrated: bool = True) -> Opened:
+    """The chosen checkpoint with its tokenizer, its model and, if calibrated, its calibration or the chosen one.
 
-    What is missing is made first, with a line on stderr, unless prepare is false. Small files are read before weights.
+    What is missing is made first, with a line on stderr, unless no_prepare is set. Small files are read before weights.
     """
-    folder, where = open_checkpoint(checkpoint, prepare), pick_device(device)
+    prepare = not choice.no_prepare
+    folder, device = open_checkpoint(choice.checkpoint, prepare), pick_device(choice.device)
     tokenizer = Tokenizer.load(folder)
-    found = open_calibration(folder, calibration, where, prepare) if calibrated else None
-    return Opened(folder, where, tokenizer, load_model(folder, where, DTYPES.get(dtype)), found)
+    found = open_calibration(folder, choice.calibration, device, prepare) if calibrated else None
+    return Opened(folder, device, tokenizer, load_model(folder, device, DTYPES.get(choice.dtype)), found)

@@ -3,7 +3,9 @@
     python eval.py --checkpoint demo --text data/evaluation --sparsity 0 0.25 0.4 0.5
     python eval.py --checkpoint demo --tasks hellaswag piqa --task_data data/tasks --limit 200 --sparsity 0 0.4
 
-For perplexity the text is tokenized whole and cut into windows; the first position of a window is not scored.
+For perplexity the text is tokenized whole and cut into windows; the first position of a window is not scored. BOS
+stands where the tokenizer puts it, at the start of a document, not of a window. docs/usage.md says how the perplexities
+of llama.cpp and lm-evaluation-harness differ.
 `--prefill` chooses the tokens of a window that are sparse: full, all but the first (an attention sink); half, the
 second half, as TEAL's release does; dense, none. In a task (evaluation/tasks.py) it chooses those of the context; the
 continuation is always sparse, as decoded tokens are. This choice moves a score as much as the calibration method does,
@@ -15,10 +17,12 @@ import json
 from functools import partial
 from pathlib import Path
 
-from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.cli import (
+    ModelChoice,
     add_model_arguments,
     open_model,
+    parse_with_model,
     positive_int,
     run,
     sparsity,
@@ -31,6 +35,7 @@ from teal_fast.evaluation.tasks import PREFILLS, evaluate_tasks, read_task
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
 from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import ModelArgs
 from teal_fast.sparse_model import format_of
 from teal_fast.weights.formats import DTYPES
 
@@ -72,12 +77,12 @@ def _with_error(record: dict, name: str, sign: str = "") -> str:
     return f"{record[name]:{sign}.3f} ± {'-' if error is None else f'{error:.3f}'}"
 
 
-def read_ids(tokenizer: Tokenizer, paths: list[Path]) -> list[int]:
+def read_ids(tokenizer: Tokenizer, paths: list[Path], args: ModelArgs) -> list[int]:
     """The token ids of all documents, one after the other."""
-    return [token for text in read_corpus(paths) for token in tokenizer.encode(text)]
+    return [token for ids in encode_corpus(paths, tokenizer, args) for token in ids]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     parser.add_argument("--text", type=Path, nargs="+", default=[DEFAULT_TEXT], help="text, .jsonl files or folders")
@@ -99,26 +104,19 @@ def parse_arguments() -> argparse.Namespace:
         "--wanda_text", type=Path, nargs="+", default=[WANDA_TEXT], help="what Wanda measures inputs on"
     )
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
-    return parser.parse_args()
+    return parse_with_model(parser)
 
 
 def main() -> None:
-    options = parse_arguments()
+    options, choice = parse_arguments()
     check_records_path(options.out)
     pruned = options.baseline is not None
-    opened = open_model(
-        options.checkpoint,
-        options.device,
-        options.dtype,
-        options.calibration,
-        calibrated=any(options.sparsity) and not pruned,
-        prepare=not options.no_prepare,
-    )
+    opened = open_model(choice, calibrated=any(options.sparsity) and not pruned)
     model, tokenizer = opened.model, opened.tokenizer
     if pruned:
         load_again = partial(load_model, opened.folder, opened.device, DTYPES.get(options.dtype))
         wanda = options.baseline == "wanda" and any(options.sparsity)
-        ids = read_ids(tokenizer, options.wanda_text) if wanda else []
+        ids = read_ids(tokenizer, options.wanda_text, model.args) if wanda else []
         tokens = wanda_batch(ids, model.args.max_position, opened.device) if wanda else None
         models = pruned_models(load_again, options.baseline, options.sparsity, tokens)
     else:
@@ -130,7 +128,7 @@ def main() -> None:
         print_tasks(records)
     else:
         protocol = WindowProtocol(options.context, options.stride, options.windows, options.prefill)
-        windows = protocol.cut(read_ids(tokenizer, options.text), model.args.max_position)
+        windows = protocol.cut(read_ids(tokenizer, options.text, model.args), model.args.max_position)
         records = evaluate_text(models, len(options.sparsity), windows, protocol, pruned)
         names = [path.name for path in options.text]
         print(f"perplexity on {', '.join(names)} ({records[0]['protocol']})")

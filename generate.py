@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 from teal_fast.cli import (
+    ModelChoice,
     add_model_arguments,
+    count,
     open_model,
+    parse_with_model,
     positive_int,
     probability,
     run,
@@ -25,12 +28,14 @@ from teal_fast.engine.prefill import compiled_prefill, prefill
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
 from teal_fast.engine.steps import PlainStep, fast_step
+from teal_fast.engine.text import split_stops
 from teal_fast.evaluation.record import describe
+from teal_fast.files.memory import OutOfMemoryError
 from teal_fast.files.store import check_writable
 from teal_fast.sparse_model import format_of
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     parser.add_argument("--prompt", default="Hello, my name is", help="text to continue (default: %(default)r)")
@@ -43,32 +48,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=positive_int, default=200, help="tokens a text (default: %(default)s)")
     parser.add_argument("--max_seq_length", type=positive_int, default=2048, help="context of --interactive, in tokens")
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top_k", type=positive_int, default=200, help="draw among the K likeliest (default: 200)")
-    parser.add_argument("--top_p", type=probability, help="draw among the likeliest that make up P")
-    parser.add_argument("--min_p", type=probability, help="drop tokens less likely than P times the likeliest")
+    parser.add_argument("--top_k", type=count, default=200, help="draw among the K likeliest (default: 200; 0: off)")
+    parser.add_argument("--top_p", type=probability, help="draw among the likeliest that make up P (1: off)")
+    parser.add_argument(
+        "--min_p", type=probability, help="drop what is less likely than P times the likeliest (0: off)"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="also end at this text or token")
     parser.add_argument("--seed", type=int, default=1234, help="of the first text, the next ones count up from it")
     parser.add_argument("--compile", action="store_true", help="the default, accepted as gpt-fast's flag")
     parser.add_argument("--eager", action="store_true", help="decode by plain PyTorch, without CUDA graph and C++")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass, for any length")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object, last line")
-    options = parser.parse_args()
+    options, choice = parse_with_model(parser)
     if options.system is not None and not options.chat:
         parser.error("--system is the system message of a chat: use it with --chat")
     if options.interactive and (options.json or options.profile or options.num_samples > 1):
         parser.error("--json, --profile and --num_samples are for single prompts: drop --interactive")
-    return options
+    return options, choice
 
 
-def generate(session: Session, prompt: str, count: int, profile: Path | None) -> list[Sample]:
-    """Prints `count` texts after the prompt; of an interrupted one what it cost so far."""
+def generate(session: Session, prompt: str, ids: list[int], texts: int, profile: Path | None) -> list[Sample]:
+    """Prints so many texts after the prompt, whose ids are given; of an interrupted one what it cost so far."""
     samples: list[Sample] = []
-    ids = encode_prompt(session.tokenizer, prompt, session.chat)
     try:
-        for index in range(count):
+        for index in range(texts):
             samples.append(Sample(len(ids)))
             print(prompt if session.chat is None else "", end="", flush=True)
-            with profiler(profile if index == count - 1 else None):
+            with session.counted(samples[-1]), profiler(profile if index == texts - 1 else None):
                 session.answer(ids, samples[-1])
     except KeyboardInterrupt:
         if samples[-1].tokens:
@@ -87,7 +94,7 @@ def interactive(session: Session) -> None:
             return
         try:
             sample = session.turn(text)
-        except ValueError as error:
+        except (ValueError, OutOfMemoryError) as error:
             print(f"error: {error}", file=sys.stderr)
             continue
         if sample.tokens:
@@ -95,45 +102,42 @@ def interactive(session: Session) -> None:
 
 
 def main() -> None:
-    options = parse_arguments()
+    options, choice = parse_arguments()
     if options.profile:
         check_writable(options.profile)
     if not (options.interactive or options.prompt.strip()):
         raise ValueError("the prompt is empty: give some text with --prompt")
     if options.interactive:
         print(f"loading {options.checkpoint} …", file=sys.stderr, flush=True)
-    opened = open_model(
-        options.checkpoint,
-        options.device,
-        options.dtype,
-        options.calibration,
-        calibrated=options.sparsity > 0,
-        prepare=not options.no_prepare,
-    )
+    opened = open_model(choice, calibrated=options.sparsity > 0)
     chat = ([] if options.system is None else [{"role": "system", "content": options.system}]) if options.chat else None
     model, tokenizer = opened.model, opened.tokenizer
     if options.interactive:
         context = min(options.max_seq_length, model.args.max_position)
     else:
-        tokens = len(encode_prompt(tokenizer, options.prompt, chat))
-        if tokens >= model.args.max_position:
+        ids = encode_prompt(tokenizer, options.prompt, chat)
+        if len(ids) >= model.args.max_position:
             raise ValueError(
-                f"the prompt has {tokens} tokens, but this model's context is {model.args.max_position} with the "
+                f"the prompt has {len(ids)} tokens, but this model's context is {model.args.max_position} with the "
                 "answer: shorten it"
             )
-        context = cache_length(model, tokens + options.max_new_tokens)
+        context = cache_length(model, len(ids) + options.max_new_tokens)
     step = PlainStep if options.eager else fast_step
     read_prompt = compiled_prefill() if options.compile_prefill else prefill
-    engine = Engine(model, opened.calibration, tokenizer.eos_ids, context, step, read_prompt)
+    stop_ids, stop_strings = split_stops(tokenizer, options.stop)
+    engine = Engine(model, opened.calibration, tokenizer.eos_ids | stop_ids, context, step, read_prompt)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    session = Session(engine, tokenizer, sampling, options.sparsity, options.max_new_tokens, options.seed, chat)
+    session = Session(
+        engine, tokenizer, sampling, options.sparsity, options.max_new_tokens, options.seed, chat, stop_strings
+    )
     if options.interactive:
         return interactive(session)
-    samples = generate(session, options.prompt, options.num_samples, options.profile)
+    samples = generate(session, options.prompt, ids, options.num_samples, options.profile)
     measured = summarize(session.engine, samples)
     print(describe_cost(measured), file=sys.stderr)
     if options.json:
-        print(json.dumps(describe(opened.name, opened.device, format_of(model)) | measured))
+        stops = {"stop": [*stop_strings]}
+        print(json.dumps(describe(opened.name, opened.device, format_of(model)) | measured | stops))
 
 
 if __name__ == "__main__":

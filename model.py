@@ -8,6 +8,7 @@ q/k/v and gate/up are fused into `wqkv` and `w13`; rotary embedding is the half-
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,14 @@ class ModelArgs:
             raise ValueError(f"config.json: head_dim is {self.head_dim}, rotary embedding needs an even number")
         if (factors := self.rope.get("factors")) and len(factors) != self.head_dim // 2:
             raise ValueError(f"config.json: {len(factors)} rope factors, expected half of head_dim {self.head_dim}")
+
+    def check_ids(self, ids: Collection[int]) -> None:
+        """Raises ValueError when a token id has no row in the embedding table: some tokenizers are larger than it."""
+        if bad := [id for id in (min(ids, default=0), max(ids, default=0)) if not 0 <= id < self.vocab_size]:
+            raise ValueError(
+                f"token id {bad[0]} is outside the model's vocabulary of {self.vocab_size}: leave that token out of "
+                "the text, or use the tokenizer that belongs to the model"
+            )
 
 
 def rotary_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from teal_fast.calibration.make import DEFAULT_CORPUS
 from teal_fast.cli import add_prepare_argument, open_calibration, open_checkpoint, pick_device, positive_int, run
 from teal_fast.files.checkpoint import WEIGHTS
 from teal_fast.files.paths import checkpoints_folder
-from teal_fast.files.store import new_folder
+from teal_fast.files.store import check_new, new_folder
 from teal_fast.quantization.checkpoint import Fit, check_dense, make_quantized, read_sequences
 from teal_fast.weights.formats import QUANTIZED, Format
 
@@ -55,8 +55,9 @@ def main() -> None:
     options = parse_arguments()
     folder = open_checkpoint(options.checkpoint, not options.no_prepare)
     format = Format(options.mode, (options.group or 64) if options.mode == "int4" else 0)
-    check_dense(folder, format)
     out = options.out or checkpoints_folder() / f"{folder.resolve().name}-{options.mode}"
+    check_new(out)
+    check_dense(folder, format)
     device = pick_device(options.device)
     with new_folder(out) as made:
         fit = None

@@ -19,6 +19,7 @@ from pathlib import Path
 from teal_fast.cli import positive_int, run
 from teal_fast.evaluation.record import check_records_path, write_records
 from teal_fast.files.paths import IN_A_CLONE, ROOT
+from teal_fast.files.store import parse_json
 
 DECODE = "teal_fast.benchmarks.decode"
 FIELDS = ("model", "format", "sparsity", "prompt_tokens")  # what rows of both checkouts are matched by
@@ -36,7 +37,8 @@ def decode(root: Path, links: Path, arguments: list[str]) -> list[dict]:
     done = subprocess.run(words, cwd=root, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise ValueError(f"{module} failed in {root}, see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.decode().splitlines() or [""]
+    return parse_json(lines[-1], f"the last line of {module} in {root}", list)
 
 
 def compare(rounds: list[tuple[list[dict], list[dict]]]) -> list[dict]:

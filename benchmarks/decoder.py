@@ -75,8 +75,8 @@ class Decoder:
 
     def details(self) -> dict:
         """Fields of the row's record that were counted on the way."""
-        context = len(self.prompt) + self.new_tokens // 2
-        read = bytes_per_token(self.engine.model, self.achieved, context=context)
+        contexts = range(len(self.prompt), len(self.prompt) + self.new_tokens - 1)  # of the steps after the first token
+        read = bytes_per_token(self.engine.model, self.achieved, contexts)
         fields = {"achieved_sparsity": self.achieved, "bytes_per_token": read}
         return fields | ({"host_share": statistics.median(self.host_shares[1:])} if self.host_shares else {})
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from teal_fast.benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_tokens, random_model
-from teal_fast.cli import open_model
+from teal_fast.cli import ModelChoice, open_model
 from teal_fast.files.calibration import Calibration
 from teal_fast.model import Transformer
 from teal_fast.weights.formats import DTYPES, QUANTIZED, Format
@@ -35,7 +35,8 @@ class Choice:
         return [(model, calibrate_on_random_tokens(model) if calibrated else None) for model in models]
 
     def _load_checkpoints(self, calibrated: bool) -> list[tuple[Transformer, Calibration | None]]:
-        opened = [open_model(n, str(self.device), self.dtype, calibrated=calibrated) for n in self.checkpoints]
+        choices = [ModelChoice(name, str(self.device), self.dtype) for name in self.checkpoints]
+        opened = [open_model(choice, calibrated) for choice in choices]
         if any(one.model.args != opened[0].model.args for one in opened):
             raise ValueError("--checkpoint takes formats of one model, got several models: run them one by one")
         return [(one.model, one.calibration) for one in opened]

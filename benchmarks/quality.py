@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.cli import (
+    ModelChoice,
     add_model_arguments,
     open_model,
     positive_int,
@@ -84,12 +85,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of records, to which these are added")
     options = parser.parse_args()
     check_records_path(options.out)
-
-    opened = open_model(
-        options.checkpoint, options.device, options.dtype, calibrated=False, prepare=not options.no_prepare
-    )
+    records = read_records(options.out) if options.out and options.out.exists() else []
+    choice = ModelChoice(options.checkpoint, options.device, options.dtype, no_prepare=options.no_prepare)
+    opened = open_model(choice, calibrated=False)
     model = opened.model
-    ids = [token for text in read_corpus(options.text) for token in opened.tokenizer.encode(text)]
+    documents = encode_corpus(options.text, opened.tokenizer, model.args)
+    ids = [token for document in documents for token in document]
     calibrations = [load_calibration(opened.folder, path) for path in options.calibration]
     if not 2 <= options.context <= model.args.max_position:
         raise ValueError(f"--context {options.context}: expected 2 to this model's {model.args.max_position}")
@@ -102,7 +103,6 @@ def main() -> None:
         "text": [path.name for path in options.text],
         "protocol": f"context {options.context}, {len(windows)} windows, prefill {options.prefill}",
     }
-    records = read_records(options.out) if options.out and options.out.exists() else []
     runs = 1 + len(options.sparsity) * len(calibrations)
     with tqdm(total=runs * len(windows) * options.context, desc="evaluating", unit="token") as progress:
         for layer in sparse_layers(model).values():

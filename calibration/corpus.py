@@ -1,9 +1,11 @@
-"""Reads text to calibrate and evaluate on: plain text and .jsonl files, single or in folders. Tokenizes nothing."""
+"""Reads text to calibrate and evaluate on: plain text and .jsonl files, single or in folders."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from teal_fast.files.store import parse_json
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.model import ModelArgs
 
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 
@@ -22,6 +24,14 @@ def read_corpus(paths: list[Path]) -> list[str]:
         documents += _jsonl_texts(file, text) if file.suffix == ".jsonl" else [text]
     if not any(document.strip() for document in documents):
         raise ValueError(f"the corpus holds no text: {', '.join(map(str, paths))}; give text or .jsonl files")
+    return documents
+
+
+def encode_corpus(paths: list[Path], tokenizer: Tokenizer, args: ModelArgs) -> list[list[int]]:
+    """The token ids of each of the documents, BOS included. Raises ValueError when the model knows no such token."""
+    documents = [tokenizer.encode(text) for text in read_corpus(paths)]
+    for ids in documents:
+        args.check_ids(ids)
     return documents
 
 

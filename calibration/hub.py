@@ -135,6 +135,7 @@ def achieved_curve(folder: Path, calibration: Calibration, device: torch.device)
     """The sparsity achieved on text that ships with teal-fast: nominal sparsity to tensor kind (or "all") to share."""
     model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
     ids = tokenizer.encode("".join(read_corpus([CARD_TEXT])))[: min(CARD_TOKENS, model.args.max_position)]
+    model.args.check_ids(ids)
     curve = {}
     for nominal in CARD_SPARSITIES:
         set_sparsity(model, calibration, nominal)
@@ -152,6 +153,10 @@ def read_results(path: Path, calibration: Calibration, model: str) -> list[dict]
             for record in read_json(path, list)
             if record["benchmark"] == "eval" and "perplexity" in record and "text" in record
         ]
+        numbers = [r[name] for r in records for name in ("sparsity", "achieved_sparsity", "perplexity")]
+        texts = [text for r in records for text in (*r["text"], r["protocol"], r["format"])]
+        if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
+            raise TypeError
         other = [r for r in records if r["model"] != model or r["calibration"] != calibration.origin or r["baseline"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no records of eval.py ({type(error).__name__}): give its --out") from error

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.calibration.methods import fit_curves
 from teal_fast.calibration.passes import Journal, Passes, cut_sequences
+from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION_VERSION, Calibration
-from teal_fast.files.checkpoint import fingerprint
+from teal_fast.files.checkpoint import fingerprint, read_config
 from teal_fast.files.load import load_model
+from teal_fast.files.memory import memory_for
 from teal_fast.files.paths import DATA
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.weights.formats import DTYPES
@@ -46,7 +48,7 @@ def make_calibration(
     """
     settings = settings or Settings()
     tokenizer = Tokenizer.load(folder)
-    documents = [tokenizer.encode(text) for text in read_corpus(list(settings.corpus))]
+    documents = encode_corpus(list(settings.corpus), tokenizer, model_args(read_config(folder)))
     model = load_model(folder, device, DTYPES.get(dtype), thorough=True)
     context = min(settings.context, model.args.max_position)
     sequences = cut_sequences(documents, context, settings.tokens, settings.seed)
@@ -66,7 +68,8 @@ def make_calibration(
     }
     about = {"version": CALIBRATION_VERSION, "model": fingerprint(folder), "dtype": dtype} | origin
     journal = Journal(out.with_name(f"{out.name}.partial"), about)
-    curves, factors = fit_curves(Passes(model, sequences, settings.pass_tokens, journal), settings.method)
+    with memory_for(f"calibrating on sequences of {context} tokens", "lower --context, or take another --device"):
+        curves, factors = fit_curves(Passes(model, sequences, settings.pass_tokens, journal), settings.method)
     calibration = Calibration(curves, fingerprint(folder), origin, factors)
     calibration.save(out)
     journal.path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ A method (methods.py) needs several passes at different thresholds. Each takes a
 all of it is used and none of them is long.
 """
 
+import hashlib
 import json
 import random
 import sys
@@ -15,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from teal_fast.calibration.probe import observe
-from teal_fast.files.store import new_file, open_safetensors
+from teal_fast.files.store import check_writable, new_file, open_safetensors
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
 
@@ -26,21 +27,23 @@ class Journal:
     """A file of finished passes, which lies beside the output until that is written.
 
     about: what determines a run (model, text, settings). What lies there otherwise, a damaged file or the journal of a
-    run with another `about`, is replaced.
+    run with another `about`, is replaced. The file has a hash over its tensors besides, since damage need not show.
     """
 
     def __init__(self, path: Path, about: dict):
+        check_writable(path)
         self.path, self.about = path, json.dumps(about)
         self.tensors = self._read() if path.exists() else {}
 
     def _read(self) -> dict[str, Tensor]:
         try:
             with open_safetensors(self.path) as file:
-                names = list(file.keys())
-                if (file.metadata() or {}).get("about") == self.about and all(n.count("/") == 2 for n in names):
-                    return {name: file.get_tensor(name) for name in names}
-            trouble = "is of another run"
-        except (ValueError, FileNotFoundError):
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("about") == self.about and metadata.get("sha256") == _digest(tensors):
+                return tensors
+            trouble = "is of another run" if metadata.get("about") != self.about else "is damaged"
+        except (ValueError, OSError):
             trouble = "is damaged"
         print(f"{self.path} {trouble}: starting anew", file=sys.stderr)
         return {}
@@ -56,8 +59,12 @@ class Journal:
             found = make()
             self.tensors |= {f"{title}/{layer}/{what}": t for layer, seen in found.items() for what, t in seen.items()}
             with new_file(self.path) as temporary:
-                temporary.write_bytes(save(self.tensors, {"about": self.about}))
+                temporary.write_bytes(save(self.tensors, {"about": self.about, "sha256": _digest(self.tensors)}))
         return found
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(save(tensors)).hexdigest()  # the library sorts tensors, so that equal ones are equal bytes
 
 
 def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """What decoding skips and reads: achieved sparsity by kind of tensor, and bytes a token."""
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -65,13 +66,19 @@ def recount(model: Transformer, cache: KVCache, start: int, tokens: list[int]) -
     return tally.by_kind(model)
 
 
-def bytes_per_token(model: Transformer, sparsity: float, context: int = 0) -> int:
+def cached_bytes(model: Transformer, context: int) -> int:
+    """Bytes of keys and values that a token reads after `context` tokens: a sliding window holds its last ones only."""
+    args, itemsize = model.args, model.norm.weight.element_size()
+    earlier = sum(context if window is None else min(context, window - 1) for window in args.sliding_windows)
+    return 2 * earlier * args.n_kv_heads * args.head_dim * itemsize
+
+
+def bytes_per_token(model: Transformer, sparsity: float, contexts: Sequence[int] = ()) -> int:
     """Bytes that one decoded token reads when a share `sparsity` of the sparse layers' rows is skipped.
 
-    Weights, and the keys and values of `context` earlier tokens.
+    Weights, and keys and values: the mean over tokens of which each has so many before it. Without contexts weights.
     """
-    args, itemsize = model.args, model.norm.weight.element_size()
-    cached = 2 * args.n_layers * args.n_kv_heads * args.head_dim * itemsize * context
+    cached = round(statistics.mean(cached_bytes(model, context) for context in contexts)) if contexts else 0
     sparse = sum(layer.weight.packed.nbytes for layer in sparse_layers(model).values())
     total = sum(parameter.nbytes for parameter in model.parameters())  # a tied output layer counts once …
     if model.output.weight is not model.tok_embeddings.weight:

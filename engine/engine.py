@@ -5,6 +5,7 @@ and of what the cache holds. A prefix counts only as far as its keys and values 
 request's: at sparsity 0 all of it was made densely.
 """
 
+import math
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor
 
 from teal_fast.engine.accounting import recount
+from teal_fast.engine.cache import new_cache
 from teal_fast.engine.prefill import Prefill, prefill
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.steps import Step, fast_step
 from teal_fast.files.calibration import Calibration, set_sparsity
+from teal_fast.files.memory import memory_for
 from teal_fast.files.paths import command
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import with_own_thresholds
 
-CONTEXT = 4096  # the default size of a cache, in tokens
+DEFAULT_CONTEXT = 4096  # of an engine's cache, in tokens
 
 
 class Engine:
@@ -39,12 +42,12 @@ class Engine:
         model: Transformer,
         calibration: Calibration | None = None,
         stop: Iterable[int] = (),
-        context: int = CONTEXT,
+        context: int = DEFAULT_CONTEXT,
         make_step: Callable[[Transformer, KVCache], Step] = fast_step,
         prefill: Prefill = prefill,
     ):
         self.model, self.calibration = with_own_thresholds(model), calibration
-        self.cache = self.model.new_cache(1, min(context, model.args.max_position))
+        self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
         self.ids: list[int] = []  # the tokens whose keys and values the cache holds, from position 0 on
         self.made: list[float] = []  # the highest sparsity at which those of a position or an earlier one were made
@@ -68,8 +71,7 @@ class Engine:
         if (request.max_new_tokens or 1) > room:
             needed = f"{len(request.prompt)} prompt and {request.max_new_tokens or 1} new tokens"
             raise ValueError(f"{needed} do not fit the context of {self.context}: shorten the prompt or the answer")
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.args.vocab_size:
-            raise ValueError(f"the prompt has ids outside the model's vocabulary of {self.model.args.vocab_size}")
+        self.model.args.check_ids(request.prompt)
         self._check_sparsity(request.sparsity)
         return self._stream(request, request.max_new_tokens or room)
 
@@ -84,7 +86,10 @@ class Engine:
     def forget(self) -> None:
         """Empties the cache: the next prompt is computed from its start."""
         with self._held():
-            self.ids, self.made, self._decoded = [], [], (0, 0)
+            self._clear()
+
+    def _clear(self) -> None:
+        self.ids, self.made, self._decoded = [], [], (0, 0)
 
     def achieved_sparsity(self) -> dict[str, float]:
         """What the last finished answer's decoded tokens skip at the sparsity now set, by tensor kind and "all"."""
@@ -150,7 +155,8 @@ class Engine:
             self._pending = None
             self._apply(request.sparsity)
             self._decoded = (len(request.prompt), len(request.prompt))
-            yield from self._decode(request, new_tokens)
+            with memory_for(f"a prompt of {len(request.prompt)} tokens and its answer", "shorten the prompt"):
+                yield from self._decode(request, new_tokens)
 
     def _decode(self, request: Request, new_tokens: int) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
@@ -160,8 +166,9 @@ class Engine:
         ahead = 1 if device.type == "cuda" else 0
         with self._on_device():
             logits = self._start(request)
-            token, position = draw(logits, generator), torch.tensor([len(request.prompt)], device=device)
-            drawn, launched, previous = deque([_Drawn(token, logits, request.logprobs, 0.0)]), 1, None
+            token, largest = draw(logits, generator)
+            position = torch.tensor([len(request.prompt)], device=device)
+            drawn, launched, previous = deque([_Drawn(token, largest, logits, request.logprobs, 0.0)]), 1, None
         for count in range(1, new_tokens + 1):
             while launched < new_tokens and len(drawn) <= ahead:
                 pending, self._pending = self._pending, None
@@ -169,11 +176,17 @@ class Engine:
                     self._apply(pending)
                 with self._on_device():
                     logits = self.step(token.view(1, 1), position)
-                    token, position = draw(logits, generator), position + 1
-                    drawn.append(_Drawn(token, logits, request.logprobs, self.sparsity))
+                    (token, largest), position = draw(logits, generator), position + 1
+                    drawn.append(_Drawn(token, largest, logits, request.logprobs, self.sparsity))
                 launched += 1
             found = drawn.popleft()
             id, logprob = found.wait()
+            if not math.isfinite(found.largest):
+                self._clear()  # its keys and values may hold NaN as well
+                raise ValueError(
+                    f"the logits after {len(request.prompt) + count - 1} tokens hold NaN or inf: the checkpoint is "
+                    "damaged, or its values are too large for fp16 (then use bf16 or fp32)"
+                )
             if previous is not None:  # the step that gave this token has put that one into the cache
                 self._remember(previous, found.sparsity)
                 self._decoded = (self._decoded[0], len(self.ids))
@@ -202,12 +215,12 @@ def _generator(device: torch.device, seed: int | None) -> torch.Generator:
 class _Drawn:
     """A token on its way to the host: a copy that waits for the steps up to it, not for those enqueued since."""
 
-    def __init__(self, token: Tensor, logits: Tensor, logprob: bool, sparsity: float):
+    def __init__(self, token: Tensor, largest: Tensor, logits: Tensor, logprob: bool, sparsity: float):
         self.sparsity, self.copied = sparsity, None
         self.logprob = logits.float().log_softmax(-1)[token] if logprob else None
-        self.token = token
+        self.token, self.largest = token, largest
         if token.is_cuda:
-            self.token = _to_host(token)
+            self.token, self.largest = _to_host(token), _to_host(largest)
             self.logprob = None if self.logprob is None else _to_host(self.logprob)
             self.copied = torch.cuda.Event()
             self.copied.record(torch.cuda.current_stream(token.device))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from teal_fast.engine.device import find_device
-from teal_fast.engine.engine import CONTEXT, Engine
+from teal_fast.engine.engine import DEFAULT_CONTEXT, Engine
 from teal_fast.files.calibration import MissingCalibrationError, load_calibration
 from teal_fast.files.checkpoint import find_checkpoint
 from teal_fast.files.load import load_model
@@ -15,7 +15,7 @@ def load(
     checkpoint: str | Path,
     device: str | None = None,
     dtype: str | None = None,
-    context: int = CONTEXT,
+    context: int = DEFAULT_CONTEXT,
     calibration: Path | None = None,
 ) -> tuple[Engine, Tokenizer]:
     """An engine over a converted checkpoint's folder, or "demo", and its tokenizer.

@@ -16,12 +16,18 @@ from teal_fast.model import Transformer
 
 @dataclass
 class Sample:
-    """One timed stream: its tokens, seconds to the first one, and seconds of each decode step after it."""
+    """One timed stream: its tokens, seconds to the first one, and seconds of each decode step after it.
+
+    achieved: the sparsity of those steps, by tensor kind and "all", once it is counted. cut: whether the full context
+    ended the text.
+    """
 
     prompt_tokens: int
     tokens: list[Token] = field(default_factory=list)
     first_token_s: float = 0.0
     decode_s: list[float] = field(default_factory=list)
+    achieved: dict[str, float] = field(default_factory=dict)
+    cut: bool = False
 
     @property
     def tokens_per_s(self) -> float:

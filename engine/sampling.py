@@ -1,14 +1,23 @@
-"""Drawing the next token from logits: temperature, top-k, top-p, min-p."""
+"""Drawing the next token from logits: temperature, top-k, top-p, min-p, in this order, as transformers 5.23 does.
+
+docs/usage.md says what order other engines have.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+SMALLEST = torch.finfo(torch.float32).tiny  # by less than this normal number logits can't be divided
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; filters apply in the order of the fields. temperature 0 is greedy."""
+    """How the next token is drawn; filters apply in the order of the fields.
+
+    temperature 0 is greedy, and so is one below fp32's smallest normal number. top_k 0, top_p 1 and min_p 0 switch a
+    filter off, as None does.
+    """
 
     temperature: float = 0.8
     top_k: int | None = None
@@ -18,29 +27,37 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature}: expected a number of at least 0 (0: greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k}: expected at least 1, or None for all tokens")
-        for name in ("top_p", "min_p"):
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 0):
+            raise ValueError(f"top_k {self.top_k}: expected a whole number of at least 0 (0 or None: all tokens)")
+        for name, off in (("top_p", 1), ("min_p", 0)):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} {value}: expected a number from 0 to 1, or None")
+                raise ValueError(f"{name} {value}: expected a number from 0 to 1 ({off} or None: off)")
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """One token id, int64 [1], from logits [vocab]."""
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        logits = logits.float() / self.temperature
+    def draw(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One token id, int64 [1], from logits [vocab], and the largest logit [1].
+
+        If that is not finite, logits hold NaN or inf, and the token is any: who reads it on the host is to check. Here
+        a GPU would be waited for.
+        """
+        if self.temperature < SMALLEST:
+            token = logits.argmax(-1, keepdim=True)
+            return token, logits.gather(-1, token)
+        top_p = None if self.top_p == 1 else self.top_p
         candidates = None  # token ids of the logits left; drawing among a few costs a tenth of drawing among all
-        if self.top_k is not None or self.top_p is not None:
-            most = logits.numel() if self.top_k is None else min(self.top_k, logits.numel())
-            logits, candidates = logits.topk(most)
-        if self.top_p is not None:
+        if self.top_k or top_p is not None:
+            logits, candidates = logits.topk(min(self.top_k or logits.numel(), logits.numel()))
+        largest = logits.max(-1, keepdim=True).values if candidates is None else logits[:1]
+        # At most 0, so that no temperature makes it overflow.
+        logits = (logits.float() - largest.float()) / self.temperature
+        if top_p is not None:
             shares = logits.softmax(-1)
             # A token goes when those before it already reach top_p: the first always stays.
-            gone = shares.cumsum(-1) - shares >= self.top_p
+            gone = shares.cumsum(-1) - shares >= top_p
             gone[0] = False
             logits = logits.masked_fill(gone, -torch.inf)
         probabilities = logits.softmax(-1)
-        if self.min_p is not None:
+        if self.min_p:
             probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.max(), 0)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)
-        return drawn if candidates is None else candidates[drawn]
+        # As torch.multinomial draws one, which on CUDA also asserts that there is no NaN: that would end the process.
+        token = (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax(-1, True)
+        return (token if candidates is None else candidates[token]), largest

@@ -2,6 +2,8 @@
 
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from teal_fast.engine.accounting import bytes_per_token
@@ -20,7 +22,7 @@ class Session:
     """Answers prompts one after another with the same settings.
 
     chat: the messages so far, at first the system's or none; None where each prompt is a text of its own. seed: of the
-    next answer; it counts up.
+    next answer; it counts up. stop: strings that end an answer, besides the engine's stop tokens.
     """
 
     engine: Engine
@@ -30,19 +32,40 @@ class Session:
     max_new_tokens: int
     seed: int
     chat: list[Message] | None
+    stop: Sequence[str] = ()
 
-    def answer(self, prompt: list[int], sample: Sample) -> None:
-        """Prints the answer's text as it comes; what there is of it and of the sample survives Ctrl-C."""
+    def answer(self, prompt: list[int], sample: Sample) -> str:
+        """Prints the answer's text as it comes, and returns it; what there is of the sample survives Ctrl-C.
+
+        An answer that ends because the context is full says so: it is shorter than was asked for.
+        """
         new_tokens = min(self.max_new_tokens, self.engine.context - len(prompt))
         request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed)
         self.seed += 1
-        text, stream = TextStream(self.tokenizer), self.engine.stream(request)
+        text, stream, pieces = TextStream(self.tokenizer, prompt, self.stop), self.engine.stream(request), []
         try:
             for token in sample.watch(stream):
-                print(text.push(token), end="", flush=True)
+                pieces.append(text.push(token))
+                print(pieces[-1], end="", flush=True)
+                if text.stopped:
+                    break
         finally:
             stream.close()
-            print(text.flush(), flush=True)
+            pieces.append(text.flush())
+            print(pieces[-1], flush=True)
+        sample.cut = not text.stopped and token.finish_reason == "length" and new_tokens < self.max_new_tokens
+        if sample.cut:
+            length = f"{new_tokens} of {self.max_new_tokens} tokens"
+            print(f"the context of {self.engine.context} tokens is full: cut after {length}", file=sys.stderr)
+        return "".join(pieces)
+
+    @contextmanager
+    def counted(self, sample: Sample) -> Iterator[None]:
+        """In the block the sample is decoded; after it, and after Ctrl-C, what its tokens skipped is counted."""
+        try:
+            yield
+        finally:
+            sample.achieved = self.engine.achieved_sparsity()
 
     def turn(self, text: str) -> Sample:
         """Answers one prompt of a terminal session. A chat's oldest turns are dropped when the context is full.
@@ -54,12 +77,12 @@ class Session:
         print(f"reading {len(prompt) - known} of {len(prompt)} tokens …", file=sys.stderr, flush=True)
         sample = Sample(len(prompt))
         try:
-            self.answer(prompt, sample)
+            with self.counted(sample):
+                answer = self.answer(prompt, sample)
         except KeyboardInterrupt:
             return sample
         if messages is not None:
-            ids = [token.id for token in sample.tokens]
-            self.chat = [*messages, _message("assistant", self.tokenizer.decode(ids))]
+            self.chat = [*messages, _message("assistant", answer)]
         return sample
 
     def _fit(self, text: str) -> tuple[list[int], list[Message] | None]:
@@ -97,11 +120,11 @@ def _message(role: str, content: str) -> Message:
 
 
 def summarize(engine: Engine, samples: list[Sample]) -> dict:
-    """What the samples cost, as fields of a benchmark record."""
-    rates = [sample.tokens_per_s for sample in samples if sample.decode_s]
-    achieved = engine.achieved_sparsity()
-    read = bytes_per_token(engine.model, achieved.get("all", 0.0))
-    rate = statistics.median(rates) if rates else 0.0
+    """What the samples cost, as fields of a benchmark record: rates are medians, sparsity and bytes of all tokens."""
+    decoded = [sample for sample in samples if sample.decode_s and sample.achieved]  # not interrupted while counted
+    rates = [sample.tokens_per_s for sample in decoded]
+    reads = [sample.tokens_per_s * bytes_per_token(engine.model, sample.achieved["all"]) for sample in decoded]
+    achieved = mean_sparsity(decoded)
     return {
         "benchmark": "decode",
         "sparsity": engine.sparsity,
@@ -110,13 +133,25 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "mode": engine.step.mode,
         "prompt_tokens": samples[-1].prompt_tokens,
         "new_tokens": [len(sample.tokens) for sample in samples],
-        "finish_reason": samples[-1].tokens[-1].finish_reason,
+        "finish_reason": samples[-1].tokens[-1].finish_reason or "stop",  # none of its own at a stop string
+        "stop_ids": sorted(engine.stop),
+        "cut_by_context": sum(sample.cut for sample in samples),  # how many: not by max_new_tokens
         "first_token_s": samples[0].first_token_s,  # later samples find the prompt in the cache
-        "tokens_per_s": rate,
+        "tokens_per_s": statistics.median(rates or [0.0]),
         "tokens_per_s_spread": [min(rates, default=0.0), max(rates, default=0.0)],
-        "bytes_per_token": read,
-        "gb_per_s": rate * read / 1e9,
+        "bytes_per_token": bytes_per_token(engine.model, achieved.get("all", 0.0)),
+        "gb_per_s": statistics.median(reads or [0.0]) / 1e9,
     }
+
+
+def mean_sparsity(samples: list[Sample]) -> dict[str, float]:
+    """Achieved sparsity over the decoded tokens of all samples, by tensor kind and "all"; nothing where there is none.
+
+    Each token meets each layer once, so that samples count by their tokens.
+    """
+    steps = sum(len(sample.decode_s) for sample in samples)
+    kinds = samples[0].achieved if samples else ()
+    return {kind: sum(len(sample.decode_s) * sample.achieved[kind] for sample in samples) / steps for kind in kinds}
 
 
 def describe_cost(record: dict) -> str:

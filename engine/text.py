@@ -9,14 +9,15 @@ from teal_fast.files.tokenizer import Tokenizer
 class TextStream:
     """Turns tokens into pieces of text that are certain; joined they are the text up to the first stop string.
 
+    prompt: the ids that the tokens follow, which decide whether a leading space belongs to the text.
     What may be the beginning of a stop string is held back until it is certain that it is none. `stopped` tells that a
     stop string was met: what comes after it is dropped, and the stream of tokens can be closed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stop: Sequence[str] = ()):
         if not all(stop):
             raise ValueError("a stop string is empty: give some text")
-        self.pieces, self.stop = tokenizer.stream(), tuple(stop)
+        self.pieces, self.stop = tokenizer.stream(prompt), tuple(stop)
         self.held, self.stopped = "", False
 
     def push(self, token: Token) -> str:
@@ -45,11 +46,19 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def stream_text(tokens: Iterable[Token], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
-    """Yields the pieces of text of the tokens, up to the first stop string, and then takes no more of them."""
-    text = TextStream(tokenizer, stop)
+def stream_text(
+    tokens: Iterable[Token], tokenizer: Tokenizer, prompt: Iterable[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yields the text of the tokens that follow the prompt, up to the first stop string; then it takes no more."""
+    text = TextStream(tokenizer, prompt, stop)
     for token in tokens:
         yield text.push(token)
         if text.stopped:
             return
     yield text.flush()
+
+
+def split_stops(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[frozenset[int], tuple[str, ...]]:
+    """What a user wants an answer to end at: ids of control and added tokens, and all other texts as stop strings."""
+    ids = {text: tokenizer.added_id(text) for text in texts}
+    return frozenset(id for id in ids.values() if id is not None), tuple(text for text in ids if ids[text] is None)

@@ -18,6 +18,7 @@ from teal_fast.calibration.probe import LOGIT_ROWS
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.evaluation.pruning import zeros_by_kind
 from teal_fast.evaluation.tasks import PREFILLS
+from teal_fast.files.memory import memory_for
 from teal_fast.files.paths import DATA
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import Phase
@@ -77,7 +78,8 @@ def evaluate(
     output = output_weight(model.output)
     started = time.perf_counter()
     losses = []
-    with tally_kept(model) as tally:
+    what, todo = f"windows of {len(windows[0][0])} tokens", "lower --context, or take another --device"
+    with memory_for(what, todo), tally_kept(model) as tally:
         for window, unscored in windows:
             losses.append(window_loss(model, output, window, unscored, Phase(dense_tokens)).cpu())
             progress.update(len(window))

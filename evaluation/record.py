@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -106,3 +108,13 @@ def read_records(path: Path) -> list[dict]:
     if not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} is no list of records: make it again")
     return records
+
+
+@contextmanager
+def reading_records(*places: Path) -> Iterator[None]:
+    """In the block, what breaks on a record of another form than ours, found in one of `places`, is one ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        found = f"{' or '.join(map(str, places))} holds a record of another form ({type(error).__name__}: {error})"
+        raise ValueError(f"{found}: remove it, or make it again") from error

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from teal_fast.engine.accounting import tally_kept
+from teal_fast.engine.cache import new_cache
 from teal_fast.evaluation.pruning import zeros_by_kind
 from teal_fast.files.store import parse_json
 from teal_fast.files.tokenizer import Tokenizer
@@ -169,7 +170,9 @@ def score_task(
         for item in items
     ]
     longest = max(len(context) + len(continuation) for pairs in encoded for context, continuation in pairs)
-    cache = model.new_cache(1, longest)
+    for context, continuation in (pair for pairs in encoded for pair in pairs):
+        model.args.check_ids(context + continuation)
+    cache = new_cache(model, longest)
     output = output_weight(model.output)
     results = []
     with tally_kept(model) as tally:

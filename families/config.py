@@ -12,7 +12,17 @@ from teal_fast.model import ModelArgs
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # Fields that change what the reference implementations compute, with the only value that is supported here.
-FIXED_FIELDS = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
+FIXED_FIELDS = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+# Where other programs say that they quantized: transformers, the first versions of llm-compressor, MLX.
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
+QUANTIZATION_SIGNS = {  # of a method that the field does not name
+    "load_in_4bit": "bitsandbytes",
+    "load_in_8bit": "bitsandbytes",
+    "config_groups": "compressed-tensors",
+    "quant_algo": "modelopt",
+    "group_size": "MLX",
+}
+INSTEAD = "convert the unquantized model that it was made from, then quantize that here"
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -34,6 +44,10 @@ def model_args(config: dict[str, Any]) -> ModelArgs:
     for name, value in FIXED_FIELDS.items():
         if config.get(name) not in (value, None):
             raise ValueError(f"config.json: {name} {short(config[name])} is not supported, expected {short(value)}")
+    for name in QUANTIZATION_FIELDS:
+        if config.get(name) is not None:
+            method = _quantization(config[name])
+            raise ValueError(f"config.json: {name} says that {method} quantized the weights: {INSTEAD}")
     dim = _size(config, "hidden_size")
     heads = _size(config, "num_attention_heads", most=MANY)
     attention_bias = _flag(config, "attention_bias") and architecture in ("llama", "qwen3")
@@ -59,6 +73,17 @@ def model_args(config: dict[str, Any]) -> ModelArgs:
     )
 
 
+def _quantization(given: Any) -> str:
+    """The method that quantized, as a quantization_config says it, and the bits where they stand there."""
+    given = given if isinstance(given, dict) else {}
+    signs = [method for sign, method in QUANTIZATION_SIGNS.items() if sign in given]
+    method = given.get("quant_method") or (signs[0] if signs else "an unnamed method")
+    method = method if isinstance(method, str) else short(method)
+    method = method.upper() if method in ("gptq", "awq", "fp8") else " ".join(method[:40].split())
+    bits = given.get("bits") or (4 if given.get("load_in_4bit") else 8 if given.get("load_in_8bit") else None)
+    return f"{method} ({bits} bits)" if isinstance(bits, int) else method
+
+
 def _size(config: dict[str, Any], name: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
     value = default if config.get(name) is None else config[name]
     if value is None:
@@ -82,24 +107,50 @@ def _positive(name: str, value: Any) -> float:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings in either spelling: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
-    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+    """The rotary settings, as transformers 5.23 reads them (convert_rope_params_to_dict in modeling_rope_utils.py).
+
+    `rope_scaling`, the former spelling, replaces `rope_parameters` as a whole, its theta included; a block without a
+    theta has `rope_theta`. So a theta that stands only in `rope_parameters` would be lost: such blocks are refused.
+    """
+    blocks = {}
     for spelling in ("rope_scaling", "rope_parameters"):
-        given = config.get(spelling) or {}
-        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        given = config.get(spelling)
+        if not isinstance(given, dict | None) or any(isinstance(value, dict) for value in (given or {}).values()):
             raise ValueError(f"config.json: {spelling} {short(given)} is not supported, expected one flat object")
-        rope |= {name: value for name, value in given.items() if value is not None}
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    if kind not in ROPE_FIELDS:
+        if given:
+            blocks[spelling] = _rope_settings(config, given)
+    if not blocks:
+        return _rope_settings(config, {})
+    taken, *replaced = blocks.values()
+    for other in replaced:
+        plain = {"rope_type": "default", "rope_theta": taken["rope_theta"]}  # what scaling was added to
+        if other not in (taken, plain):
+            raise ValueError(
+                f"config.json: rope_scaling says {short(taken)}, rope_parameters {short(other)}: "
+                "write all of it into one of them and remove the other"
+            )
+    return taken
+
+
+def _rope_settings(config: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    kind = block.get("rope_type", block.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise ValueError(f"config.json: rope_type {short(kind)} is not supported, expected one of {[*ROPE_FIELDS]}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor {short(rope['partial_rotary_factor'])} is not supported")
-    theta = 10000.0 if rope["rope_theta"] is None else rope["rope_theta"]
+    if block.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor {short(block['partial_rotary_factor'])} is not supported")
+    theta = block.get("rope_theta", config.get("rope_theta", 10000.0))
     settings = {"rope_type": kind, "rope_theta": _positive("rope_theta", theta)}
     if kind == "factors":
-        factors = rope.get("factors")
+        factors = block.get("factors")
         settings["factors"] = [_positive("factors", f) for f in (factors if isinstance(factors, list) else [factors])]
-    return settings | {name: _positive(name, rope.get(name)) for name in ROPE_FIELDS[kind]}
+    # transformers fills in this one from outside of the block, and prefers what it finds there.
+    original = block.get("original_max_position_embeddings", config["max_position_embeddings"])
+    outside = {"original_max_position_embeddings": config.get("original_max_position_embeddings", original)}
+    settings |= {name: _positive(name, (block | outside).get(name)) for name in ROPE_FIELDS[kind]}
+    if kind == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
+        low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+        raise ValueError(f"config.json: low_freq_factor {low} is not below high_freq_factor {high}: correct them")
+    return settings
 
 
 def _sliding_windows(config: dict[str, Any]) -> tuple[int | None, ...]:

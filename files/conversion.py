@@ -1,8 +1,8 @@
 """From another program's tensors to our model.safetensors: what the readers of all foreign formats share.
 
 Linear layers of the blocks are stacked (q, k, v and gate, up) and transposed to [K, N]. Every source tensor's shape is
-checked against its own part of the whole before anything is written. What a format calls its tensors and how it reads
-them is in huggingface.py and gguf.py.
+checked against its own part of the whole before anything is written, and what was written is opened before it gets its
+name. What a format calls its tensors and how it reads them is in huggingface.py and gguf.py.
 """
 
 import re
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from teal_fast.files.checkpoint import METADATA, WEIGHTS
-from teal_fast.files.store import write_safetensors
+from teal_fast.files.load import load_model
+from teal_fast.files.store import is_finite, write_safetensors
+from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import ModelArgs, Transformer
-from teal_fast.sparse_model import SPARSE_WEIGHT
+from teal_fast.sparse_model import SPARSE_WEIGHT, dtype_name
 
 
 def write_weights(
@@ -40,11 +42,8 @@ def write_weights(
     with torch.device("meta"):
         expected = {name: p.shape for name, p in Transformer(args).named_parameters()}  # a tied output appears once
     made_of = {name: sources(name) for name in expected}
-    output, embeddings = sources("output.weight"), made_of["tok_embeddings.weight"]
     rows = {name: _part_rows(args, name, shape, len(made_of[name])) for name, shape in expected.items()}
-    _check_shapes(expected, rows, made_of, shapes, unused=output if args.tie_embeddings else ())
-    if args.tie_embeddings and output[0] in shapes and not torch.equal(read(output[0]), read(embeddings[0])):
-        raise ValueError(f"config.json ties {output[0]} to {embeddings[0]}, but the checkpoint's two differ")
+    _check_shapes(expected, rows, made_of, shapes)
 
     def build(name: str) -> Tensor:
         parts = [read(part) for part in made_of[name]]
@@ -53,6 +52,24 @@ def write_weights(
 
     layout = {name: (dtype, _stored_shape(name, shape)) for name, shape in expected.items()}
     write_safetensors(folder / WEIGHTS, layout, build, METADATA)
+
+
+@torch.inference_mode()
+def check_opens(folder: Path) -> None:
+    """Opens a converted folder as later commands do: tokenizer, config, weights, and the dense pass of one token.
+
+    Raises ValueError or FileNotFoundError. The pass reads all weights once, memory-mapped, while most of them still lie
+    in the system's cache; besides them it takes one layer's weight in fp32.
+    """
+    try:
+        Tokenizer.load(folder).encode("a")
+    except (ValueError, OSError) as error:
+        found = str(error).removeprefix(f"{folder}: ").replace(f"{folder}/", "")  # its name for now
+        raise ValueError(f"the model's tokenizer does not open: {found}") from error
+    model = load_model(folder)
+    if not is_finite(model(torch.tensor([[0]]))):
+        name = dtype_name(model)
+        raise ValueError(f"the converted model computes NaN or inf in {name}: convert with another --dtype")
 
 
 def _part_rows(args: ModelArgs, name: str, shape: torch.Size, parts: int) -> tuple[int, ...]:
@@ -68,7 +85,6 @@ def _check_shapes(
     rows: dict[str, tuple[int, ...]],
     made_of: dict[str, tuple[str, ...]],
     shapes: dict[str, tuple[int, ...]],
-    unused: tuple[str, ...],
 ) -> None:
     for name, shape in expected.items():
         parts = made_of[name]
@@ -78,7 +94,7 @@ def _check_shapes(
             if shapes[part] != (outputs, *shape[1:]):
                 called_for, found = [outputs, *shape[1:]], list(shapes[part])
                 raise ValueError(f"the checkpoint has {part} {found}, but config.json calls for {called_for}")
-    if extra := sorted(shapes.keys() - set(unused).union(*made_of.values())):
+    if extra := sorted(shapes.keys() - set().union(*made_of.values())):
         raise ValueError(f"the checkpoint holds {extra[0]} ({len(extra)} such), which config.json does not call for")
 
 

@@ -7,6 +7,8 @@ The tokenizer's files are copied as they are. Quantized models are refused: thei
 import json
 import pickle
 import shutil
+import sys
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from teal_fast.families.config import model_args
+from teal_fast.families.config import INSTEAD, model_args
 from teal_fast.files.checkpoint import CONFIG, read_config
-from teal_fast.files.conversion import write_weights
-from teal_fast.files.store import new_folder, read_json, short
+from teal_fast.files.conversion import check_opens, write_weights
+from teal_fast.files.store import check_new, new_folder, read_json, short
 from teal_fast.weights.formats import DTYPES
 
 COPIED = (
@@ -26,6 +28,7 @@ COPIED = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 NAMES = {
@@ -41,27 +44,55 @@ NAMES = {
     "norm": ("model.norm",),
     "output": ("lm_head",),
 }
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+QUANTIZED_NAMES = {  # how names of a quantized layer's tensors end, and by what, the surest first
+    ".g_idx": "GPTQ",
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".SCB": "bitsandbytes",
+    ".absmax": "bitsandbytes",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".scales": "MLX",
+}
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The folder's weight files: those its index names, or the single one; safetensors before .bin."""
+    """The folder's weight files: a single one or those that an index names; safetensors before .bin.
+
+    This is the order of transformers 5.23 (_get_resolved_checkpoint_files). Other than there, an index is passed over,
+    with a line that says so, when files that it names are missing and other weights are there.
+    """
+    lacking = []
     for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(read_json(index)["weight_map"].values()))
-                return [folder / Path(name).name for name in names]  # a shard lies in the folder, never elsewhere
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{index} is not a weight index ({error!r}): download the model again") from error
         if (folder / single).is_file():
-            return [folder / single]
+            found = [folder / single]
+        elif (folder / f"{single}.index.json").is_file():
+            found = _read_index(folder / f"{single}.index.json")
+        else:
+            continue
+        if not (missing := [path for path in found if not path.is_file()]):
+            if lacking:
+                print(f"{lacking[0]}: reading {found[0].name} instead", file=sys.stderr)
+            return found
+        lacking.append(f"{missing[0]} is missing, though the index names it ({len(missing)} of {len(found)} such)")
+    if lacking:
+        raise FileNotFoundError(f"{lacking[0]}: download the model again")
     raise FileNotFoundError(f"{folder} has no model.safetensors or pytorch_model.bin, with or without an index")
+
+
+def _read_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if not names:
+            raise ValueError("it names no file")
+        return [index.with_name(Path(name).name) for name in names]  # a shard lies in the folder, never elsewhere
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not a weight index ({error!r}): download the model again") from error
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name, memory-mapped: their pages are read when they are."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, though the index names it: download the model again")
     if path.suffix == ".bin":
         return _open_pickle(path)
     try:
@@ -83,23 +114,56 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Writes the checkpoint folder `out`, whole or not at all; `dtype` None keeps the widest of the source's."""
+    """Writes the checkpoint folder `out`, whole or not at all; `dtype` None keeps the widest of the source's.
+
+    At the end it is opened as later commands will open it. That reads all weights once: see `check_opens`.
+    """
+    check_new(out)
     config = read_config(source)
     args = model_args(config)
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise FileNotFoundError(f"{source} has no tokenizer.json or tokenizer.model: copy them from the original model")
     tensors: dict[str, Tensor] = {}
     for shard in find_shards(source):
         tensors |= open_shard(shard)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            found = f"{short(name)} in {tensor.dtype}"
-            raise ValueError(f"{source} holds {found}, expected {', '.join(DTYPES)}: dequantize the model first")
+    check_floats(source, tensors)
     stored = {tensor.dtype for tensor in tensors.values() if tensor.ndim == 2}
     dtype = dtype or reduce(torch.promote_types, stored, torch.bool)  # bool is narrower than any
+    if args.tie_embeddings and not tie(tensors, dtype):
+        print(f"{source}: config.json ties {HEAD} to {EMBEDDINGS}, but they differ: not tied", file=sys.stderr)
+        config["tie_word_embeddings"], args = False, replace(args, tie_embeddings=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     with new_folder(out) as folder:
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_weights(folder, args, NAMES, shapes, tensors.__getitem__, dtype)
+        tensors.clear()  # the source's pages need not be in memory beside the copy's
+        check_opens(folder)
+
+
+def check_floats(source: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless all tensors are floats; of quantized ones their names tell what quantized them."""
+    other = next((name for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values()), None)
+    if other is not None:
+        dtype = str(tensors[other].dtype)
+        signs = [method for end, method in QUANTIZED_NAMES.items() if any(name.endswith(end) for name in tensors)]
+        method = next(iter(signs), "something" if any(kind in dtype for kind in ("int", "float8", "float4")) else None)
+        todo = f"it seems that {method} quantized them; {INSTEAD}" if method else "store the weights in one of these"
+        raise ValueError(f"{source} holds {short(other)} in {dtype}, expected {', '.join(DTYPES)}: {todo}")
+
+
+def tie(tensors: dict[str, Tensor], dtype: torch.dtype) -> bool:
+    """Leaves the tensors that a tied model has; False where embeddings and output differ, so that it is not tied.
+
+    So transformers 5.23 (PreTrainedModel.tie_weights) takes them: where one is missing, the other stands for both.
+    """
+    if HEAD in tensors and EMBEDDINGS in tensors:
+        if not torch.equal(tensors[HEAD].to(dtype), tensors[EMBEDDINGS].to(dtype)):
+            return False
+        del tensors[HEAD]
+    elif HEAD in tensors:
+        tensors[EMBEDDINGS] = tensors.pop(HEAD)
+    return True

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, read_config
+from teal_fast.files.memory import memory_for
 from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, open_safetensors, short
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
@@ -47,7 +48,8 @@ def load_model(
     """
     args, path = model_args(read_config(folder)), folder / WEIGHTS
     tensors: dict[str, Tensor] = {}
-    with open_safetensors(path) as file:
+    lower = "take a quantized copy (quantize.py), a narrower type (--dtype bf16) or another --device"
+    with memory_for(f"the weights of {folder} on {device}", lower), open_safetensors(path) as file:
         format, packed = read_format(folder, file.metadata() or {})
         model = empty_model(path, args, format)
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -124,8 +126,8 @@ def check_layout(path: Path, expected: dict[str, Tensor], found: dict[str, tuple
         if name in fixed and dtype != SAFETENSORS_DTYPES[parameter.dtype]:
             raise ValueError(f"{path}: {name} is {dtype}, expected {SAFETENSORS_DTYPES[parameter.dtype]}: {AGAIN}")
         if name not in fixed and (dtype != usual or dtype not in floats):
-            wanted = f"{usual} as most others are" if usual in floats else " or ".join(floats)
-            raise ValueError(f"{path}: {name} is {dtype}, expected {wanted}: {AGAIN}")
+            types = f"{usual} as most others are" if usual in floats else " or ".join(floats)
+            raise ValueError(f"{path}: {name} is {dtype}, expected {types}: {AGAIN}")
         if list(shape) != list(parameter.shape):
             called_for = f"config.json calls for {list(parameter.shape)}"
             raise ValueError(f"{path}: {name} is {short(list(shape))}, {called_for}: {AGAIN}")

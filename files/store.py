@@ -2,16 +2,20 @@
 
 What is read may be damaged or hostile: it gives one ValueError of one line, whatever it holds. Of JSON that means
 bounds on its size and its nesting, and no constants that JSON does not have. What is written is renamed into its place,
-so that no reader ever sees half a file. What a file's contents mean is the business of those who ask for it.
+so that no reader ever sees half a file. What a killed process left unfinished is hidden, and the next one to write into
+that folder removes it. What a file's contents mean is the business of those who ask for it.
 """
 
+import fcntl
 import json
 import os
 import reprlib
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ SAFETENSORS_DTYPES = {
 MOST_BYTES = 2**26  # of a JSON file: twice the largest tokenizer.json known, Gemma 3's of 33 MB
 SHOWN = reprlib.Repr()
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 100  # characters
+TEMPORARY = ".teal-fast.tmp"  # what names of unfinished files and folders end in
 MOST_LEVELS = 64  # of nesting: tokenizer.json has 8; Python's own code recurses, and gives up at some hundred
 
 
@@ -106,7 +111,21 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError when no file or folder can be made at `path`: better before long work than after it."""
+    """Raises ValueError when no file can be made at `path`: better before long work than after it."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no ordinary file"
+        raise ValueError(f"cannot write {path}: it is {kind}, expected the name of a file to make or replace")
+    _check_takes_files(path)
+
+
+def check_new(path: Path) -> None:
+    """Raises FileExistsError or ValueError when no folder can be made at `path`: better before long work than after."""
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists already: remove it, or choose another place with --out")
+    _check_takes_files(path)
+
+
+def _check_takes_files(path: Path) -> None:
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -120,28 +139,65 @@ def check_writable(path: Path) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which it replaces when the block ends well; otherwise `path` stays as it was."""
     check_writable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _temporary(path, Path.touch) as temporary:
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, else goes. Raises when `path` exists."""
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: remove it, or choose another place with --out")
-    check_writable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    check_new(path)
+    with _temporary(path, Path.mkdir) as temporary:
         yield temporary
         os.rename(temporary, path)
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A hidden file or folder beside `path`, no other thread's, locked as long as this process lives or it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    make(temporary)
+    lock = _lock(temporary)
+    try:
+        yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left in `folder`: hidden files and folders of ours that none holds locked."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        with suppress(OSError):  # another process was faster, or it is another user's
+            # Another process locks what it has just made: that takes it no second.
+            if time.time() - path.stat().st_mtime > 1 and (lock := _lock(path)) is not None:
+                _remove(path)
+                os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on a file or folder until it is closed or its process ends, however it ends.
+
+    None where another process holds it, or where the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_safetensors(

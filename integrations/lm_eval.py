@@ -20,10 +20,12 @@ from tqdm import tqdm
 from teal_fast.cli import (
     add_model_arguments,
     open_model,
+    parse_with_model,
     positive_int,
     run,
     sparsity,
 )
+from teal_fast.engine.cache import new_cache
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
@@ -41,7 +43,10 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as missing:
-    sys.exit(f"error: the harness is not installed ({missing}): pip install {HARNESS}")
+    said = f"the harness is not installed ({missing}): pip install {HARNESS}"
+    if __name__ == "__main__":
+        sys.exit(f"error: {said}")
+    raise ImportError(said) from missing
 
 NEW_TOKENS = 256  # of a generation whose task names no limit, as the harness's own models have it
 BOOTSTRAP = 1000  # draws for the errors of perplexities; none would leave the harness without any errors
@@ -59,7 +64,7 @@ class TealLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return min(self.text.eos_ids)
+        return min(self.text.eos_ids) if self.text.eos_id is None else self.text.eos_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -80,7 +85,9 @@ class TealLM(TemplateLM):
         for context, group in groupby(pairs, key=lambda pair: pair[0]):
             continuations = [continuation for _, continuation in group]
             kept = context[-max(1, most - max(map(len, continuations))) :]
-            cache = self.model.new_cache(1, len(kept) + max(map(len, continuations)))
+            for ids in (kept, *continuations):
+                self.model.args.check_ids(ids)
+            cache = new_cache(self.model, len(kept) + max(map(len, continuations)))
             for found in likelihoods(self.model, cache, self.output, kept, continuations, self.dense_tokens):
                 yield found.log_likelihood, found.greedy
 
@@ -109,7 +116,7 @@ class TealLM(TemplateLM):
         new_tokens = min(new_tokens, self.engine.context - 1)
         prompt = self.tok_encode(context)[-(self.engine.context - new_tokens) :]
         request = Request(prompt, Sampling(temperature=0), self.sparsity, new_tokens)
-        return "".join(stream_text(self.engine.stream(request), self.text, until))
+        return "".join(stream_text(self.engine.stream(request), self.text, prompt, until))
 
 
 def main() -> None:
@@ -122,17 +129,10 @@ def main() -> None:
     parser.add_argument("--num_fewshot", type=int, help="examples in a context (default: the task's)")
     parser.add_argument("--limit", type=positive_int, help="first items of each task (default: all)")
     parser.add_argument("--out", type=Path, help="write the harness's results as a JSON record to this file")
-    options = parser.parse_args()
+    options, choice = parse_with_model(parser)
     check_records_path(options.out)
 
-    opened = open_model(
-        options.checkpoint,
-        options.device,
-        options.dtype,
-        options.calibration,
-        calibrated=options.sparsity > 0,
-        prepare=not options.no_prepare,
-    )
+    opened = open_model(choice, calibrated=options.sparsity > 0)
     engine = Engine(opened.model, opened.calibration, opened.tokenizer.eos_ids)
     language_model = TealLM(engine, opened.tokenizer, options.sparsity, options.prefill)
     settings = {"num_fewshot": options.num_fewshot, "limit": options.limit}

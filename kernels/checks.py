@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
+TABLE_DTYPES = {"fp32": torch.float32, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
 
 
 def takes(op: str, table: str, *sizes: str) -> Callable[..., None]:
@@ -28,7 +28,7 @@ def takes(op: str, table: str, *sizes: str) -> Callable[..., None]:
     known = set(sizes)
     conditions = " and ".join(_condition(row, known) for row in rows)
     parameters, arguments = ", ".join((*names, *sizes)), ", ".join(names)
-    return eval(f"lambda {parameters}: ({conditions}) or refuse({arguments})", DTYPES | {"refuse": refuse})
+    return eval(f"lambda {parameters}: ({conditions}) or refuse({arguments})", TABLE_DTYPES | {"refuse": refuse})
 
 
 def _condition(row: str, known: set[str]) -> str:

@@ -1,7 +1,7 @@
 """The C++ kernels of csrc/: compiled on first use for this machine's instruction set, cached, and loaded.
 
 They are plain functions on pointers, without PyTorch's headers: they build in seconds, once for all its versions.
-TEAL_CPU forces an instruction set: avx512, avx2, neon or portable; `torch` does without C++.
+TEAL_CPU forces an instruction set that the processor has: avx512, avx2, neon or portable; `torch` does without C++.
 """
 
 import ctypes
@@ -37,13 +37,23 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def instruction_set() -> str:
-    """What to compile for: what TEAL_CPU says, else the best of this machine. Raises ValueError on an unknown one."""
-    forced = os.environ.get("TEAL_CPU")
-    if forced is not None and forced not in (*INSTRUCTIONS, "torch"):
-        raise ValueError(f"TEAL_CPU is {forced!r}, expected one of {', '.join(INSTRUCTIONS)}, torch")
-    if forced is None and platform.machine() in ("arm64", "aarch64"):
-        return "neon"
-    return forced or {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    """What to compile for: what TEAL_CPU says, else the best of this machine.
+
+    Raises ValueError on what this processor does not have: its first kernel would end the process.
+    """
+    forced, can = os.environ.get("TEAL_CPU"), (*supported(), "torch")
+    if forced is not None and forced not in can:
+        trouble = "which this processor does not have" if forced in INSTRUCTIONS else "which is not known"
+        raise ValueError(f"TEAL_CPU is {forced!r}, {trouble}: expected one of {', '.join(can)}")
+    return forced or can[0]
+
+
+def supported() -> tuple[str, ...]:
+    """The instruction sets that this processor has, the best one first."""
+    if platform.machine() in ("arm64", "aarch64"):
+        return "neon", "portable"
+    wide = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(torch.backends.cpu.get_cpu_capability(), ())
+    return *wide, "portable"
 
 
 def find_compiler() -> str | None:
@@ -74,21 +84,27 @@ def cache_folder() -> Path:
 
 
 def build(compiler: str, instructions: str) -> Path:
-    """The shared library, compiled unless the cache has it: of these sources, this compiler, these instructions."""
+    """The shared library, compiled unless the cache has it: of these sources, this compiler, these instructions.
+
+    One that is damaged or no longer loads, as after an update of what it is linked with, is compiled again.
+    """
     command = [compiler, *FLAGS, *INSTRUCTIONS[instructions]]
     version = _run(compiler, "--version")
     key = hashlib.sha256("\n".join([*command, version, platform.machine()]).encode())
     for source in sorted(CSRC.iterdir()):
         key.update(source.read_bytes())
-    target = cache_folder() / f"{instructions}-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    folder, name = cache_folder(), f"{instructions}-{key.hexdigest()[:16]}"
+    for found in folder.glob(f"{name}-*.so"):
+        if _loads(found):
+            return found
+        print(f"{found} no longer loads", file=sys.stderr)
+        found.unlink(missing_ok=True)
     print(f"compiling the CPU kernels for {instructions}, once: some seconds", file=sys.stderr)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        linked, objects = Path(scratch, target.name), [str(Path(scratch, f"{name}.o")) for name in SOURCES]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        linked, objects = Path(scratch, f"{name}.so"), [str(Path(scratch, f"{source}.o")) for source in SOURCES]
         with ThreadPoolExecutor() as pool:
-            sources = (str(CSRC / f"{name}.cpp") for name in SOURCES)
+            sources = (str(CSRC / f"{source}.cpp") for source in SOURCES)
             list(pool.map(lambda source, out: _run(*command, "-c", source, "-o", out), sources, objects))
         # Not linked with OpenMP: the library that PyTorch has loaded serves, so that there is one pool of threads.
         undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
@@ -98,8 +114,19 @@ def build(compiler: str, instructions: str) -> Path:
         except OSError:  # this PyTorch has none to offer
             _run(compiler, "-shared", "-fopenmp", *objects, "-o", str(linked))
             ctypes.CDLL(str(linked))  # the cache gets nothing that can't be loaded
-        linked.replace(target)
-    return target
+        return linked.replace(folder / f"{name}-{_digest(linked)}.so")
+
+
+def _loads(path: Path) -> bool:
+    """Whether a cached library can be used; half a file would end the process, so that its bytes are checked first."""
+    try:
+        return path.stem.endswith(_digest(path)) and bool(ctypes.CDLL(str(path)))
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _run(*command: str) -> str:

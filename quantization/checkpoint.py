@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.calibration.passes import cut_sequences
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION, Calibration, calibration_path
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, fingerprint, read_config
 from teal_fast.files.load import PACKED, load_model, stored_as
+from teal_fast.files.memory import memory_for
 from teal_fast.files.store import new_file, open_safetensors, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
@@ -30,7 +31,7 @@ from teal_fast.weights.formats import QUANTIZED, Format
 from teal_fast.weights.output import Int8Output
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
-CONTEXT = 1024  # tokens a sequence
+SEQUENCE_TOKENS = 1024  # of a sequence, at most
 PACKED_NAME = PACKED[METADATA["version"]]  # of a quantized layer's tensor in the file
 Pack = Callable[[str, Tensor], Weight]  # a layer's name and weight [K, N] to its quantized weight
 
@@ -48,10 +49,10 @@ def check_dense(folder: Path, format: Format) -> None:
 
 
 def read_sequences(folder: Path, corpus: list[Path], tokens: int, seed: int) -> list[list[int]]:
-    """Draws `tokens` tokens of the corpus, in sequences of at most CONTEXT. Raises ValueError on less than 2 tokens."""
+    """Draws `tokens` tokens of the corpus in sequences of at most SEQUENCE_TOKENS. Raises ValueError on less than 2."""
     tokenizer, args = Tokenizer.load(folder), model_args(read_config(folder))
-    documents = [tokenizer.encode(text) for text in read_corpus(corpus)]
-    if sequences := cut_sequences(documents, min(CONTEXT, args.max_position), tokens, seed):
+    documents = encode_corpus(corpus, tokenizer, args)
+    if sequences := cut_sequences(documents, min(SEQUENCE_TOKENS, args.max_position), tokens, seed):
         return sequences
     raise ValueError("the corpus has fewer than 2 tokens: give more text, or a larger --tokens")
 
@@ -81,8 +82,10 @@ def make_quantized(folder: Path, out: Path, format: Format, fit: Fit | None = No
         return format.within(name).pack(weight)
 
     if fit and fit.gptq:
-        quantizer = GptqQuantizer(folder, format, fit.calibration, fit.sequences, fit.device)
-        write_quantized(folder, out, format, quantizer)
+        tokens = sum(map(len, fit.sequences))
+        with memory_for(f"the hidden states of {tokens} tokens", "lower --tokens, or take another --device"):
+            quantizer = GptqQuantizer(folder, format, fit.calibration, fit.sequences, fit.device)
+            write_quantized(folder, out, format, quantizer)
         del quantizer  # frees its hidden states
     else:
         write_quantized(folder, out, format, pack_nearest)
@@ -147,11 +150,9 @@ def tune_checkpoint(folder: Path, out: Path, format: Format, fit: Fit) -> None:
     """Tunes the scales of the quantized checkpoint `out` towards the dense one in `folder` (quantization/tuning.py)."""
     # A step takes the first half of a full sequence: 8 s for the demo model on 2 cores.
     sequences = [ids[:STEP_TOKENS] for ids in fit.sequences]
-    try:
+    with memory_for(f"both models in fp32 on {fit.device}, which --tune holds", "try --device cpu"):
         models = (load_model(place, fit.device, torch.float32) for place in (out, folder))
         factors = tune_scales(*models, fit.calibration, sequences)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"--tune holds both models in fp32, too much for {fit.device}: try --device cpu") from error
     with open_safetensors(out / WEIGHTS) as file, new_file(out / WEIGHTS) as temporary:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict); memory-mapped
         layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}

@@ -17,7 +17,7 @@ from shlex import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from teal_fast.cli import add_model_arguments, open_calibration, open_checkpoint, pick_device, run
-from teal_fast.evaluation.record import read_records, write_records
+from teal_fast.evaluation.record import read_records, reading_records, write_records
 from teal_fast.files.checkpoint import fingerprint
 from teal_fast.files.paths import ROOT
 from teal_fast.files.store import check_writable, new_file
@@ -141,7 +141,8 @@ def table_section(records: list[dict], checkpoint: str) -> Section:
         quality, speed = {}, {}
         for r in group:
             quality.setdefault(r["format"], []).append((r["tokens_per_s"], r["perplexity"]))
-            speed.setdefault(r["format"], []).append((r["achieved_sparsity"], r["tokens_per_s"]))
+            skipped = r.get("decode_achieved_sparsity", r["achieved_sparsity"])  # old records know the text's alone
+            speed.setdefault(r["format"], []).append((skipped, r["tokens_per_s"]))
         labels = ("tokens a second", "perplexity")
         figures = [
             curves(f"cost-{number}", "Perplexity over speed", labels, quality, PLAIN),
@@ -152,7 +153,8 @@ def table_section(records: list[dict], checkpoint: str) -> Section:
         groups.append(Group(figures, [table]))
     text = (
         "Over speed, down and to the right is better; perplexity is logarithmic. Bits: a weight of the blocks' linear "
-        "layers, scales included. Achieved: on the text. MB and GB/s: weights and keys and values read while decoding."
+        "layers, scales included. Achieved: on the text; beside the speed, while decoding. MB and GB/s: weights, keys "
+        "and values read while decoding."
     )
     return Section(name, title, text, groups, wide=True)
 
@@ -241,13 +243,14 @@ def main() -> None:
         device = pick_device(options.device)
         calibration = open_calibration(folder, None, device, not options.no_prepare)
         write_records(activations, [measure_checkpoint(folder, calibration, device, options.dtype)])
-    record = read_activations(activations, folder)
-    records = [other for other in records if other.get("model") == record["model"]]
-    own = [
-        *activation_sections(record),
-        *(make(records, options.checkpoint) for make in (quality_section, table_section)),
-    ]
-    html = page(record, own)
+    with reading_records(activations, options.results):
+        record = read_activations(activations, folder)
+        records = [other for other in records if other.get("model") == record["model"]]
+        own = [
+            *activation_sections(record),
+            *(make(records, options.checkpoint) for make in (quality_section, table_section)),
+        ]
+        html = page(record, own)
     with new_file(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
     print(f"wrote {out}: {len(html) / 1e6:.1f} MB")

@@ -15,7 +15,7 @@ from statistics import mean, median
 
 import torch
 
-from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.calibration.passes import cut_sequences
 from teal_fast.cli import (
     add_model_arguments,
@@ -28,8 +28,9 @@ from teal_fast.cli import (
 )
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT
 from teal_fast.evaluation.record import describe, write_records
+from teal_fast.families.config import model_args
 from teal_fast.files.calibration import Calibration
-from teal_fast.files.checkpoint import fingerprint
+from teal_fast.files.checkpoint import fingerprint, read_config
 from teal_fast.files.load import load_model
 from teal_fast.files.store import check_writable
 from teal_fast.files.tokenizer import Tokenizer
@@ -213,7 +214,7 @@ def measure_checkpoint(
     """The record of a checkpoint's hidden states; dtype: bf16, fp16, fp32, or None for the stored one."""
     settings = settings or Settings()
     tokenizer = Tokenizer.load(folder)
-    documents = [tokenizer.encode(text) for text in read_corpus(list(settings.corpus))]
+    documents = encode_corpus(list(settings.corpus), tokenizer, model_args(read_config(folder)))
     model = load_model(folder, device, DTYPES.get(dtype))
     context = min(settings.context, model.args.max_position)
     sequences = cut_sequences(documents, context, settings.tokens, settings.seed)
@@ -254,6 +255,8 @@ def main() -> None:
     folder, device = open_checkpoint(options.checkpoint, not options.no_prepare), pick_device(options.device)
     out = options.out or default_path(folder)
     check_writable(out)
+    if options.figures:
+        check_writable(options.figures / "any.svg")
     calibration = open_calibration(folder, options.calibration, device, not options.no_prepare)
     settings = Settings(tuple(options.corpus), tuple(options.sparsity), options.tokens, options.context, options.seed)
     record = measure_checkpoint(folder, calibration, device, options.dtype, settings)

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from teal_fast.evaluation.record import read_records
+from teal_fast.evaluation.record import read_records, reading_records
 from teal_fast.files.paths import IN_A_CLONE, ROOT
+from teal_fast.files.store import check_writable, new_file
 from teal_fast.report.results_quality import (
     perplexity_section,
     quality_section,
@@ -128,8 +129,11 @@ def main() -> None:
     options = parser.parse_args()
     if not IN_A_CLONE:
         raise ValueError("docs/results.md is a page of the repository: run it in a clone")
-    page = make_page(read_results(options.results), TEMPLATE.read_text(encoding="utf-8"))
-    options.out.write_text(page, encoding="utf-8")
+    check_writable(options.out)
+    with reading_records(options.results):
+        page = make_page(read_results(options.results), TEMPLATE.read_text(encoding="utf-8"))
+    with new_file(options.out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     print(f"wrote {options.out}")
 
 

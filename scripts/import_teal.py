@@ -62,25 +62,25 @@ class Histogram:
         return np.linspace(self.low, self.high, len(self.counts) + 1)
 
     @property
-    def reach(self) -> float:
+    def largest_resolved(self) -> float:
         """The largest |x| to which both sides are resolved."""
         return max(0.0, min(-self.low, self.high))
 
     def share(self, threshold: np.ndarray | float) -> np.ndarray | float:
-        """The share of entries with |x| <= threshold, at most `reach`; linear inside a bin."""
+        """The share of entries with |x| <= threshold, at most `largest_resolved`; linear inside a bin."""
         reached = np.concatenate(([0], self.counts.cumsum())) / self.total
         return np.interp(threshold, self.edges, reached) - np.interp(-threshold, self.edges, reached)
 
     def abs_quantiles(self, levels: np.ndarray) -> np.ndarray:
-        """|x| at each level; at levels that are not resolved `reach`, which drops less than asked for."""
+        """|x| at each level; at levels that are not resolved `largest_resolved`, which drops less than asked for."""
         edges = np.abs(self.edges)
-        thresholds = np.unique(np.concatenate(([0.0], edges[edges <= self.reach], [self.reach])))
+        thresholds = np.unique(np.concatenate(([0.0], edges[edges <= self.largest_resolved], [self.largest_resolved])))
         return np.interp(levels, self.share(thresholds), thresholds)
 
     def bounds(self, threshold: float) -> tuple[float, float]:
         """The least and the most that may be dropped, wherever in the bins that hold ±threshold the entries lie."""
         width = (self.high - self.low) / len(self.counts)
-        inside, outside = max(0.0, threshold - width), min(self.reach, threshold + width)
+        inside, outside = max(0.0, threshold - width), min(self.largest_resolved, threshold + width)
         return float(self.share(inside)), float(self.share(outside))
 
 
@@ -204,21 +204,21 @@ def greedy_levels(release: Path, args: ModelArgs, targets: np.ndarray) -> dict[s
 
 
 def check_realised(calibration: Calibration, histograms: dict[str, Histogram], levels: dict[str, np.ndarray]) -> float:
-    """The widest gap, over layers and targets, between the sparsity wanted and that of the calibration's threshold.
+    """The widest gap, over layers and targets, between the nominal sparsity and that of the calibration's threshold.
 
     Raises when a gap is more than bins and the quantiles' spacing explain. Levels that are not resolved count as the
     last one that is.
     """
     widest = 0.0
     for name, histogram in histograms.items():
-        most = float(histogram.share(histogram.reach))
+        most = float(histogram.share(histogram.largest_resolved))
         for target in np.arange(0.05, MAX_SPARSITY + 0.01, 0.0475):  # mostly between two stored points
-            wanted = min(most, float(np.interp(target, np.linspace(0, 1, POINTS), levels[name])))
-            threshold = min(float(calibration.threshold(name, float(target))), histogram.reach)
+            nominal = min(most, float(np.interp(target, np.linspace(0, 1, POINTS), levels[name])))
+            threshold = min(float(calibration.threshold(name, float(target))), histogram.largest_resolved)
             low, high = histogram.bounds(threshold)
-            if not low - TOLERANCE <= wanted <= high + TOLERANCE:
-                raise ValueError(f"{name}: the threshold for {wanted:.1%} drops {low:.1%} to {high:.1%} of its inputs")
-            widest = max(widest, abs(float(histogram.share(threshold)) - wanted))
+            if not low - TOLERANCE <= nominal <= high + TOLERANCE:
+                raise ValueError(f"{name}: the threshold for {nominal:.1%} drops {low:.1%} to {high:.1%} of its inputs")
+            widest = max(widest, abs(float(histogram.share(threshold)) - nominal))
     return widest
 
 
@@ -248,7 +248,9 @@ def main() -> None:
     calibration = Calibration(quantiles, fingerprint(folder), origin)
     widest = check_realised(calibration, histograms, levels)
     calibration.save(out)
-    name, resolved = min(((name, h.share(h.reach)) for name, h in histograms.items()), key=lambda pair: pair[1])
+    name, resolved = min(
+        ((name, h.share(h.largest_resolved)) for name, h in histograms.items()), key=lambda pair: pair[1]
+    )
     coarse, bin_share = max(((n, h.counts.max() / h.total) for n, h in histograms.items()), key=lambda pair: pair[1])
     print(f"wrote {out}: {options.allocation} thresholds of {len(histograms)} layers from {chosen}")
     print(f"realised on the histograms: within {widest:.2%}; widest bin: {bin_share:.1%} of the inputs of {coarse}")

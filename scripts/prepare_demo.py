@@ -10,6 +10,7 @@ from pathlib import Path
 
 from teal_fast.cli import prepare_demo, run
 from teal_fast.files.paths import demo_folder
+from teal_fast.files.store import check_new
 from teal_fast.weights.formats import DTYPES
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=demo_folder(), help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="stored type (default: %(default)s)")
     options = parser.parse_args()
+    check_new(options.out)  # before the package is installed
     prepare_demo(options.out, DTYPES[options.dtype])
     print(f"wrote {options.out}")
 

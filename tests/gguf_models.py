@@ -11,6 +11,7 @@ from teal_fast.tests.models import LLAMA3_ROPE
 
 MERGES = ["t h", "th e", "i n"]
 VOCABULARY = sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES] + ["<end>"]
+LLAMA3_VOCABULARY = ["<|begin_of_text|>", *VOCABULARY[1:]]
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -45,10 +46,10 @@ CASES = {
 }
 
 
-def make_model(case="llama"):
+def make_model(case="llama", **more):
     kind, fields = CASES[case]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES | fields)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES | fields | more)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -70,7 +71,7 @@ def permute(rows, heads):
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path, model, kind=Type.F32, extra=None, metadata=None):
+def write_gguf(path, model, kind=Type.F32, extra=None, metadata=None, vocabulary=VOCABULARY, tokenizer="gpt2"):
     """Writes `model` with matrices of type `kind` and rounds the model itself to what is then in the file."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -89,13 +90,19 @@ def write_gguf(path, model, kind=Type.F32, extra=None, metadata=None):
     }
     if config.rope_parameters["rope_type"] == "linear":
         fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_parameters["factor"]}
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for name, value in (fields | (metadata or {})).items():
         if value is not None:
             add[type(value)](name if name.startswith("split.") else f"{config.model_type}.{name}", value)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(VOCABULARY)
+    writer.add_token_list(vocabulary)
     writer.add_token_types([gguf.TokenType.NORMAL] * (len(VOCABULARY) - 1) + [gguf.TokenType.CONTROL])
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(len(VOCABULARY) - 1)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 
@@ -27,8 +28,23 @@ LLAMA3_ROPE = {  # of a config.json
 }
 
 
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer.json whose tokens are the single bytes, for folders of models that are given token ids alone."""
+    alphabet = {character: i for i, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.save(str(folder / "tokenizer.json"))
+
+
 def write_llama(
-    folder: Path, demo: Path, hidden_size: int, intermediate_size: int, layers: int = 2, positions: int = 512
+    folder: Path,
+    demo: Path,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int = 2,
+    positions: int = 512,
+    vocab_size: int = 49152,
 ) -> Path:
     """A tiny random Llama in fp32, written by transformers, with the demo's tokenizer: a Hugging Face folder."""
     torch.manual_seed(0)
@@ -38,7 +54,7 @@ def write_llama(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=49152,
+        vocab_size=vocab_size,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=2,

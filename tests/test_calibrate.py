@@ -112,7 +112,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
     assert Journal(tmp_path / "cut", {"seed": 2}).tensors
 
 
-@pytest.mark.parametrize("damage", ["another run", "garbage", "cut", "empty", "names"])
+@pytest.mark.parametrize("damage", ["another run", "garbage", "cut", "empty", "names", "value"])
 def test_a_journal_that_is_of_no_use_is_replaced(tmp_path, capsys, damage):
     path, about = tmp_path / "journal", {"seed": 2}
     made = {"layer": {"quantiles": torch.arange(3.0)}}
@@ -124,12 +124,14 @@ def test_a_journal_that_is_of_no_use_is_replaced(tmp_path, capsys, damage):
             about = {"seed": 3}
         case "names":
             save_file({"layer": torch.ones(2)}, path, {"about": json.dumps(about)})
+        case "value":  # one bit, in the last value: the file stays sound for its format
+            path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 64]) + whole[-1:])
         case _:
             path.write_bytes({"garbage": b"\xff" * 500, "cut": whole[:-4], "empty": b""}[damage])
     journal = Journal(path, about)
     assert journal.tensors == {}
     err = capsys.readouterr().err
-    trouble = "is damaged" if damage in ("garbage", "cut", "empty") else "is of another run"
+    trouble = "is of another run" if damage == "another run" else "is damaged"
     assert err == f"{path} {trouble}: starting anew\n"
     journal.keep("1 dense", lambda: made)
     assert Journal(path, about).keep("1 dense", pytest.fail)["layer"]["quantiles"].tolist() == [0, 1, 2]
@@ -148,6 +150,34 @@ def test_a_journal_never_goes_on_with_other_text(tiny, corpus, monkeypatch):
         make.make_calibration(tiny, corpus / "out", torch.device("cpu"), settings=settings)
     first, same, other = abouts
     assert first == same and {key for key in first if first[key] != other[key]} == {"tokens_sha256"}
+
+
+def test_a_run_that_was_cut_off_and_another_text_share_nothing(tiny, corpus, monkeypatch, capsys):
+    """The text's name and length stay, its words change in between: the result is a new run's, to the byte."""
+    settings = make.Settings("uniform", (corpus / "words.txt",), tokens=128, pass_tokens=64, context=64)
+    observe, calls = passes_module.observe, []
+
+    def breaks_off(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return observe(*given)
+
+    monkeypatch.setattr(passes_module, "observe", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        make.make_calibration(tiny, corpus / "out", torch.device("cpu"), settings=settings)
+    assert (corpus / "out.partial").exists() and not (corpus / "out").exists()
+    text = (corpus / "words.txt").read_text()
+    (corpus / "words.txt").write_text(text.replace("whales", "boats"))
+    for name in ("out", "fresh"):
+        make.make_calibration(tiny, corpus / name, torch.device("cpu"), settings=settings)
+    assert (corpus / "out").read_bytes() == (corpus / "fresh").read_bytes()
+    assert "out.partial is of another run: starting anew" in capsys.readouterr().err
+
+
+def test_a_journal_that_cannot_be_written_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot write .*: it is a folder"):
+        Journal(tmp_path, {})
 
 
 @pytest.fixture

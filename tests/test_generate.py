@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 import pytest
 import torch
 
+from teal_fast import generate
 from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.load import load
 from teal_fast.engine.request import Request
@@ -16,19 +16,10 @@ from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.text import stream_text
 from teal_fast.files.calibration import SHIPPED
 from teal_fast.files.paths import ROOT
+from teal_fast.generate import main
 
 
-@pytest.fixture(scope="module")
-def calibrated(tiny, command, tmp_path_factory):
-    """A copy of the tiny checkpoint with a calibration file beside it."""
-    folder = tmp_path_factory.mktemp("calibrated") / "tiny"
-    shutil.copytree(tiny, folder)
-    done = command("calibrate", "--checkpoint", folder, "--tokens", 2000, "--context", 128)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_command_streams_text_and_reports(calibrated, command):
+def test_command_streams_text_and_reports(calibrated, command, run_main):
     arguments = ("--checkpoint", calibrated, "--sparsity", 0.5, "--prompt", "The light", "--max_new_tokens", 12)
     done = command("generate", *arguments, "--num_samples", 2, "--json")
     assert done.returncode == 0, done.stderr
@@ -38,8 +29,8 @@ def test_command_streams_text_and_reports(calibrated, command):
     assert 0.4 < record["achieved_sparsity"] < 0.6
     assert record["tokens_per_s"] > 0 and record["gb_per_s"] > 0 and record["new_tokens"] == [12, 12]
     assert "tokens/s" in done.stderr and "achieved, 50% nominal" in done.stderr and "gate+up" in done.stderr
-    again = command("generate", *arguments, "--num_samples", 2)
-    assert done.stdout.startswith(again.stdout)
+    _, again, _ = run_main(main, *arguments, "--num_samples", 2)
+    assert done.stdout.startswith(again)
 
 
 def test_command_chat_at_a_terminal(calibrated, command):
@@ -105,6 +96,7 @@ def test_ctrl_c_ends_cleanly(calibrated):
         (("--sparsity", "half"), 2, "expected a fraction"),
         (("--temperature", "nan"), 2, "argument --temperature: got 'nan'"),
         (("--max_new_tokens", "0"), 2, "expected a whole number of at least 1"),
+        (("--top_k", "-1"), 2, "argument --top_k: got '-1', expected a whole number of at least 0"),
         (("--prompt", "  "), 1, "the prompt is empty"),
         (("--prompt", "word " * 600), 1, "the prompt has 601 tokens"),
         (("--device", "tpu"), 1, "--device tpu is not known here"),
@@ -113,24 +105,24 @@ def test_ctrl_c_ends_cleanly(calibrated):
         (("--profile", "/proc/nowhere/trace.json"), 1, "/proc/nowhere"),
     ],
 )
-def test_bad_input_is_one_line(calibrated, command, arguments, code, said):
-    done = command("generate", "--checkpoint", calibrated, "--max_new_tokens", "2", *arguments)
-    assert done.returncode == code
-    line = done.stderr.splitlines()[-1]
-    assert said in line and "error: " in line and "Traceback" not in done.stderr
+def test_bad_input_is_one_line(calibrated, run_main, arguments, code, said):
+    ended, _, errors = run_main(main, "--checkpoint", calibrated, "--max_new_tokens", "2", *arguments)
+    assert ended == code
+    line = errors.splitlines()[-1]
+    assert said in line and "error: " in line and "Traceback" not in errors
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_cuda_is_one_line(calibrated, command):
-    done = command("generate", "--checkpoint", calibrated, "--device", "cuda")
-    assert done.returncode == 1
-    assert done.stderr == "error: --device cuda: this PyTorch sees 0 CUDA devices, use another or --device cpu\n"
+def test_cuda_without_cuda_is_one_line(calibrated, run_main):
+    code, _, errors = run_main(main, "--checkpoint", calibrated, "--device", "cuda")
+    assert code == 1
+    assert errors == "error: --device cuda: this PyTorch sees 0 CUDA devices, use another or --device cpu\n"
 
 
-def test_calibration_of_another_model_is_refused(calibrated, command):
-    done = command("generate", "--checkpoint", calibrated, "--sparsity", 0.5, "--calibration", SHIPPED)
-    assert done.returncode == 1
-    assert "another model's" in done.stderr and "dim '576' (checkpoint: '64')" in done.stderr
+def test_calibration_of_another_model_is_refused(calibrated, run_main):
+    code, _, errors = run_main(main, "--checkpoint", calibrated, "--sparsity", 0.5, "--calibration", SHIPPED)
+    assert code == 1
+    assert "another model's" in errors and "dim '576' (checkpoint: '64')" in errors
 
 
 def test_demo_answers_sensibly_dense_and_sparse(demo):
@@ -139,14 +131,63 @@ def test_demo_answers_sensibly_dense_and_sparse(demo):
     prompt = tokenizer.encode_chat([{"role": "user", "content": "Explain how plants make food from sunlight."}])
     for sparsity in (0, 0.5):
         tokens = engine.stream(Request(prompt, Sampling(0.0), sparsity, 64))
-        text = "".join(stream_text(tokens, tokenizer)).lower()
+        text = "".join(stream_text(tokens, tokenizer, prompt)).lower()
         assert "light" in text and ("photosynthesis" in text or "chlorophyll" in text), text
     assert 0.45 < engine.achieved_sparsity()["all"] < 0.55
     assert bytes_per_token(engine.model, 0.5) < 0.7 * bytes_per_token(engine.model, 0)
 
 
-def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, command):
+def test_stop_takes_tokens_and_texts(calibrated, run_main):
+    arguments = (
+        "--checkpoint",
+        calibrated,
+        "--temperature",
+        0,
+        "--max_new_tokens",
+        12,
+        "--prompt",
+        "The light",
+        "--json",
+    )
+    code, out, err = run_main(generate.main, *arguments)
+    assert not code, err
+    text, record = out.rsplit("\n", 2)[0].removeprefix("The light"), json.loads(out.splitlines()[-1])
+    assert record["stop_ids"] == [0, 2, 4] and record["stop"] == [] and record["finish_reason"] == "length"
+    end = text[len(text) // 2 :][:3]
+    code, out, err = run_main(generate.main, *arguments, "--stop", end, "--stop", "<|im_start|>", "--stop", "zebra")
+    assert not code, err
+    record = json.loads(out.splitlines()[-1])
+    assert out.rsplit("\n", 2)[0] == "The light" + text[: text.index(end)]
+    assert record["stop_ids"] == [0, 1, 2, 4] and record["stop"] == [end, "zebra"]
+    assert record["finish_reason"] == "stop" and record["new_tokens"][0] < 12
+    code, out, err = run_main(generate.main, *arguments, "--stop", "")
+    assert code == 1 and err.splitlines()[-1] == "error: a stop string is empty: give some text"
+
+
+def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, run_main):
     arguments = ("--checkpoint", calibrated, "--temperature", 0, "--max_new_tokens", 5, "--prompt", "The light")
-    texts = [command("generate", *arguments, *more).stdout for more in ((), ("--chat",), ("--eager",))]
+    texts = [run_main(main, *arguments, *more)[1] for more in ((), ("--chat",), ("--eager",))]
     assert texts[0].startswith("The light") and texts[2] == texts[0]
     assert "The light" not in texts[1] and texts[1]
+
+
+def test_an_answer_that_the_context_cuts_says_so(calibrated, run_main):
+    """The model's context is 512. Filters that are off and the smallest temperature draw as greedy decoding does."""
+    arguments = (
+        "--checkpoint",
+        calibrated,
+        "--prompt",
+        "The light",
+        "--max_new_tokens",
+        600,
+        "--json",
+        "--temperature",
+    )
+    off = ("--top_k", 0, "--top_p", 1, "--min_p", 0)
+    (code, text, errors), (_, again, _) = (run_main(main, *arguments, t, *off) for t in ("0", "1e-310"))
+    record = json.loads(text.splitlines()[-1])
+    (tokens,) = record["new_tokens"]
+    assert code == 0 and tokens + record["prompt_tokens"] == 512
+    assert record["finish_reason"] == "length" and record["cut_by_context"] == 1
+    assert f"the context of 512 tokens is full: cut after {tokens} of 600 tokens\n" in errors
+    assert again.splitlines()[:-1] == text.splitlines()[:-1]

@@ -15,7 +15,7 @@ from teal_fast.families.config import model_args
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.model import Transformer, rotary_frequencies
-from teal_fast.tests.models import LLAMA3_ROPE
+from teal_fast.tests.models import LLAMA3_ROPE, write_tokenizer
 
 TOKENS, TOLERANCE = 64, 1e-4  # fp32 sums in another order
 SIZES = {
@@ -70,6 +70,7 @@ def make_pair(config, folder) -> Pair:
         elif parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     theirs.save_pretrained(folder / "hf")
+    write_tokenizer(folder / "hf")
     convert_huggingface(folder / "hf", folder / "ours", None)
     tokens = torch.randint(config.vocab_size, (1, TOKENS))
     with torch.inference_mode():
@@ -157,7 +158,7 @@ LLAMA = {
 
 def test_absent_and_null_fields_mean_what_transformers_takes_them_for():
     expected = model_args(LLAMA)
-    names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias")
+    names = ("num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters", "attention_bias")
     assert model_args(LLAMA | dict.fromkeys((*names, "hidden_act", "quantization_config"))) == expected
     theirs = transformers.LlamaConfig(**LLAMA)
     assert (expected.n_kv_heads, expected.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
@@ -212,6 +213,7 @@ def test_rope_of_former_spelling_is_the_same():
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_theta": None}, "rope_theta is None"),  # transformers takes it, and fails later
         ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type"),

@@ -25,6 +25,7 @@ from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
 from teal_fast.quantization.gptq_quantizer import GptqQuantizer
 from teal_fast.sparse_model import DECODE, sparse_layers
+from teal_fast.tests.models import write_tokenizer
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
 
@@ -270,6 +271,7 @@ def biased(request, tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
+    write_tokenizer(folder / "hf")
     convert_huggingface(folder / "hf", folder / "qwen2", torch.bfloat16)
     return folder / "qwen2"
 

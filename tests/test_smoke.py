@@ -45,4 +45,4 @@ def test_golden_text(demo, sparsity, set_threads):
     engine, tokenizer = load(demo, "cpu", "fp32", context=256)
     request = Request(tokenizer.encode_chat(QUESTION), Sampling(temperature=0), sparsity, 23)
     with torch.no_grad():
-        assert "".join(stream_text(engine.stream(request), tokenizer)) == GOLDEN[sparsity]
+        assert "".join(stream_text(engine.stream(request), tokenizer, request.prompt)) == GOLDEN[sparsity]

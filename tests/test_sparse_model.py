@@ -3,6 +3,7 @@
 import functools
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
+from teal_fast.benchmarks.shapes import random_model
 from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.cli import pick_device
 from teal_fast.engine.accounting import Tally, bytes_per_token, tally_kept
@@ -36,6 +38,7 @@ from teal_fast.sparse_model import (
     sparse_layers,
     watch_inputs,
 )
+from teal_fast.tests.models import TINY, write_tokenizer
 from teal_fast.weights.dense import DenseWeight
 from teal_fast.weights.formats import DTYPES
 
@@ -63,6 +66,7 @@ def biased(tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "hf")
+    write_tokenizer(folder / "hf")
     convert_huggingface(folder / "hf", folder / "qwen2", None)
     return folder / "qwen2"
 
@@ -287,6 +291,19 @@ def test_bytes_per_token(name, request):
     model = load_model(folder)
     assert bytes_per_token(model, 0) == sparse + rest
     assert bytes_per_token(model, 0.25) == round(0.75 * sparse) + rest
+
+
+def test_bytes_per_token_count_what_a_sliding_window_holds():
+    """Two layers, one of them with a window of 6: it reads 5 earlier tokens and the token itself."""
+    model = random_model(TINY | {"model_type": "qwen2", "num_hidden_layers": 2}, "cpu", torch.float32)
+    model.args = replace(model.args, sliding_windows=(None, 6))
+    weights, token = bytes_per_token(model, 0), 2 * 2 * 32 * 4  # keys and values of a layer: 2 heads of 32, fp32
+    assert bytes_per_token(model, 0, [0]) == weights
+    assert [bytes_per_token(model, 0, [n]) - weights for n in (3, 5, 6, 1000)] == [
+        token * (n + earlier) for n, earlier in ((3, 3), (5, 5), (6, 5), (1000, 5))
+    ]
+    assert bytes_per_token(model, 0, range(4, 8)) - weights == token * (4 + 5 + 6 + 7 + 4 + 5 + 5 + 5) / 4
+    assert bytes_per_token(model, 0.5, [1000]) < weights + token * 1005  # rows that are skipped do not hide the cache
 
 
 def test_calibration_round_trip(tmp_path, tiny, calibration):

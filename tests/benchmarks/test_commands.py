@@ -14,18 +14,12 @@ from teal_fast.kernels.native import library
 
 
 @pytest.fixture(scope="module")
-def decoded(tiny, command, tmp_path_factory):
+def decoded(calibrated, command, tmp_path_factory):
     """The finished command on a tiny model, and the records that it wrote."""
     folder = tmp_path_factory.mktemp("decoded")
-    checkpoint = folder / "tiny"
-    checkpoint.mkdir()
-    for file in tiny.iterdir():
-        (checkpoint / file.name).write_bytes(file.read_bytes())
-    done = command("calibrate", "--checkpoint", checkpoint, "--tokens", 2000, "--context", 128)
-    assert done.returncode == 0, done.stderr
     prompts, out = ("--prompt_tokens", 5, 30), folder / "out.json"
     settings = ("--device", "cpu", "--sparsity", 0, 0.5, "--new_tokens", 9, "--rounds", 2)
-    done = command("benchmarks.decode", "--checkpoint", checkpoint, *prompts, *settings, "--out", out)
+    done = command("benchmarks.decode", "--checkpoint", calibrated, *prompts, *settings, "--out", out)
     assert done.returncode == 0, done.stderr
     return done, json.loads(out.read_text())
 

@@ -3,6 +3,9 @@ import shutil
 
 import pytest
 
+from teal_fast.engine.accounting import bytes_per_token
+from teal_fast.files.load import load_model
+
 
 @pytest.fixture(scope="module")
 def folders(even, command, tmp_path_factory):
@@ -33,6 +36,10 @@ def test_a_row_for_every_form_and_sparsity(folders, command, tmp_path):
         assert f"{record['perplexity']:.2f}" in line and record["format"] in line
     assert records[0]["perplexity"] == pytest.approx(records[2]["perplexity"], rel=0.02)
     assert records[2]["bytes_per_token"] < records[0]["bytes_per_token"] / 3
+    for record, folder in zip(records, (folders[0], folders[0], folders[1], folders[1]), strict=True):
+        achieved = record["decode_achieved_sparsity"]  # of the tokens that were timed: three after a prompt of 17
+        assert record["bytes_per_token"] == bytes_per_token(load_model(folder), achieved, [17, 18, 19])
+    assert records[1]["decode_achieved_sparsity"] != records[1]["achieved_sparsity"]
 
 
 def test_too_short_a_text_is_one_error(folders, command, tmp_path):

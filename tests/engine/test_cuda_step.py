@@ -1,5 +1,6 @@
 """The fused CUDA step against the plain one (Triton's interpreter runs it without a GPU), and its capture."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from teal_fast.engine.prefill import prefill
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.files.calibration import set_sparsity
+from teal_fast.files.memory import OutOfMemoryError, memory_for
 from teal_fast.kernels import compact_gemv, decode_attention, gate_up
 from teal_fast.kernels.backend import INTERPRETED, triton
 from teal_fast.sparse_model import sparse_layers
@@ -114,3 +116,31 @@ def test_decoding_ahead_of_the_host_gives_the_same_tokens():
         tokens = [token.id for token in engine.stream(Request(PROMPT, Sampling(0.0), 0.5, 12, stop))]
         assert tokens == (expected[: expected.index(expected[8]) + 1] if stop else expected)
         assert engine.ids == PROMPT + tokens[:-1]  # the step that ran ahead is not remembered
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.8, 50, 0.9)], ids=str)
+def test_logits_of_nan_end_the_answer_and_not_the_process(sampling):
+    """A step is on its way when they are seen. Its token is any, but an id, so that nothing asserts on the device."""
+    model, cache, calibration = make(TINY, torch.float32, 0.5)
+    engine = Engine(model, calibration, context=cache.length)
+    request = Request(PROMPT, sampling, 0.5, 12, (), seed=1)
+    expected, step = [token.id for token in engine.stream(request)], engine.step
+    engine.step = lambda token, position: step(token, position) * torch.nan
+    with pytest.raises(ValueError, match=f"the logits after {len(PROMPT) + 1} tokens hold NaN or inf"):
+        list(engine.stream(request))
+    torch.cuda.synchronize()
+    engine.step = step
+    assert [token.id for token in engine.stream(request)] == expected
+
+
+@pytest.mark.gpu
+def test_memory_that_a_gpu_refuses_is_one_line():
+    model, _, calibration = make(TINY, torch.float32, 0.5)
+    refused = r"^out of memory for it \(35,184\.4 GB more were refused\): ask for less$"
+    with pytest.raises(OutOfMemoryError, match=refused), memory_for("it", "ask for less"):
+        torch.empty(1 << 45, dtype=torch.uint8, device=DEVICE)
+    model.args = replace(model.args, max_position=1 << 33)
+    with pytest.raises(OutOfMemoryError, match=r"keys and values of 8,589,934,592 tokens \(.* GB asked for, cuda"):
+        Engine(model, calibration, context=1 << 33)
+    assert len(list(Engine(model, calibration, context=64).stream(Request(PROMPT, max_new_tokens=4)))) == 4

@@ -1,5 +1,6 @@
 """The engine: tokens against transformers and against recomputing, the prefix cache, the dial, threads, refusals."""
 
+import json
 import shutil
 import threading
 from itertools import islice
@@ -18,9 +19,11 @@ from teal_fast.engine.prefill import prefill
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.steps import PlainStep, fast_step
+from teal_fast.files import memory
 from teal_fast.files.calibration import CALIBRATION, Calibration
-from teal_fast.files.checkpoint import fingerprint
+from teal_fast.files.checkpoint import CONFIG, fingerprint
 from teal_fast.files.load import load_model
+from teal_fast.files.memory import OutOfMemoryError
 from teal_fast.sparse_model import KEEP_ALL, Phase, sparse_layers
 
 PROMPT = [504, 2217, 282, 260]
@@ -328,22 +331,75 @@ def test_a_stream_may_be_taken_on_by_another_thread(engine):
     [
         (lambda: ask(list(range(100)), new_tokens=60), "100 prompt and 60 new tokens do not fit the context of 128"),
         (lambda: ask([5] * 128, new_tokens=1), "128 prompt and 1 new tokens do not fit"),
-        (lambda: ask([5, 60_000]), "outside the model's vocabulary of 49152"),
+        (lambda: ask([5, 60_000]), "token id 60000 is outside the model's vocabulary of 49152: leave that token out"),
         (lambda: ask([-1]), "outside the model's vocabulary"),
         (lambda: ask([]), "the prompt is empty"),
         (lambda: ask(sparsity=1.5), "sparsity 1.5: expected a fraction"),
         (lambda: ask(sparsity=float("nan")), "sparsity nan: expected a fraction"),
         (lambda: ask(new_tokens=0), "max_new_tokens 0: expected at least 1"),
         (lambda: ask(seed=10**20), "seed 100000000000000000000: expected a whole number of at most 64 bits"),
-        (lambda: ask(sampling=Sampling(top_k=0)), "top_k 0: expected at least 1"),
-        (lambda: ask(sampling=Sampling(-1.0)), "temperature -1.0: expected a number of at least 0"),
-        (lambda: ask(sampling=Sampling(float("nan"))), "temperature nan: expected"),
-        (lambda: ask(sampling=Sampling(top_p=2)), "top_p 2: expected a number from 0 to 1"),
     ],
 )
 def test_bad_requests_are_refused_at_once(engine, request_, said):
     with pytest.raises(ValueError, match=said):
         engine.stream(request_())
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 50, 0.9)], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 3])
+def test_logits_of_nan_and_inf_end_in_one_line(tiny, place, bad, sampling):
+    """In the prompt's pass (place 0) or a step; nothing of what was computed then is kept."""
+    engine, _ = load(tiny, context=64)
+    prefill, step, places = engine.prefill, engine.step, iter(range(100))
+
+    def spoil(compute):
+        def spoiled(*arguments):
+            logits = compute(*arguments).clone()
+            if next(places) == place:
+                logits[77] = bad
+            return logits
+
+        return spoiled
+
+    engine.prefill, engine.step = spoil(prefill), spoil(step)
+    stream = engine.stream(ask(sparsity=0, sampling=sampling))
+    assert len(list(islice(stream, place))) == place
+    with pytest.raises(ValueError, match=f"the logits after {len(PROMPT) + place} tokens hold NaN or inf: the check"):
+        next(stream)
+    assert engine.ids == [] and engine.achieved_sparsity() == {}
+    assert len(answer(engine, sparsity=0)) == 12
+
+
+def test_a_context_that_no_memory_holds_is_one_line(tiny, tmp_path, monkeypatch):
+    """It is valid, as the config says: keys and values of so many tokens are refused before they are asked for."""
+    (tmp_path / "limit").write_text("1000000000")
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "limit",))
+    folder = shutil.copytree(tiny, tmp_path / "long")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"max_position_embeddings": 1 << 24}))
+    with pytest.raises(OutOfMemoryError) as refused:
+        load(folder, context=1 << 30)
+    assert str(refused.value) == (
+        "out of memory for keys and values of 16,777,216 tokens (8.6 GB asked for, cpu has 1.0 GB left): lower the "
+        "context (--max_seq_length, --max_new_tokens)"
+    )
+
+
+def test_a_prompt_that_no_memory_holds_is_one_line(engine):
+    """The allocator really refuses; what the cache holds stays sound."""
+    given, expected = engine.prefill, answer(engine)
+
+    def greedy(model, cache, tokens, start):
+        return torch.empty(1 << 50) if tokens.shape[1] > 3 else given(model, cache, tokens, start)
+
+    engine.prefill = greedy
+    with pytest.raises(
+        OutOfMemoryError, match=r"^out of memory for a prompt of 7 tokens and its answer \(4,503,599\.6 GB"
+    ):
+        answer(engine, [*PROMPT[:2], 9, 9, 9, 9, 9])
+    engine.prefill = given
+    assert answer(engine) == expected
 
 
 def test_sparsity_needs_a_calibration(tiny):

@@ -1,11 +1,17 @@
 """A chat at a terminal: it keeps its prefix, drops its oldest turns when the context is full, and counts its cost."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.load import load
 from teal_fast.engine.measure import Sample
+from teal_fast.engine.request import Token
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.tests.files.made_tokenizers import train_sentencepiece, write
 
 SYSTEM = {"role": "system", "content": "Answer briefly."}
 
@@ -88,6 +94,30 @@ def test_the_same_seed_draws_the_same_texts(opened, capsys):
     assert texts[:2] == texts[2:] and texts[0] != texts[1]
 
 
+def test_an_answer_goes_on_from_its_prompt(tmp_path, capsys):
+    tokenizer = Tokenizer.load(write(tmp_path, {"tokenizer.model": train_sentencepiece()}))
+    prompt, whole = tokenizer.encode("In 2024"), tokenizer.encode("In 2024 people paid")
+    engine = SimpleNamespace(
+        context=100, stream=lambda request: (Token(id, None, 0.0, None) for id in whole[len(prompt) :])
+    )
+    session = Session(engine, tokenizer, Sampling(0.0), 0.0, 8, 1, None)
+    assert session.answer(prompt, Sample(3)) == " people paid"
+    session.stop = [" paid"]
+    assert session.answer(prompt, sample := Sample(3)) == " people" and len(sample.tokens) < len(whole)
+    assert capsys.readouterr().out == " people paid\n people\n"
+
+
+def test_a_stop_string_is_no_part_of_the_chat(opened, capsys):
+    session = make(opened, [SYSTEM])
+    session.turn("What is a whale?")
+    answer = session.chat[-1]["content"]
+    session = make(opened, [SYSTEM])
+    session.stop = [answer[4:7]]
+    sample = session.turn("What is a whale?")
+    assert session.chat[-1]["content"] == answer[: answer.index(answer[4:7])]
+    assert summarize(session.engine, [sample])["finish_reason"] == "stop"
+
+
 def test_cost(opened):
     session = make(opened, None, max_new_tokens=6)
     samples = [session.turn("The sea was") for _ in range(2)]
@@ -95,3 +125,58 @@ def test_cost(opened):
     assert record["new_tokens"] == [6, 6] and record["finish_reason"] == "length"
     assert record["achieved_sparsity"] == 0 and record["mode"] in ("compiled", "plain")
     assert "tokens/s (median of 2)" in describe_cost(record) and "0.0% achieved" in describe_cost(record)
+    assert record["cut_by_context"] == 0
+
+
+def test_what_samples_skipped_is_counted_of_them_all(opened, monkeypatch):
+    """Rates, sparsity and bytes are of the same samples: one of 9 steps at 20 %, one of 3 at 60 %."""
+    session = make(opened, None)
+    whole = bytes_per_token(session.engine.model, 0)
+    monkeypatch.setattr("teal_fast.engine.session.bytes_per_token", lambda model, skipped: whole * (1 - skipped))
+    ended = Token(5, None, 0.0, "length")
+    samples = [
+        Sample(3, [ended] * (steps + 1), 0.1, [0.5] * steps, {"qkv": skipped / 2, "all": skipped})
+        for steps, skipped in ((9, 0.2), (3, 0.6))
+    ]
+    record = summarize(session.engine, [*samples, Sample(3, [ended], 0.1)])  # the last one ended at its first token
+    assert record["achieved_sparsity"] == pytest.approx(0.3) and record["achieved_by_kind"] == pytest.approx(
+        {"qkv": 0.15}
+    )
+    assert record["tokens_per_s"] == 2 and record["bytes_per_token"] == pytest.approx(0.7 * whole)
+    assert record["gb_per_s"] == pytest.approx((2 * 0.8 * whole + 2 * 0.4 * whole) / 2 / 1e9)
+    assert summarize(session.engine, [Sample(3, [ended], 0.1)])["achieved_sparsity"] is None
+
+
+def test_every_turn_is_counted(opened, monkeypatch):
+    """Also one that Ctrl-C ends; and one whose counting is interrupted counts for nothing."""
+    session, engine = make(opened, None, max_new_tokens=4), opened[0]
+    assert session.turn("The sea was").achieved["all"] == 0
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "achieved_sparsity", interrupted)
+    sample = session.turn("The sea was")
+    assert len(sample.decode_s) == 3 and sample.achieved == {}
+    assert summarize(engine, [sample])["achieved_sparsity"] is None
+
+
+def test_an_answer_that_the_full_context_cuts_says_so(opened, capsys):
+    """max_new_tokens alone, or a stop token at the last place, is no cut; a cut turn stays part of the chat."""
+    engine, tokenizer = opened
+    prompt = tokenizer.encode("The sea was")
+    room = engine.context - len(prompt)
+    samples = []
+    for wanted in (room + 40, room, 5):
+        session = make(opened, None, max_new_tokens=wanted)
+        samples.append(Sample(len(prompt)))
+        with session.counted(samples[-1]):
+            session.answer(prompt, samples[-1])
+        assert samples[-1].tokens[-1].finish_reason == "length"
+    assert [sample.cut for sample in samples] == [True, False, False]
+    said = f"the context of 128 tokens is full: cut after {room} of {room + 40} tokens\n"
+    assert capsys.readouterr().err == said
+    assert summarize(engine, samples)["cut_by_context"] == 1
+    chat = make(opened, [], max_new_tokens=500)
+    chat.turn("What is a whale?")
+    assert "cut after" in capsys.readouterr().err and len(chat.chat) == 2

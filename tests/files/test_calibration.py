@@ -55,6 +55,7 @@ CURVES = {
     "nan": lambda t: torch.where(torch.arange(len(t)) == 3, torch.nan, t),
     "infinite": lambda t: torch.where(torch.arange(len(t)) == len(t) - 1, torch.inf, t),
     "negative": lambda t: t - 2,
+    "as if all were kept": lambda t: torch.full_like(t, -1),
     "descending": lambda t: t.flip(0),
     "huge": lambda t: torch.zeros(2**16 + 1),
 }

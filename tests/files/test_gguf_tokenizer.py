@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import io
 import json
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from teal_fast.files import pre_tokenizers as pre_tokenizers_by_name
 from teal_fast.files import tokenizer
 from teal_fast.files.gguf_tokenizer import write_tokenizer
 
@@ -47,8 +49,8 @@ def write_gguf(path, model, **fields):
     return gguf.GGUFReader(path)
 
 
-def convert(folder, model, **fields):
-    write_tokenizer(write_gguf(folder / "vocabulary.gguf", model, **fields), folder)
+def convert(folder, model, given_pre=None, **fields):
+    write_tokenizer(write_gguf(folder / "vocabulary.gguf", model, **fields), folder, given_pre)
     return tokenizer.Tokenizer.load(folder)
 
 
@@ -79,7 +81,7 @@ def test_demo_matches_transformers(demo):
 
 def test_demo_facts(demo):
     ours = tokenizer.Tokenizer.load(demo)
-    assert (ours.vocab_size, ours.eos_ids) == (49152, {2})
+    assert (ours.vocab_size, ours.eos_ids) == (49152, {0, 2, 4})
     # no BOS, digits one by one, ChatML with a system message of its own
     assert ours.encode("Hello world 12") == [19556, 905, 216, 33, 34]
     config = json.loads((demo / "tokenizer_config.json").read_text())
@@ -87,9 +89,15 @@ def test_demo_facts(demo):
     assert ours.decode(ours.encode_chat(CHAT[:1])).startswith("system\nYou are a helpful AI assistant named SmolLM")
 
 
+def test_demo_is_recognised_without_the_name_of_its_pre_tokenizer(demo):
+    vocabulary = json.loads((demo / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert pre_tokenizers_by_name.find_name(None, sorted(vocabulary, key=vocabulary.get)) == "smollm"
+
+
 # --- byte-level BPE
 
 
+@cache
 def train(pre_tokenizer, normalizer=None):
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizer
@@ -129,8 +137,6 @@ DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
 @pytest.mark.parametrize(
     "name, pre_tokenizer, normalizer",
     [
-        (None, BYTE_LEVEL, None),
-        ("default", BYTE_LEVEL, None),
         ("gpt-2", BYTE_LEVEL, None),
         ("smollm", DIGITS, None),
         ("llama-bpe", LLAMA3, None),
@@ -155,6 +161,24 @@ def test_pre_tokenizers_differ(tmp_path):
     assert len(ids) == len(names)
 
 
+@pytest.mark.parametrize("name", [None, "default", "gigapet"])
+def test_unknown_way_of_splitting_is_refused_unless_given(tmp_path, name):
+    library = train(LLAMA3)
+    with pytest.raises(ValueError, match="--pre NAME, one of gpt-2"):
+        convert(tmp_path, "gpt2", pre=name, **fields_of(library))
+    assert fits(convert(tmp_path, "gpt2", "llama-bpe", pre=name, **fields_of(library)), library)
+
+
+def test_recognised_llama3_vocabulary_keeps_its_bos(tmp_path, monkeypatch):
+    library = train(LLAMA3)
+    fields = fields_of(library, [("<|begin_of_text|>", TokenType.CONTROL)])
+    n, known = library.get_vocab_size(), pre_tokenizers_by_name.digest(fields["tokens"][:-1])
+    monkeypatch.setitem(pre_tokenizers_by_name.VOCABULARIES, "llama-bpe", (0, n, known))
+    converted = convert(tmp_path, "gpt2", bos_token_id=n, **fields)
+    for text in TEXTS:
+        assert converted.encode(text) == [n, *library.encode(text).ids]
+
+
 def test_added_tokens_keep_their_ids(tmp_path):
     library = train(BYTE_LEVEL)
     added = [("<|end|>", TokenType.CONTROL), ("<tool call>", TokenType.USER_DEFINED), ("é日", TokenType.USER_DEFINED)]
@@ -165,7 +189,8 @@ def test_added_tokens_keep_their_ids(tmp_path):
     assert converted.decode([n, n + 1, n + 2]) == "<tool call>é日"
     assert (converted.eos_ids, converted.bos_id, converted.vocab_size) == ({n}, None, n + 3)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert list(config["added_tokens_decoder"]) == [str(n)]
+    special = {int(token): entry["special"] for token, entry in config["added_tokens_decoder"].items()}
+    assert special == {n: True, n + 1: False, n + 2: False}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +201,8 @@ def test_added_tokens_keep_their_ids(tmp_path):
         ("llama-bpe", None, [5]),
         ("llama-bpe", False, []),
         ("gpt-2", True, [5]),
+        ("smaug-bpe", None, []),
+        ("tekken", None, [5]),
     ],
 )
 def test_bos_by_default_and_by_metadata(tmp_path, name, add_bos, expected):
@@ -193,6 +220,7 @@ def test_every_end_token_ends_generation(tmp_path):
 # --- sentencepiece
 
 
+@cache
 def train_sentencepiece(**options):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -231,7 +259,7 @@ def test_sentencepiece_is_the_trained_one(tmp_path, add_space_prefix):
     special = {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "unknown_token_id": sp.unk_id()}
     fields = sentencepiece_fields(sp) | special | {"add_space_prefix": add_space_prefix}
     converted = convert(tmp_path, "llama", **fields)
-    for text in [*TEXTS, "a <tool> b", " one leading space"]:
+    for text in [*TEXTS, " one leading space"]:
         assert converted.encode(text) == [sp.bos_id(), *sp.encode(text)]
         assert converted.decode(sp.encode(text)) == sp.decode(sp.encode(text)) == text
     assert (converted.bos_id, converted.eos_ids, converted.vocab_size) == (1, {2}, 700)
@@ -245,25 +273,134 @@ def test_sentencepiece_chat(tmp_path):
     assert converted.encode("Hello") == sp.encode("Hello")
 
 
+ADDED_TEXTS = {  # parts of a text as llama.cpp cuts it: each text between added tokens begins with a space
+    "a <tool> b": ["a ", "<tool>", " b"],
+    "<tool>b": ["<tool>", "b"],
+    "<tool><tool> <tool>": ["<tool>", "<tool>", " ", "<tool>"],
+    "a<unk>b</s> c": ["a", "<unk>", "b", "</s>", " c"],
+}
+
+
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_sentencepiece_added_tokens_cut_the_text_as_in_llama_cpp(tmp_path, add_space_prefix):
+    sp = train_sentencepiece(add_dummy_prefix=add_space_prefix)
+    added = {name: sp.piece_to_id(name) for name in ("<tool>", "<unk>", "</s>")}
+    converted = convert(tmp_path, "llama", add_space_prefix=add_space_prefix, **sentencepiece_fields(sp))
+    for text, parts in ADDED_TEXTS.items():
+        expected = [i for part in parts for i in ([added[part]] if part in added else sp.encode(part))]
+        assert converted.encode(text) == [1, *expected], text
+    assert converted.decode([added["<tool>"]]) == "<tool>" and converted.decode([added["<unk>"]]) == ""
+
+
+@pytest.mark.parametrize("add_space_prefix", [None, False])
+def test_sentencepiece_ids_are_those_of_llama_cpp(tmp_path, add_space_prefix):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    fields = sentencepiece_fields(train_sentencepiece()) | {"add_space_prefix": add_space_prefix}
+    ours = convert(tmp_path, "llama", **fields)
+    theirs = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+    for text in [*TEXTS, *ADDED_TEXTS, "  two", "x <tool>\n\n  y"]:
+        assert ours.encode(text) == theirs.tokenize(text.encode(), add_bos=True, special=True), text
+
+
+# --- what converters got wrong, and is put right
+
+
+def is_byte(token):
+    return token.startswith("<0x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token_type": lambda token, kind: TokenType.NORMAL if is_byte(token) else kind},
+        {"token_type": lambda token, kind: TokenType.CONTROL if token == "<unk>" else kind},
+        {"token_type": lambda token, kind: TokenType.UNKNOWN if token in ("<unk>", "<s>") else kind},
+        {"tokens": lambda token, kind: "" if token == "<tool>" else token},
+    ],
+    ids=["bytes typed normal", "unknown typed control", "several unknown", "empty"],
+)
+def test_sentencepiece_vocabulary_that_its_library_would_not_open(tmp_path, change):
+    sp = train_sentencepiece()
+    fields, ((name, of),) = sentencepiece_fields(sp), change.items()
+    changed = [of(*pair) for pair in zip(fields["tokens"], fields["token_type"], strict=True)]
+    assert changed != fields[name]
+    converted = convert(tmp_path, "llama", **fields | {name: [*map(int, changed)] if name == "token_type" else changed})
+    for text in TEXTS:
+        assert converted.encode(text) == [1, *sp.encode(text)]
+        assert converted.decode(sp.encode(text)) == text
+    assert (converted.bos_id, converted.vocab_size) == (1, 700)
+
+
+def test_ids_of_minus_one_are_none(tmp_path):
+    none = dict.fromkeys(("padding_token_id", "unknown_token_id", "eot_token_id", "eos_token_id"), 2**32 - 1)
+    converted = convert(tmp_path, "llama", **sentencepiece_fields(train_sentencepiece()) | none)
+    assert (converted.bos_id, converted.eos_ids) == (1, {2})  # llama.cpp's defaults
+    library = train(BYTE_LEVEL)
+    converted = convert(tmp_path, "gpt2", pre="gpt-2", bos_token_id=2**32 - 1, add_bos_token=True, **fields_of(library))
+    assert converted.bos_id is None and fits(converted, library)
+
+
+def test_byte_level_vocabulary_called_llama(tmp_path):
+    library = train(QWEN2)
+    added = [("<begin▁of▁sentence>", TokenType.CONTROL)]
+    fields = fields_of(library, added) | {"scores": [0.0] * (library.get_vocab_size() + 1)}
+    assert fits(
+        convert(tmp_path, "llama", pre="megrez", **fields), library, [text for text in TEXTS if "\u0301" not in text]
+    )
+    with pytest.raises(ValueError, match="'llama', but the GGUF file has byte-level tokens without merges"):
+        convert(tmp_path, "llama", **fields | {"merges": None})
+
+
 # --- what is refused
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda tokens: ["<nl>" if token == "<0x0A>" else token for token in tokens], "255 of the 256 bytes"),
+        (lambda tokens: [*tokens[:-1], tokens[5]], "holds '<0x01>' twice"),
+        (lambda tokens: [token.replace("▁", "Ġ") for token in tokens], "byte-level tokens without merges"),
+    ],
+    ids=["a byte is missing", "twice", "byte-level"],
+)
+def test_damaged_sentencepiece_vocabulary(tmp_path, change, said):
+    fields = sentencepiece_fields(train_sentencepiece())
+    with pytest.raises(ValueError, match=said):
+        convert(tmp_path, "llama", **fields | {"tokens": change(fields["tokens"])})
+
+
+def test_sentencepiece_vocabulary_without_an_unknown_token(tmp_path):
+    fields = sentencepiece_fields(train_sentencepiece())
+    fields["token_type"][0] = int(TokenType.NORMAL)
+    with pytest.raises(ValueError, match="no unknown token"):
+        convert(tmp_path, "llama", **fields)
+    with pytest.raises(ValueError, match="--pre is for byte-level"):
+        convert(tmp_path, "llama", "gpt-2", **fields)
 
 
 @pytest.mark.parametrize(
     "model, change, said",
     [
         ("bert", {}, "'bert'"),
-        ("gpt2", {"pre": "tekken"}, "'tekken'"),
+        ("gpt2", {"pre": "gigapet"}, "'gigapet'"),
+        ("gpt2", {"tokens": ["a", "b", "ab"]}, "no byte-level tokens"),
+        ("gpt2", {"tokens": ["Ġ", "b", "b"]}, "'b' twice"),
+        ("gpt2", {"token_type": ["1", "1", "1"]}, "token_type .*, expected a list of int"),
+        ("gpt2", {"add_bos_token": 1}, "add_bos_token '1', expected one bool"),
+        ("gpt2", {"bos_token_id": [1]}, "bos_token_id .*, expected one int"),
+        ("gpt2", {"tokens": "abc"}, "tokens 'abc', expected a list of str"),
+        ("gpt2", {"chat_template": 1}, "chat_template '1', expected one str"),
         ("gpt2", {"merges": None}, "tokenizer.ggml.merges"),
         ("gpt2", {"tokens": None}, "tokenizer.ggml.tokens"),
         ("gpt2", {"merges": ["qq zz"]}, "merges do not fit"),
         ("gpt2", {"merges": ["nospace"]}, "merges do not fit"),
         ("gpt2", {"token_type": [1, 1]}, "differ in length"),
         ("gpt2", {"bos_token_id": 100_000}, "bos_token_id is 100000"),
-        ("llama", {}, "tokenizer.ggml.scores"),
+        ("llama", {"merges": None}, "tokenizer.ggml.scores"),
     ],
 )
 def test_refused(tmp_path, model, change, said):
-    fields = fields_of(Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))) | {"pre": "gpt-2"} | change
+    fields = fields_of(Tokenizer(models.BPE({"Ġ": 0, "b": 1, "Ġb": 2}, [("Ġ", "b")]))) | {"pre": "gpt-2"} | change
     with pytest.raises(ValueError, match=said) as refused:
         convert(tmp_path, model, **fields)
     assert "\n" not in str(refused.value)

@@ -103,6 +103,22 @@ def test_every_tensor_is_checked(folders, tmp_path, format, name, version):
         assert name in line and WEIGHTS in line, (mutation, line)
 
 
+OTHERS = [torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn]
+OTHERS += [torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", OTHERS, ids=str)
+def test_one_tensor_of_another_type_in_a_bf16_model(folders, tmp_path, dtype):
+    """As a C++ step that takes all layers for bf16 would read it: 42 % off, or a signal."""
+    shutil.copy(folders["dense"] / CONFIG, tmp_path)
+    whole = {name: tensor.bfloat16() for name, tensor in load_file(folders["dense"] / WEIGHTS).items()}
+    save_file(whole, tmp_path / WEIGHTS, METADATA)
+    assert {parameter.dtype for parameter in load_model(tmp_path).parameters()} == {torch.bfloat16}
+    for name in tensor_names("dense"):
+        save_file(whole | {name: (50 * whole[name]).to(dtype)}, tmp_path / WEIGHTS, METADATA)
+        assert f"{name} is " in (line := refusal(tmp_path)) and "expected BF16 as most others are" in line
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("format, name", CASES, ids=map("-".join, CASES))
 def test_nan_and_inf_are_refused(folders, tmp_path, format, name, value):
@@ -164,7 +180,9 @@ KEYS = [(format, key) for format in FORMATS for key in metadata_of(format)]
 
 
 @pytest.mark.parametrize("format, key", KEYS, ids=map("-".join, KEYS))
-@pytest.mark.parametrize("value", [None, "", "3", "teal", "-64", "0", "6e1", "٦٤", "9" * 5000, DEEP, "x" * 10_000_000])
+@pytest.mark.parametrize(
+    "value", [None, "", "3", "teal", "[N, K]", "-64", "0", "6e1", "٦٤", "9" * 5000, DEEP, "x" * 10_000_000]
+)
 def test_every_metadata_key_is_checked(folders, tmp_path, format, key, value):
     line = refusal(with_metadata(folders[format], tmp_path, {key: value}))
     if (key, value) == ("weights", None):  # then it is a dense one, of other tensors

@@ -1,35 +1,18 @@
 """The tokenizer on real libraries and on files trained here, against transformers, sentencepiece and tiktoken."""
 
-import argparse
-import base64
-import inspect
-import io
-import json
 import random
 
 import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from tokenizers import decoders, processors
+from transformers import PreTrainedTokenizerFast
 
-from teal_fast.files.tokenizer import LLAMA3_SPECIAL, LLAMA3_SPLIT, Tokenizer
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.files.tokenizer_model import LLAMA3_SPECIAL, LLAMA3_SPLIT
+from teal_fast.tests.files.made_tokenizers import SPECIAL, TEXTS, load_real, train_sentencepiece, write
 
-TEXTS = [
-    "",
-    "The quick brown fox jumps over the lazy dog.",
-    "def f(x):\n\tif x > 0xff:\n        return [x, -1]  # comment\n\n\n",
-    "In 2024, 1234567 people paid $3.50; 007.",
-    "Emoji 🙂👩‍👩‍👧🇨🇭 and ✨",
-    "日本語のテキスト、中文 한국어",
-    "e\u0301 vs é, Å vs A\u030a, ﬁ",
-    " leading",
-    "   three leading,  double   triple  trailing  ",
-    "\n\nnewlines\r\n\ttabs\n",
-    "it's we'LL I'd",
-]
-CORPUS = inspect.getsource(argparse).splitlines(keepends=True) + TEXTS[1:] * 20
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -40,104 +23,6 @@ CHAT = [
     {"role": "assistant", "content": "  Hello!  "},
     {"role": "user", "content": "日本?"},
 ]
-SPECIAL = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
-
-
-def train_byte_level(pre_tokenizer, special=(), vocab_size=900):
-    """A byte-level BPE tokenizer, trained on a few hundred lines."""
-    library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizer
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-    )
-    library.train_from_iterator(CORPUS, trainer)
-    return library
-
-
-def train_sentencepiece(**options):
-    """The bytes of a sentencepiece BPE model with Llama's normalization."""
-    model = io.BytesIO()
-    options = {"vocab_size": 700, "add_dummy_prefix": True, "character_coverage": 0.98} | options
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in CORPUS if (line := text.strip("\n"))]),
-        model_writer=model,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-        **options,
-    )
-    return model.getvalue()
-
-
-def write(folder, files):
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def byte_level_json():
-    return train_byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), SPECIAL).to_str()
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_model():
-    return train_sentencepiece()
-
-
-def pieces_and_merges(model):
-    """A sentencepiece BPE model's vocabulary, and its merges in the order of their scores, which is that of the ids."""
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ids = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    pairs = [(piece[:i], piece[i:]) for piece in ids for i in range(1, len(piece))]
-    return ids, sorted((pair for pair in pairs if {*pair} <= ids.keys()), key=lambda pair: ids["".join(pair)])
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_json(sentencepiece_model):
-    """The sentencepiece model as a tokenizer.json, in the form that Llama 2's has."""
-    ids, merges = pieces_and_merges(sentencepiece_model)
-    library = tokenizers.Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    library.decoder = decoders.Sequence(steps)
-    library.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return library.to_str()
-
-
-@pytest.fixture(scope="module")
-def metaspace_json(sentencepiece_model):
-    """The same in the form that transformers writes today: no space is put before a text that starts with one."""
-    ids, merges = pieces_and_merges(sentencepiece_model)
-    return LlamaTokenizer(vocab=ids, merges=merges).backend_tokenizer.to_str()
-
-
-@pytest.fixture(scope="module")
-def tiktoken_ranks():
-    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library = train_byte_level(pre_tokenizers.Sequence([split, byte_level]))
-    shown = {c: library.token_to_id(c) for c in pre_tokenizers.ByteLevel.alphabet()}
-    assert sorted(shown.values()) == list(range(256))
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(b): b for b in printable}
-    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
-    vocabulary = sorted(library.get_vocab().items(), key=lambda item: item[1])
-    return {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary}
-
-
-@pytest.fixture(scope="module")
-def tiktoken_model(tiktoken_ranks):
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in tiktoken_ranks.items())
 
 
 BACKENDS = {
@@ -284,9 +169,10 @@ def with_template(text, single):
         ("<|begin|> $A", {}, [0]),
         ("<|begin|> $A <|end|>", {}, [0]),  # EOS never
         ("$A <|end|>", {}, []),
-        ("<|begin|> $A", {"add_bos_token": False, "bos_token": "<|begin|>"}, []),
+        ("<|begin|> $A", {"add_bos_token": False, "bos_token": "<|begin|>"}, [0]),
         ("<|begin|> $A", {"add_bos_token": None, "bos_token": "<|begin|>"}, [0]),
-        ("$A", {"add_bos_token": True, "bos_token": {"content": "<|im_start|>"}}, [2]),
+        ("$A", {"add_bos_token": True, "bos_token": "<|im_start|>"}, []),
+        ("$A", {"add_bos_token": True}, []),
         ("$A", {"bos_token": "<|begin|>"}, []),
     ],
 )
@@ -298,34 +184,14 @@ def test_bos_as_the_checkpoint_says(tmp_path, byte_level_json, single, config, e
     assert tokenizer.encode(text) == expected + plain
     assert tokenizer.encode(text, add_bos=False) == plain
     assert expected in ([], [tokenizer.bos_id])
+    if "<|end|>" not in single:  # add_bos_token counts for nothing beside a tokenizer.json
+        assert tokenizer.encode(text) == PreTrainedTokenizerFast.from_pretrained(tmp_path).encode(text)
 
 
 def test_sentencepiece_bos_can_be_turned_off(tmp_path, sentencepiece_model):
     files = {"tokenizer.model": sentencepiece_model, "tokenizer_config.json": {"add_bos_token": False}}
     tokenizer = Tokenizer.load(write(tmp_path, files))
     assert tokenizer.bos_id == 1 and 1 not in tokenizer.encode("hi")
-
-
-@pytest.mark.parametrize(
-    "files, expected",
-    [
-        ({}, set()),
-        ({"config.json": {"eos_token_id": 1}}, {1}),
-        ({"config.json": {"eos_token_id": 1}, "generation_config.json": {"eos_token_id": [3, 5]}}, {1, 3, 5}),
-        ({"config.json": {"eos_token_id": None}, "tokenizer_config.json": {"eos_token": "<|im_end|>"}}, {3}),
-        (
-            {"config.json": {"eos_token_id": 1}, "tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}},
-            {1, 3},
-        ),
-        ({"special_tokens_map.json": {"eos_token": "<|end|>"}}, {1}),
-    ],
-)
-def test_eos_ids(tmp_path, byte_level_json, files, expected):
-    assert Tokenizer.load(write(tmp_path, {"tokenizer.json": byte_level_json, **files})).eos_ids == expected
-
-
-def test_sentencepiece_eos_is_the_models_own(tmp_path, sentencepiece_model):
-    assert Tokenizer.load(write(tmp_path, {"tokenizer.model": sentencepiece_model})).eos_ids == {2}
 
 
 # --- chat
@@ -360,7 +226,7 @@ def test_sentencepiece_chat_parses_special_tokens(tmp_path, sentencepiece_model)
     sp = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
     added = {str(700 + i): {"content": name, "special": i < 2} for i, name in enumerate(["<|x|>", "<|x|>y", "<think>"])}
     template = "{{ bos_token }}<|x|>{{ messages[0].content }}<|x|>y<think>{{ eos_token }}"
-    config = {"chat_template": template, "added_tokens_decoder": added}
+    config = {"chat_template": template, "added_tokens_decoder": added, "legacy": True}
     files = {"tokenizer.model": sentencepiece_model, "tokenizer_config.json": config}
     tokenizer = Tokenizer.load(write(tmp_path, files))
     ids = tokenizer.encode_chat([{"role": "user", "content": "Hello there"}])
@@ -446,11 +312,8 @@ def test_truncated_file(request, tmp_path, backend, share):
         ("tokenizer_config.json", "{", "tokenizer_config.json"),
         ("tokenizer_config.json", [], "expected an object"),
         ("tokenizer_config.json", {"bos_token": "<absent>"}, "<absent>"),
-        ("tokenizer_config.json", {"eos_token": "<absent>"}, "<absent>"),
-        ("tokenizer_config.json", {"add_bos_token": True}, "no bos_token"),
         ("tokenizer_config.json", {"chat_template": 7}, "chat_template"),
         ("config.json", "nonsense", "config.json"),
-        ("config.json", {"eos_token_id": "2"}, "eos_token_id"),
         ("generation_config.json", b"\x00", "generation_config.json"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja"),
     ],
@@ -460,6 +323,12 @@ def test_broken_file(tmp_path, byte_level_json, name, content, said):
     with pytest.raises(ValueError, match=said) as refused:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_bos_that_is_wanted_and_missing(tmp_path):
+    files = {"tokenizer.model": train_sentencepiece(bos_id=-1), "tokenizer_config.json": {"add_bos_token": True}}
+    with pytest.raises(ValueError, match="no bos_token"):
+        Tokenizer.load(write(tmp_path, files))
 
 
 def test_unknown_decoder_is_refused(tmp_path, byte_level_json):
@@ -478,3 +347,14 @@ def test_malformed_added_tokens(tmp_path, sentencepiece_model):
 def test_any_other_tokenizer_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sentencepiece"):
         Tokenizer.load(write(tmp_path, {"tokenizer.model": b'{"config": {}, "vocab": []}'}))
+
+
+@pytest.mark.parametrize(
+    "name, begins",
+    [("llama", True), ("mistral", True), ("deepseek", False), ("qwen", False), ("falcon", False), ("yi", False)],
+)
+def test_real_folders_put_bos_as_transformers(name, begins):
+    """The rows of docs/tokens.md; what transformers 5.23 does was read off by hand, since it takes ten seconds each."""
+    tokenizer = load_real(name)
+    assert (tokenizer.encode("a whale")[:1] == [tokenizer.bos_id]) is begins
+    assert tokenizer.encode("a whale")[begins:] == tokenizer.encode("a whale", add_bos=False)

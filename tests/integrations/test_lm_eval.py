@@ -1,9 +1,11 @@
 """The harness itself, when installed, over our model: against its own transformers backend, and against tasks.py."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -33,6 +35,30 @@ def test_without_the_harness_one_line_says_how_to_get_it(command):
     assert done.returncode == 1
     assert done.stderr.startswith("error: the harness is not installed") and "pip install lm-eval==" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
+def test_an_import_without_the_harness_fails_as_imports_do():
+    with pytest.raises(ImportError, match=r"the harness is not installed \(.*\): pip install lm-eval=="):
+        importlib.import_module("teal_fast.integrations.lm_eval")
+
+
+def test_a_token_without_embedding_is_refused(tiny, monkeypatch):
+    """The tokenizer's ids 1,000 and more, as if the model's table ended there; what is used of the harness is faked."""
+    if not INSTALLED:
+        names = ("get_rolling_token_windows", "make_disjoint_window", "make_table")
+        fakes = {"lm_eval": {}, "lm_eval.api": {}, "lm_eval.utils": dict.fromkeys(names)}
+        for name, contents in (fakes | {"lm_eval.api.model": {"TemplateLM": object}}).items():
+            monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**contents))
+    monkeypatch.delitem(sys.modules, "teal_fast.integrations.lm_eval", raising=False)
+    module = importlib.import_module("teal_fast.integrations.lm_eval")
+    monkeypatch.delitem(sys.modules, "teal_fast.integrations.lm_eval")
+    model = module.TealLM(*load(tiny))
+    assert len(model._loglikelihood_tokens([(None, [5, 6], [7])], disable_tqdm=True)) == 1
+    model.model.args = dataclasses.replace(model.model.args, vocab_size=1000)
+    for pair in (([1000], [7]), ([5, 6], [7, 1000])):
+        with pytest.raises(ValueError, match="token id 1000 is outside the model's vocabulary of 1000"):
+            model._loglikelihood_tokens([(None, *pair)], disable_tqdm=True)
 
 
 @pytest.fixture

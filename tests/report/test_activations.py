@@ -1,14 +1,12 @@
 """Statistics against distributions whose fits are known, and the measurement against the model's own hooks."""
 
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from teal_fast.cli import open_calibration
-from teal_fast.files.calibration import set_sparsity
+from teal_fast.files.calibration import load_calibration, set_sparsity
 from teal_fast.files.load import load_model
 from teal_fast.report.activations import (
     BARS,
@@ -119,13 +117,8 @@ def test_channels():
     assert summary["activity"][1][25] == pytest.approx(0.5, abs=0.06)
 
 
-@pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    return shutil.copytree(tiny, tmp_path_factory.mktemp("activations") / "tiny")
-
-
-def test_measure_leaves_out_first_tokens_and_sees_the_sparse_model(folder):
-    model, calibration = load_model(folder), open_calibration(folder)
+def test_measure_leaves_out_first_tokens_and_sees_the_sparse_model(calibrated):
+    model, calibration = load_model(calibrated), load_calibration(calibrated)
     sequences = [list(range(100, 164)), list(range(900, 920))]
     found = measure_activations(model, calibration, sequences, [0.3, 0.6])
     assert [layer["name"] for layer in found] == list(sparse_layers(model))

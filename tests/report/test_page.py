@@ -52,10 +52,10 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def built(tiny, command, tmp_path_factory):
+def built(calibrated, command, tmp_path_factory):
     """A folder with a copy of the tiny model, `results`, and what the command made: activations.json, report.html."""
     folder = tmp_path_factory.mktemp("report")
-    shutil.copytree(tiny, folder / "tiny")
+    shutil.copytree(calibrated, folder / "tiny")
     (folder / "results").mkdir()
     records = [QUALITY, QUALITY | {"model": "other", "perplexity": 12.34}, TABLE]
     (folder / "results" / "a.json").write_text(json.dumps(records))
@@ -121,6 +121,14 @@ def test_records_are_shown(record):
     assert ["greedy</text>" in svg for svg in figures] == [True, False]
     shown = cells(page(record, [quality, table_section([TABLE], "tiny")]))
     assert {"44.15", "38.25", "31.79", "51.2 %", "2.59", "50.7 %", "5.28", "123.4", "63", "7.8"} <= set(shown)
+
+
+def test_speed_is_drawn_over_the_sparsity_of_decoding():
+    """Perplexity stands beside the text's. A chart has two points, of one format."""
+    rows = [TABLE | {"sparsity": 0.25, "achieved_sparsity": 0.24}, TABLE]
+    decoded = [rows[0] | {"decode_achieved_sparsity": 0.1}, rows[1] | {"decode_achieved_sparsity": 0.4}]
+    (old,), (new,) = (table_section(records, "tiny").groups for records in (rows, decoded))
+    assert old.tables == new.tables and old.figures[0] == new.figures[0] and old.figures[1] != new.figures[1]
 
 
 def test_of_several_runs_the_last_counts():

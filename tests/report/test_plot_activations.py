@@ -9,8 +9,8 @@ from teal_fast.report.plot_activations import RECORD_VERSION, activation_section
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    return shutil.copytree(tiny, tmp_path_factory.mktemp("plot") / "tiny")
+def folder(calibrated, tmp_path_factory):
+    return shutil.copytree(calibrated, tmp_path_factory.mktemp("plot") / "tiny")
 
 
 def fails(done, message):
@@ -19,12 +19,12 @@ def fails(done, message):
     assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1]
 
 
-def test_record_and_figures(folder, command, tmp_path):
+def test_record_and_figures(folder, run_main, tmp_path):
     out, figures = tmp_path / "a" / "activations.json", tmp_path / "figures"
     options = ("--tokens", 300, "--context", 100, "--sparsity", 0.5, 0.25, "--out", out, "--figures", figures)
-    done = command("report.plot_activations", "--checkpoint", folder, *options)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["input", "qkv", "o", "gate+up", "down"]
+    code, output, errors = run_main(main, "--checkpoint", folder, *options)
+    assert code == 0, errors
+    assert [line.split()[0] for line in output.splitlines()] == ["input", "qkv", "o", "gate+up", "down"]
     (record,) = json.loads(out.read_text())
     assert (record["benchmark"], record["version"], record["model"]) == ("activations", RECORD_VERSION, "tiny")
     assert record["tokens"] == 300 - record["sequences"] and record["sparsity"] == [0.25, 0.5]

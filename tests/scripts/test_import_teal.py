@@ -138,7 +138,7 @@ def test_both_sides_count_and_tails_are_not_made_up():
     assert histogram.share(3.0) == pytest.approx(50 / 60)
     assert histogram.abs_quantiles(np.array([0, 1 / 3, 2 / 3, 0.9, 1])).tolist() == pytest.approx([1, 1.5, 2, 3, 3])
     lopsided = Histogram(np.array([10.0, 20, 20]), -1.0, 2.0, 60.0)
-    assert lopsided.reach == 1
+    assert lopsided.largest_resolved == 1
     assert lopsided.abs_quantiles(np.array([0.25, 0.5, 0.9])).tolist() == pytest.approx([0.5, 1, 1])
     assert Histogram(np.array([10.0, 20]), 1.0, 2.0, 32.0).abs_quantiles(LEVELS).max() == 0
 

@@ -1,0 +1,14 @@
+"""The key/value cache of an engine or an evaluation, which is refused in one line where it does not fit the memory."""
+
+from teal_fast.files.memory import check_memory, memory_for
+from teal_fast.model import KVCache, Transformer
+
+
+def new_cache(model: Transformer, length: int) -> KVCache:
+    """An empty cache for one sequence of up to `length` tokens. Raises OutOfMemoryError."""
+    args, weight = model.args, model.norm.weight
+    needed = 2 * args.n_layers * args.n_kv_heads * args.head_dim * weight.element_size() * length
+    what, todo = f"keys and values of {length:,} tokens", "lower the context (--max_seq_length, --max_new_tokens)"
+    check_memory(needed, weight.device, what, todo)
+    with memory_for(what, todo):
+        return model.new_cache(1, length)

@@ -1,0 +1,107 @@
+"""From token ids to text: what a token adds to it, as bytes, and a text whose tokens arrive one by one.
+
+One table from id to bytes serves a text that is streamed and one that is decoded at once, so that they cannot differ.
+"""
+
+import codecs
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+ToBytes = Callable[[str], bytes]  # a token as the vocabulary writes it, to what it adds to a text
+First = Callable[[bytes], bytes]  # what a text's first token adds to it, from what it adds elsewhere
+
+
+class PieceStream:
+    """The text of tokens that arrive one by one after a prompt, each at constant cost.
+
+    All of it together is what decoding prompt and tokens gives after its longest common beginning with the decoded
+    prompt: only where the prompt has no text of its own does the first token lose its leading space.
+    """
+
+    def __init__(self, pieces: dict[int, bytes], first: First, prompt: Iterable[int] = ()):
+        self._pieces, self._first, self._begun = pieces, first, False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps an unfinished character back
+        self._decoder.decode(b"".join(self._bytes(token) for token in prompt))
+        unfinished, _ = self._decoder.getstate()
+        self._shown = unfinished.decode("utf-8", "replace")  # U+FFFD where the prompt ends within a character
+
+    def push(self, token: int) -> str:
+        """Text that became certain with this token."""
+        return self._new(self._decoder.decode(self._bytes(token)))
+
+    def flush(self) -> str:
+        """What was held back: U+FFFD where the tokens ended within a character, else nothing."""
+        return self._new(self._decoder.decode(b"", final=True))
+
+    def _bytes(self, token: int) -> bytes:
+        piece = self._pieces.get(int(token), b"")
+        if piece and not self._begun:
+            self._begun, piece = True, self._first(piece)
+        return piece
+
+    def _new(self, text: str) -> str:
+        if text:
+            text, self._shown = text.removeprefix(self._shown), ""
+        return text
+
+
+def unchanged(piece: bytes) -> bytes:
+    return piece
+
+
+def without_a_space(piece: bytes) -> bytes:
+    return piece.removeprefix(b" ")
+
+
+def without_spaces(piece: bytes) -> bytes:
+    return piece.replace(b" ", b"")
+
+
+def json_decoder(decoder: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> tuple[ToBytes, First]:
+    """How the decoder of a tokenizer.json turns a token into bytes, and what it takes away at the start of a text.
+
+    A file without decoder is read backwards from its pre-tokenizer, where transformers 5.23 shows the pieces as they
+    are written, with a space between each two. Raises ValueError on a decoder that is not known.
+    """
+    steps = _steps(decoder, "decoders")
+    if decoder is None:
+        steps = {kind: step for kind, step in _steps(pre_tokenizer, "pretokenizers").items() if kind in _REVERSIBLE}
+        if not steps:  # tokens are whole words
+            return lambda token: f" {token}".encode(), without_a_space
+    if "ByteLevel" in steps and steps.keys() <= {"ByteLevel", "ByteFallback", "Fuse"}:
+        return byte_level(), unchanged
+    spaces = {steps.get("Replace", {"pattern": {"String": "▁"}})["pattern"].get("String")}
+    spaces.add(steps.get("Metaspace", {}).get("replacement", "▁"))
+    if spaces != {"▁"} or not steps.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        raise ValueError(f"its decoder is {'+'.join(steps)}, known are ByteLevel and sentencepiece's")
+    to_bytes = piece_bytes if decoder is None or "ByteFallback" in steps else text_bytes
+    if "Metaspace" in steps and steps["Metaspace"].get("prepend_scheme") != "never":
+        return to_bytes, without_spaces  # as tokenizers 0.23 does: all spaces of the first token
+    strips = "Strip" in steps and steps["Strip"]["start"] > 0
+    return to_bytes, without_a_space if strips else unchanged
+
+
+_REVERSIBLE = ("ByteLevel", "Metaspace")
+
+
+def _steps(component: dict[str, Any] | None, parts: str) -> dict[str, dict[str, Any]]:
+    return {step["type"]: step for step in (component or {}).get(parts, [component] if component else [])}
+
+
+def byte_level() -> ToBytes:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(printable))
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return lambda token: bytes(byte_of[c] for c in token) if byte_of.keys() >= set(token) else token.encode()
+
+
+def piece_bytes(piece: str) -> bytes:
+    """A sentencepiece token: a byte written <0x0A>, or text with ▁ for spaces."""
+    byte = piece.startswith("<0x") and re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else text_bytes(piece)
+
+
+def text_bytes(piece: str) -> bytes:
+    return piece.replace("▁", " ").encode()

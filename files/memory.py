@@ -1,0 +1,83 @@
+"""Out of memory in one line: what was asked for, how much there is, and what to lower.
+
+PyTorch says it in many ways, on CUDA by a type of its own, on the CPU by a RuntimeError. A CPU that grants memory which
+it does not have ends the process later by a signal, so that what is large and known beforehand is compared first.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+SAID = re.compile(
+    r"out of memory|DefaultCPUAllocator|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"|Storage size calculation overflowed",
+    re.IGNORECASE,
+)
+ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
+UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+class OutOfMemoryError(MemoryError):
+    """What did not fit, and what to lower: one line."""
+
+
+def explain_memory(error: BaseException) -> str | None:
+    """What an error says of memory that was asked for in vain; None when it is about something else."""
+    said = isinstance(error, RuntimeError) and SAID.search(str(error))
+    if not said and not isinstance(error, MemoryError) and getattr(error, "errno", None) != errno.ENOMEM:
+        return None
+    asked = ASKED.search(str(error))
+    return f"{size(float(asked[1]) * UNITS[asked[2].lower()])} more were refused" if asked else "more was refused"
+
+
+@contextmanager
+def memory_for(what: str, todo: str) -> Iterator[None]:
+    """In the block, running out of memory raises OutOfMemoryError, which names `what` did not fit and what to do."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (said := explain_memory(error)) is None:
+            raise
+        raise OutOfMemoryError(f"out of memory for {what} ({said}): {todo}") from error
+
+
+def check_memory(needed: int, device: torch.device, what: str, todo: str) -> None:
+    """Raises OutOfMemoryError when `needed` bytes are more than the device has left."""
+    there = free_bytes(device)
+    if there is not None and needed > there:
+        raise OutOfMemoryError(
+            f"out of memory for {what} ({size(needed)} asked for, {device} has {size(there)} left): {todo}"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The memory that can still be had, PyTorch's own reserve included; None where the system does not say."""
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    found = [int(text) for path in CGROUP_LIMITS if (text := _read(path).strip()).isdecimal()]
+    if available := re.search(r"^MemAvailable: +(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE):
+        found.append(int(available[1]) << 10)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
+
+
+def size(count: float) -> str:
+    """A number of bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

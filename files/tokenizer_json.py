@@ -1,0 +1,56 @@
+"""The vocabulary of a tokenizer.json, as the library `tokenizers` reads it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+from teal_fast.files.decoding import json_decoder
+from teal_fast.files.store import parse_json, read_text
+from teal_fast.files.vocabulary import Vocabulary, unreadable
+
+
+def load_json(path: Path, declared: dict[int, AddedToken], special: Iterable[str]) -> Vocabulary:
+    """declared: the added tokens of the files beside it, by id; special: the names of special tokens there."""
+    try:
+        text = read_text(path)
+        described = parse_json(text, "it")  # bounded, before the library reads it
+        library = Tokenizer.from_str(text)
+        to_bytes, first = json_decoder(described.get("decoder"), described.get("pre_tokenizer"))
+        library.no_truncation()  # a file may ask for either; a prompt is neither cut nor filled up
+        library.no_padding()
+        if not library.get_vocab_size():
+            raise ValueError("its vocabulary is empty")
+        _add(library, declared, special)
+        probe = library.encode("a")  # shows what the post-processor puts before a text
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise unreadable(path, "tokenizer.json", error) from error
+    ids, added = library.get_vocab(), library.get_added_tokens_decoder()
+    hidden = {token for token, name in added.items() if name.special}
+    prefix = probe.ids[: (*probe.special_tokens_mask, 0).index(0)]
+
+    def encode(text: str) -> list[int]:
+        return library.encode(text, add_special_tokens=False).ids
+
+    return Vocabulary(
+        encode,
+        ids,
+        {token: to_bytes(name) for name, token in ids.items() if token not in hidden},
+        added,
+        first,
+        bos=library.id_to_token(prefix[0]) if prefix else None,
+        prefix=prefix,
+    )
+
+
+def _add(library: Tokenizer, declared: dict[int, AddedToken], special: Iterable[str]) -> None:
+    """Adds the tokens that the files beside tokenizer.json have and it lacks, as transformers 5.23 does."""
+    known = library.get_added_tokens_decoder()
+    new = {token: added for token, added in sorted(declared.items()) if known.get(token) != added}
+    library.add_tokens([*new.values()])
+    for token, added in new.items():
+        if (found := library.token_to_id(added.content)) != token:
+            raise ValueError(f"its next id is {found} where the files beside it give {token} to {added.content!r}")
+    known = {added.content for added in library.get_added_tokens_decoder().values()}
+    named = [name for name in special if name not in known and library.token_to_id(name) is not None]
+    library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in named])

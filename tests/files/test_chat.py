@@ -1,0 +1,69 @@
+"""Chat templates render as transformers renders them, tags and methods that Jinja2 alone lacks included."""
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from teal_fast.files.chat import render_chat
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": ' Hi <b>"quoted"</b>\n 123 '},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\n  Hello!  "},
+    {"role": "user", "content": "日本? Straße ǅ 3"},
+]
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+METHODS = [
+    *("m.content.strip()", "m.content.lstrip('\\n ')", "m.content.rstrip(' 3')", "m.content.removeprefix(' ')"),
+    *("m.content.removesuffix(' ')", "m.content.split('</think>')[-1].lstrip('\\n')", "m.content.splitlines()"),
+    *("m.role.rsplit('s', 1)", "m.content.partition('i')", "m.content.rpartition('i')", "m.content.startswith(' H')"),
+    *(
+        "m.content.endswith('3')",
+        "m.content.upper()",
+        "m.content.title()",
+        "m.content.casefold()",
+        "m.role.capitalize()",
+    ),
+    *("m.content.swapcase()", "m.content.replace('H', 'J')", "m.content.find('i')", "m.content.count('H')"),
+    *("m.role.center(12, '*')", "m.role.ljust(12)", "m.role.zfill(12)", "m.content.expandtabs()", "m.content[::-1]"),
+    *("m.content.isdigit()", "m.content.encode('utf8')", "','.join(m.keys())", "m.get('x', 'y')", "m.items() | list"),
+    *("'{:>8}|{:<5.2f}|{x}'.format('a', 3.14159, x=m.role)", "'{0[role]}'.format(m)", "'{x}'.format_map({'x': 1})"),
+    *("'%s-%s' % (1, m.role)", "m.content | trim | length", "m | tojson(indent=2)", "dict(a=1)", "dict.fromkeys('ab')"),
+]
+EACH = "{{% for m in messages %}}{{{{ {} }}}};{{% endfor %}}"
+TEMPLATES = {
+    **{method: EACH.format(method) for method in METHODS},
+    "break": "{% for m in messages %}{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "continue": "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+    "generation": "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}\n  {% generation %}\n"
+    "{{ m.content + eos_token }}\n  {% endgeneration %}\n{% endif %}{% endfor %}",
+    "generation, trimmed": "{%- for m in messages -%}\n {%- generation -%} {{ m.content }} {{ loop.index }} "
+    "{%- endgeneration -%}\n{% endfor %}",
+    "generation is a block": "{% set n = namespace(x=1) %}{% set x = 1 %}{% generation %}{% set x = 2 %}"
+    "{% set n.x = 2 %}{{ x }}{% endgeneration %}{{ x }}{{ n.x }}",
+    "generation in a macro": "{% macro f(a) %}{% generation %}[{{ a }}]{% endgeneration %}{% endmacro %}{{ f(1) }}",
+    "date": "{{ strftime_now('%d %b %Y') }}, {{ strftime_now(format='%A %j %% %-d') }}{{ strftime_now('') }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_renders_as_transformers(name):
+    template = TEMPLATES[name]
+    (expected,), _ = render_jinja_template([MESSAGES], chat_template=template, add_generation_prompt=True, **NAMES)
+    assert render_chat(template, MESSAGES, NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% generation %}", "TemplateSyntaxError"),
+        ("{% endgeneration %}", "TemplateSyntaxError"),
+        ("{% for m in messages %}{% generation %}{% break %}{% endgeneration %}{% endfor %}", "SyntaxError"),
+        ("{% generation %}{{ ''.__class__ }}{% endgeneration %}", "SecurityError"),
+        ("{{ strftime_now() }}", "TypeError"),
+        ("{{ messages[0].pop('role') }}", "SecurityError"),
+    ],
+)
+def test_refuses_in_one_line(template, said):
+    with pytest.raises(ValueError, match=said) as refused:
+        render_chat(template, MESSAGES, NAMES)
+    assert "\n" not in str(refused.value)
