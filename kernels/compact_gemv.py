@@ -30,13 +30,13 @@ def _compact_gemv_kernel(
     index_ptr, value_ptr, count_ptr, packed_ptr, scale_ptr, partial_ptr, y_ptr, semaphore_ptr, N: tl.constexpr,
     WHOLE: tl.constexpr, ROW: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr, SPLITS: tl.constexpr,
     SHARE: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     column, split = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     gdc_wait(PDL)
     sums = gather_gemv_loop(
         index_ptr, value_ptr, count_ptr, packed_ptr, split, column, N, N, WHOLE, ROW, SLOTS, SLOT, SPLITS, SHARE,
-        LANES, BLOCK_N, DEPTH, BITS, GROUP, LEVELS, OFFSET,
+        LANES, BLOCK_N, DEPTH, BITS, GROUP, OFFSET,
     )  # fmt: skip
     gdc_launch_dependents(PDL)
     n = column + tl.arange(0, BLOCK_N)

@@ -1,9 +1,13 @@
 """Integer dot products (DP2A) of int8 and four-bit rows on a GPU, for kernels/gather_gemv_loop.py.
 
 Converting whole numbers is slow on a GPU (16 a cycle and multiprocessor on Hopper, of other operations 64 or 128) and a
-multiplication for each weight is too many. So x is quantized to up to 16 bits: x = scale · i, scale = absmax / LEVELS.
-DP2A adds two products, of two x and the weights of two rows, in one instruction, and sums are exact. Rows are int32
-words: the bytes of two are interleaved, so that those of a column lie side by side.
+multiplication for each weight is too many. So x is quantized to 16 bits: x = scale · i, scale = most / 32767. DP2A
+adds two products, of two x and the weights of two rows, in one instruction, and sums are exact, so that their order
+does not matter. Rows are int32 words: the bytes of two are interleaved, so that those of a column lie side by side.
+
+An x beyond `most` wraps round: its i is the lowest 16 bits of what it should be, which is wrong but known, and
+kernels/outliers.py adds what the sums lack. As |i| <= 2^15 and |weight| <= 128 whatever x is, a thread's 32 bits hold
+the sum of MOST_ROWS rows: 511 · 128 · 2^15 < 2^31.
 
 Accumulators are tuples of int32 tensors, one for each byte of a word, of four-bit weights one for each half byte.
 """
@@ -13,12 +17,7 @@ from teal_fast.kernels.backend import INTERPRETED, jit, tl
 # What rounds to whole numbers: added to |x| < 2 ** 22 it leaves x in the lowest bits of a float.
 ROUNDING = tl.constexpr(1.5 * 2.0**23)
 PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
-WORST = 128  # of a weight's size, with the half byte of four bits in a byte's upper half
-
-
-def levels(rows: int) -> int:
-    """The largest fixed-point x of which a thread can sum up the products of `rows` rows in 32 bits."""
-    return min(2**15 - 1, (2**31 - 1) // (WORST * rows))
+MOST_ROWS = 511  # a thread; a weight reaches -128, with the half byte of four bits in a byte's upper half, too
 
 
 @jit
@@ -42,7 +41,7 @@ def _interleave_high(a, b):
 
 
 @jit
-def _signed(words):
+def signed(words):
     """Four-bit values in the upper halves of bytes, which stand for themselves less 8, as signed bytes, times 16."""
     if PLAIN:
         y = (words & -0xF0F0F10) ^ -0x7F7F7F80
@@ -80,11 +79,9 @@ def _dot_high(x, words, y):
 
 
 @jit
-def absmax_scale(x, LEVELS: tl.constexpr):
-    """What one level stands for, and its inverse, for entries x of any shape: NaN where one is NaN or inf."""
-    x = tl.reshape(x.to(tl.float32), (x.numel,))
-    absmax = tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)
-    return absmax * (1.0 / LEVELS), tl.where(absmax > 1e-30, LEVELS / absmax, 0.0)
+def level(most):
+    """What one level stands for, and its inverse, where fixed point is to hold |x| <= most. NaN stays NaN."""
+    return most * (1.0 / 32767), tl.where(most > 1e-30, 32767.0 / most, 0.0)
 
 
 @jit
@@ -112,8 +109,8 @@ def add_pair(y, x, a, b, BITS: tl.constexpr):
     if BITS == 8:
         y = _dots(x, low, high, y[0], y[1], y[2], y[3])
     else:
-        y = _dots(x, _signed(low << 4), _signed(high << 4), y[0], y[1], y[2], y[3]) + _dots(
-            x, _signed(low), _signed(high), y[4], y[5], y[6], y[7]
+        y = _dots(x, signed(low << 4), signed(high << 4), y[0], y[1], y[2], y[3]) + _dots(
+            x, signed(low), signed(high), y[4], y[5], y[6], y[7]
         )
     return y
 

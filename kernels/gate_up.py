@@ -40,7 +40,7 @@ def _gate_up_kernel(
     index_ptr, value_ptr, count_ptr, packed_ptr, threshold_ptr, scale_ptr, out_index_ptr, out_value_ptr, out_count_ptr,
     partial_ptr, semaphore_ptr, N: tl.constexpr, WHOLE: tl.constexpr, ROW: tl.constexpr, SLOTS: tl.constexpr,
     SLOT: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr,
-    DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
+    DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = N // 2
@@ -50,7 +50,7 @@ def _gate_up_kernel(
     gdc_wait(PDL)
     sums = gather_gemv_loop(
         index_ptr, value_ptr, count_ptr, packed_ptr, split, half * F + first, half * F + F, N, WHOLE, ROW, SLOTS, SLOT,
-        SPLITS, SHARE, LANES, BLOCK_N, DEPTH, BITS, GROUP, LEVELS, OFFSET,
+        SPLITS, SHARE, LANES, BLOCK_N, DEPTH, BITS, GROUP, OFFSET,
     )  # fmt: skip
     gdc_launch_dependents(PDL)
     tl.store(partial_ptr + split * N + half * F + n, sums, mask=own)

@@ -10,45 +10,9 @@ made again: copied at the end of a step instead, it would be waited for there, a
 """
 
 from teal_fast.kernels.backend import jit, tl, triton
-from teal_fast.kernels.fixed_point import absmax_scale, add_pair, no_sums, pair, total
-
-
-@jit
-def _numbers(index_ptr, value_ptr, at, place, last, count):
-    """Four row numbers from the offset `at`, those before place `last`, and their entries, those before `count`."""
-    k, x = (), ()
-    for i in tl.static_range(4):
-        k = k + (tl.load(index_ptr + at + i, mask=place + i < last, other=0),)
-        x = x + (tl.load(value_ptr + at + i, mask=place + i < count, other=0.0),)
-    return k, x
-
-
-@jit
-def _fetch_four(
-    packed_ptr, k, place, count, column, limit, N: tl.constexpr, WHOLE: tl.constexpr, ROW: tl.constexpr,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """Columns `column` to column + BLOCK_N, those below limit, of the rows k at places below count, with scales."""
-    W: tl.constexpr = BLOCK_N * BITS // 32 if BITS <= 8 else BLOCK_N
-    G: tl.constexpr = BLOCK_N // GROUP if BITS == 4 and BLOCK_N > GROUP else 1
-    first, end = column, limit
-    if BITS <= 8:  # whole 16 bytes, which the compiler does not see: it would load words one by one
-        first, end = tl.multiple_of(column * BITS // 32, 4), limit * BITS // 32
-    w, g, four = first + tl.arange(0, W), tl.arange(0, G)[None, :], ()
-    for i in tl.static_range(4):
-        row, inside, scale = k[i].to(OFFSET) * ROW, place + i < count, 1.0
-        mask = inside[:, None] & ((w < end)[None, :] | WHOLE)
-        words = tl.load(packed_ptr + (row[:, None] + w[None, :]), mask=mask, other=0, eviction_policy="evict_first")
-        if BITS == 4:
-            scales = packed_ptr.to(tl.pointer_type(tl.bfloat16)) + (2 * row + N // 4 + column // GROUP)
-            if G > 1:
-                mask = inside[:, None] & (g < (limit - column) // GROUP)
-                scale = tl.load(scales[:, None] + g, mask=mask, other=0.0).to(tl.float32)[:, :, None]
-                words = tl.reshape(words, (words.shape[0], G, W // G))
-            else:
-                scale = tl.load(scales, mask=inside, other=0.0).to(tl.float32)[:, None]
-        four = four + ((words, scale),)
-    return four
+from teal_fast.kernels.fetch_rows import fetch, fetch_four, four_numbers
+from teal_fast.kernels.fixed_point import add_pair, level, no_sums, pair, total
+from teal_fast.kernels.outliers import entry_offset, forget, missing, row_times, split_entries, split_range
 
 
 @jit
@@ -72,7 +36,7 @@ def gather_gemv_loop(
     index_ptr, value_ptr, count_ptr, packed_ptr, split, column, limit, N: tl.constexpr, WHOLE: tl.constexpr,
     ROW: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
     LANES: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    LEVELS: tl.constexpr, OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BLOCK_N]: what the rows of `split` add up to in the columns from `column` on, those below `limit`."""
     slot = tl.arange(0, triton.next_power_of_2(SHARE))
@@ -90,21 +54,21 @@ def gather_gemv_loop(
     place = begin + 4 * (lane % EACH)
     k, x, w = (), (), ()
     for d in tl.static_range(DEPTH):  # the first need no count
-        rows, entries = _numbers(index_ptr, value_ptr, base + place + d * STEP, place + d * STEP, SLOT, count)
+        rows, entries = four_numbers(index_ptr, value_ptr, base + place + d * STEP, place + d * STEP, SLOT, count)
         k, x = k + (rows,), x + (entries,)
     for d in tl.static_range(DEPTH):
         at = place + d * STEP
-        w = w + (_fetch_four(packed_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET),)
+        w = w + (fetch_four(packed_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET),)
     place += DEPTH * STEP
     k, next_x = (), ()
     for d in tl.static_range(DEPTH):
-        rows, entries = _numbers(index_ptr, value_ptr, base + place + d * STEP, place + d * STEP, count, count)
+        rows, entries = four_numbers(index_ptr, value_ptr, base + place + d * STEP, place + d * STEP, count, count)
         k, next_x = k + (rows,), next_x + (entries,)
-    dequant_scale, inverse = 1.0, 1.0
+    scale, inverse = 1.0, 1.0
     if BITS <= 8:
-        dequant_scale, inverse = _split_scale(
-            value_ptr, count_ptr, split, begin, SLOTS, SLOT, SHARE, STEP, 4 * LANES, LEVELS
-        )
+        whole = split_entries(value_ptr, count_ptr, split, SLOTS, SLOT, SHARE, STEP, 4 * LANES)
+        most, outliers = split_range(whole)
+        scale, inverse = level(most)
         y = no_sums(w[0][0][0], BITS)
     else:
         y = tl.zeros((LANES, BLOCK_N), dtype=tl.float32)
@@ -113,31 +77,44 @@ def gather_gemv_loop(
         for d in tl.static_range(DEPTH):
             y = _weigh_four(y, x[d], w[d], inverse, BITS)
             at = place + d * STEP
-            four = _fetch_four(packed_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET)
+            four = fetch_four(packed_ptr, k[d], at, count, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET)
             at += DEPTH * STEP
-            rows, entries = _numbers(index_ptr, value_ptr, base + at, at, count, count)
+            rows, entries = four_numbers(index_ptr, value_ptr, base + at, at, count, count)
             rows_after, x_after, fetched = rows_after + (rows,), x_after + (entries,), fetched + (four,)
         place += DEPTH * STEP
         x = next_x
         k, next_x, w = rows_after, x_after, fetched
-    return total(y, BITS) * dequant_scale if BITS <= 8 else tl.sum(y, axis=0)
+    if BITS <= 8:
+        sums = total(y, BITS) * scale
+        if outliers:  # rare
+            sums += _sum_outliers(
+                index_ptr, value_ptr, count_ptr, packed_ptr, split, column, limit, most, scale, inverse, N,
+                WHOLE, ROW, SLOTS, SLOT, SHARE, STEP, 4 * LANES, BLOCK_N, BITS, GROUP, OFFSET,
+            )  # fmt: skip
+    else:
+        sums = tl.sum(y, axis=0)
+    return sums
 
 
 @jit
-def _split_scale(
-    value_ptr, count_ptr, split, begin, SLOTS: tl.constexpr, SLOT: tl.constexpr, SHARE: tl.constexpr,
-    STEP: tl.constexpr, TURN: tl.constexpr, LEVELS: tl.constexpr,
+def _sum_outliers(
+    index_ptr, value_ptr, count_ptr, packed_ptr, split, column, limit, most, scale, inverse, N: tl.constexpr,
+    WHOLE: tl.constexpr, ROW: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr, SHARE: tl.constexpr,
+    STEP: tl.constexpr, TURN: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """`absmax_scale` of all the entries of a split."""
-    if SLOTS == 1:
-        i = tl.arange(0, triton.next_power_of_2((SLOT + STEP - 1) // STEP * TURN))
-        at = begin + i // TURN * STEP + i % TURN
-        x = tl.load(value_ptr + at, mask=at < tl.load(count_ptr), other=0.0)
-    else:
-        i = tl.arange(0, triton.next_power_of_2(SHARE))
-        slot = split * SHARE + i
-        count = tl.load(count_ptr + slot, mask=(i < SHARE) & (slot < SLOTS), other=0)
-        place = tl.arange(0, triton.next_power_of_2(SLOT))
-        at = slot[:, None] * SLOT + place[None, :]
-        x = tl.load(value_ptr + at, mask=place[None, :] < count[:, None], other=0.0)
-    return absmax_scale(x, LEVELS)
+    """fp32 [BLOCK_N]: what fixed point lacks of the split's entries beyond `most`, one after another in their order."""
+    # Forgotten, or offsets would be kept in registers all through the loop above: gate_up in int8 took 171 of them a
+    # thread instead of 103.
+    split = forget(split)
+    x = split_entries(value_ptr, count_ptr, split, SLOTS, SLOT, SHARE, STEP, TURN)
+    number, only = tl.arange(0, x.numel), tl.arange(0, 1)
+    sums, last = tl.zeros((BLOCK_N,), tl.float32), -1
+    for _ in tl.range(0, tl.sum((tl.abs(x) > most).to(tl.int32), axis=0), num_stages=1):
+        last = tl.min(tl.where((tl.abs(x) > most) & (number > last), number, x.numel), axis=0)
+        at = entry_offset(last, split, SLOTS, SLOT, SHARE, STEP, TURN)
+        k = tl.load(index_ptr + at + only)
+        words, row_scale = fetch(packed_ptr, k, only, 0, 1, column, limit, N, WHOLE, ROW, BLOCK_N, BITS, GROUP, OFFSET)
+        lacking = missing(tl.load(value_ptr + at).to(tl.float32) * row_scale, scale, inverse)
+        sums += total(row_times(lacking, words, BITS), BITS)
+    return sums

@@ -5,7 +5,7 @@ Their defaults and tuned ones are from sweeps by benchmarks/kernels.py.
 
 from teal_fast.kernels.backend import offset_type, triton
 from teal_fast.kernels.compact_vector import CompactVector
-from teal_fast.kernels.fixed_point import levels
+from teal_fast.kernels.fixed_point import MOST_ROWS
 from teal_fast.kernels.int4 import SMALLEST_GROUP
 from teal_fast.kernels.packed import PackedWeight
 
@@ -31,14 +31,16 @@ def launch_config(x: CompactVector, weight: PackedWeight, parts: int, config: Co
     block_n = block_columns(block_n, weight)
     lanes = max(warps * 32 * LOAD // (block_n * bits), 1)
     if slots == 1:
-        splits = min(splits, triton.cdiv(width, 4 * lanes))
+        fewest = triton.cdiv(width, MOST_ROWS // 4 * 4 * lanes) if bits <= 8 else 1
+        splits = max(min(splits, triton.cdiv(width, 4 * lanes)), fewest)
     else:
         splits = max(min(splits, slots), triton.cdiv(slots, lanes))
     share = triton.cdiv(slots, splits)
     each = 4 * lanes * (splits if slots == 1 else 1) // triton.next_power_of_2(share)  # places of a slot a step
+    if bits <= 8 and 4 * triton.cdiv(width, each) > MOST_ROWS:
+        raise ValueError(f"slots of {width} channels are too wide for int8 and int4: expected at most {MOST_ROWS - 3}")
     return {
         "N": N, "WHOLE": N // parts % block_n == 0, "ROW": weight.words.shape[1], "SLOTS": slots, "SLOT": width,
         "SPLITS": splits, "SHARE": share, "LANES": lanes, "BLOCK_N": block_n, "DEPTH": depth, "BITS": bits,
-        "GROUP": weight.group, "LEVELS": levels(4 * triton.cdiv(width, each)), "OFFSET": offset_type(weight.words),
-        "num_warps": warps,
+        "GROUP": weight.group, "OFFSET": offset_type(weight.words), "num_warps": warps,
     }  # fmt: skip

@@ -18,7 +18,12 @@ from pathlib import Path
 from teal_fast.evaluation.record import read_records, reading_records
 from teal_fast.files.paths import IN_A_CLONE, ROOT
 from teal_fast.files.store import check_writable, new_file
-from teal_fast.report.results_quality import perplexity_section, quality_section, tasks_section
+from teal_fast.report.results_quality import (
+    perplexity_section,
+    quality_section,
+    rounding_section,
+    tasks_section,
+)
 from teal_fast.report.results_section import Record, Section, by, read_text, unique
 from teal_fast.report.results_speed import (
     alternate_section,
@@ -49,6 +54,7 @@ SECTIONS = {
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),
+    "rounding": Kind(("file", "run", "model"), rounding_section),
     "tasks": Kind(("file", "model", "format", "protocol"), tasks_section),
     "table": Kind(("file", "run"), table_section),
 }

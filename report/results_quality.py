@@ -112,3 +112,16 @@ def task_cell(record: Record, metric: str) -> str:
         return f"{share:.1f} ± {error:.1f}"
     change, doubt = 100 * record[f"{metric}_change"], 100 * record[f"{metric}_change_error"]
     return f"{share:.1f} ({change:+.1f} ± {doubt:.1f})"
+
+
+def rounding_section(records: list[Record]) -> Section:
+    factors = sorted({record["factor"] for record in records})
+    rows = []
+    for row in by(records, "format", "op", "mode", "sparsity").values():
+        cells = {r["factor"]: f"{r['error_percent']:.4f} ({r['error_percent_most']:.4f})" for r in row}
+        about = row[0]
+        labels = [f"{about['format']}, {percent(about['sparsity'])}", about["op"], about["mode"]]
+        rows.append([*labels, *(cells.get(factor, "") for factor in factors)])
+    columns = ["as it is" if factor == 1 else f"one entry {factor:,} times the rest" for factor in factors]
+    title = f"{records[0]['model']} on {records[0]['device']}"
+    return Section(title, [markdown(["error, %", "product", "step", *columns], rows)])

@@ -103,8 +103,7 @@ template <class T> class Step {
         }
         own.fixed.set(x, m.dim);
         for (int64_t i = first; i < last; i++)
-            logits[i] = dot((const int8_t*)m.output + i * m.dim, own.fixed.value.data(), m.dim) *
-                        (own.fixed.scale * m.output_scale[i]);
+            logits[i] = own.fixed.times((const int8_t*)m.output + i * m.dim, m.output_scale[i]);
     }
 
     void block(const Layer& layer) {

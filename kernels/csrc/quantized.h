@@ -1,13 +1,35 @@
 // Integer dot products (maddubs, madd) for four-bit and int8 weights. The other factor is rounded to 8 bits for four-bit
 // rows and to 16 bits for the int8 output layer, which lets a CPU keep up with memory. Integer sums are exact, so they do
-// not depend on the order of their terms.
+// not depend on the order of their terms. Entries far larger than the rest, for which the others would be rounded away,
+// are multiplied on their own: kernels/outliers.py says which these are, and why.
 #pragma once
 #include <cmath>
+#include <utility>
 
 #include "rows.h"
 
 constexpr int64_t STRIP = 64;  // values that are added at once: 32 bytes of four-bit ones
 constexpr int64_t TILE = 16;  // groups whose factors are computed at once: their scales are 32 bytes
+
+// Of what is usual, for 8 bits: 1 to 3 of 10,000 entries of the demo's MLP are beyond, and each costs what 8 rows do.
+constexpr float FACTOR_8 = 8;
+constexpr float FACTOR_16 = 64;  // for 16 bits
+
+// The size that x [n] has as a rule: the smallest of the largest entries of 8 interleaved groups; inf when all are zero.
+inline float usual_size(const float* x, int64_t n) {
+    constexpr int GROUPS = 8;
+    float most[GROUPS] = {}, usual = __builtin_inff();
+    int64_t k = 0;
+    for (; k + GROUPS <= n; k += GROUPS)
+        UNROLL for (int g = 0; g < GROUPS; g++) {
+            float size = __builtin_fabsf(x[k + g]);
+            most[g] = size > most[g] ? size : most[g];
+        }
+    for (int g = 0; k < n; k++, g++) most[g] = std::max(most[g], __builtin_fabsf(x[k]));
+    for (float size : most)
+        if (size > 0) usual = std::min(usual, size);
+    return usual;
+}
 
 // What ROWS rows are multiplied by in each of TILE groups of outputs: x[row] row_scale = factor scale, where factor is a
 // whole number from -127 to 127.
@@ -22,31 +44,47 @@ struct Int4Rows {
     typedef uint8_t Element;
     const uint8_t* data;
     int64_t N, group, stride, grain;  // stride: bytes of a row
+    float most = __builtin_inff();    // |x| beyond it share no factors with other rows
     Int4Rows(const uint8_t* data, int64_t N, int64_t group)
         : data(data), N(N), group(group), stride((N / 2 + 2 * (N / group) + 31) / 32 * 32), grain(group) {}
     const uint8_t* row(int64_t k) const { return data + k * stride; }
 
+    void prepare(const CompactVector& x) { most = FACTOR_8 * usual_size(x.value, x.count); }
+
     void add(const uint8_t* const* row, const float* x, int count, const uint8_t* const* next, int64_t begin,
              int64_t columns, float* sums) const {
+        float others[ROWS] = {}, alone[ROWS] = {};
+        for (int r = 0; r < count; r++) (__builtin_fabsf(x[r]) > most ? alone : others)[r] = x[r];
+        add_rounded(row, others, next, begin, columns, sums);
+        for (int r = 0; r < count; r++)
+            if (alone[r]) {  // its factor is 127, which is exact
+                float one[ROWS] = {};
+                one[r] = alone[r];
+                add_rounded(row, one, next, begin, columns, sums);
+            }
+    }
+    static void finish(float*, int64_t) {}
+
+  private:
+    // sums [columns] += x [ROWS] times rows, each x rounded to 8 bits of the largest.
+    void add_rounded(const uint8_t* const* row, const float* x, const uint8_t* const* next, int64_t begin,
+                     int64_t columns, float* sums) const {
         Factors factors;
         int64_t last = (begin + columns) / group;
         for (int64_t tile = begin / group / TILE * TILE; tile < last; tile += TILE) {
-            weigh(row, x, count, tile, factors);
+            weigh(row, x, tile, factors);
             for (int r = 0; r < ROWS; r++) fetch(next[r] + N / 2 + 2 * tile);
             for (int64_t g = std::max(begin / group, tile); g < std::min(tile + TILE, last); g++)
                 for (int64_t n = g * group; n < (g + 1) * group; n += STRIP)
                     add_strip(row, next, n, factors, g - tile, sums + n - begin);
         }
     }
-    static void finish(float*, int64_t) {}
-
-  private:
-    // x times the scales of a tile; missing rows count nothing. Rows are filled up, so that a tile can be read whole.
-    void weigh(const uint8_t* const* row, const float* x, int count, int64_t tile, Factors& f) const {
+    // x times the scales of a tile. Rows are filled up, so that a tile can be read whole.
+    void weigh(const uint8_t* const* row, const float* x, int64_t tile, Factors& f) const {
         for (int64_t g = 0; g < TILE; g += LANES) {
             vf product[ROWS], most = {}, check = {};
             UNROLL for (int r = 0; r < ROWS; r++) {
-                vf p = product[r] = load((const bf16*)(row[r] + N / 2) + tile + g) * (r < count ? x[r] : 0);
+                vf p = product[r] = load((const bf16*)(row[r] + N / 2) + tile + g) * x[r];
                 vf size = (vf)((vu)p & 0x7fffffffu);
                 most = size > most ? size : most;
                 check += p * 0.0f;  // NaN and infinity reach y through the scale
@@ -112,20 +150,6 @@ struct Int4Rows {
     }
 };
 
-// A vector x = value scale in 16-bit fixed point: absmax quantization with 32767 levels.
-struct Fixed {
-    std::vector<int16_t> value;
-    float scale = 0;
-
-    void set(const float* x, int64_t K) {
-        float most = 0, check = 0;
-        for (int64_t k = 0; k < K; k++) most = std::max(most, __builtin_fabsf(x[k])), check += x[k] * 0;
-        value.resize(K);
-        for (int64_t k = 0; k < K; k++) value[k] = int16_t(__builtin_rintf(most > 0 ? x[k] * (32767 / most) : 0));
-        scale = most / 32767 + check;
-    }
-};
-
 // The dot product of w and x, exact: 32 bits hold the sum of BLOCK products.
 inline float dot(const int8_t* w, const int16_t* x, int64_t K) {
     constexpr int64_t BLOCK = 2048;  // 127 * 32767 * 2048 / 16 lanes is well below 2^31
@@ -156,3 +180,31 @@ inline float dot(const int8_t* w, const int16_t* x, int64_t K) {
     }
     return y;
 }
+
+// A vector x = value scale in 16-bit fixed point: absmax quantization with 32767 levels, and outliers on their own.
+struct Fixed {
+    std::vector<int16_t> value;
+    std::vector<std::pair<int64_t, float>> outliers;
+    float scale = 0;
+
+    void set(const float* x, int64_t K) {
+        float most = 0, check = 0, limit = FACTOR_16 * usual_size(x, K);
+        outliers.clear();
+        for (int64_t k = 0; k < K; k++) {
+            check += x[k] * 0;
+            if (__builtin_fabsf(x[k]) > limit) outliers.push_back({k, x[k]});
+            else most = std::max(most, __builtin_fabsf(x[k]));
+        }
+        value.resize(K);
+        float inverse = most > 0 ? 32767 / most : 0;
+        for (int64_t k = 0; k < K; k++)
+            value[k] = __builtin_fabsf(x[k]) > limit ? 0 : int16_t(__builtin_rintf(x[k] * inverse));
+        scale = most / 32767 + check;
+    }
+    // w [K] times x times w_scale.
+    float times(const int8_t* w, float w_scale) const {
+        float y = dot(w, value.data(), value.size()) * (scale * w_scale);
+        for (auto [k, x] : outliers) y += w[k] * x * w_scale;
+        return y;
+    }
+};

@@ -105,6 +105,7 @@ template <class W> struct Rows {
         for (int r = 0; r < count; r++) add_rows<W, 1>(mine + r, x + r, fetched ? theirs + r : nullptr, columns, sums);
     }
     static void finish(float* sums, int64_t columns) { rearrange<W>(sums, columns); }
+    static void prepare(const CompactVector&) {}  // nothing is rounded
 };
 
 // sums [columns] = entries `first` to `last` of the list times their rows, `columns` of them from `begin` on; entries up
@@ -127,7 +128,8 @@ inline void sum_rows(const CompactVector& x, int64_t first, int64_t last, int64_
 
 // This worker's share of partial [SPLITS, N], whose sum over splits is the product of x and the weight [K, N].
 template <class Weight>
-__attribute__((noinline)) void multiply(const CompactVector& x, const Weight& weight, float* partial, Worker worker) {
+__attribute__((noinline)) void multiply(const CompactVector& x, Weight weight, float* partial, Worker worker) {
+    weight.prepare(x);
     int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, parts = worker.count / shared;
     int64_t N = weight.N;
     int64_t begin = part(N, worker.id / shared, parts, weight.grain);

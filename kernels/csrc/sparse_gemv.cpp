@@ -55,10 +55,9 @@ extern "C" void teal_output_gemv(int type, const void* x, const void* weight, co
         for (int64_t k = 0; k < K; k++) wide[k] = to_float(((const decltype(zero)*)x)[k]);
     });
     fixed.set(wide, K);
-    const int16_t* value = fixed.value.data();
-    float x_scale = fixed.scale;
+    const Fixed& shared = fixed;  // the calling thread's
 #pragma omp parallel for num_threads(threads)
-    for (int64_t v = 0; v < V; v++) y[v] = dot((const int8_t*)weight + v * K, value, K) * (x_scale * scale[v]);
+    for (int64_t v = 0; v < V; v++) y[v] = shared.times((const int8_t*)weight + v * K, scale[v]);
 }
 
 // y [K, N] fp32: an int8 or four-bit weight times scale [N]: see kernels/dequantize.py.

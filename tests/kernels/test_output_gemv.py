@@ -50,6 +50,16 @@ def test_matches_reference(impl, size, dtype):
     assert output_gemv_reference(x, weight, scale).abs().max() > 1
 
 
+@everywhere
+def test_outliers_do_not_round_others_away(impl):
+    x, weight, scale = make(37, 100, torch.float32)
+    rounded = x.abs().max() / 65534
+    x[0], x[40], x[41] = 5000, -1000, 3e4
+    off = 2**-22 * x.abs() + rounded
+    found, expected = impl(x, weight, scale), output_gemv_reference(x, weight, scale)
+    assert ((found - expected).abs() <= (weight.float().abs() @ off) * scale).all()
+
+
 def test_reference():
     x, weight, scale = make(37, 100, torch.float32)
     expected = (weight.double() * scale.double()[:, None]) @ x.double()

@@ -153,6 +153,19 @@ def test_whole_factors_are_exact(impl, K, N, group):
     check_quantized(impl, x, weight, torch.full((K,), -1.0), rounded=False)
 
 
+@pytest.mark.parametrize("outliers", [{0: 1000.0}, {69: -5000.0}, {k: 1000.0 * (k - 9) for k in (8, 12, 14, 15, 16)}])
+@in_cpp
+def test_outliers_do_not_round_other_rows_away(impl, outliers):
+    x, weight, threshold = make_quantized(70, 192, 64, torch.float32)
+    x[list(outliers)] = torch.tensor(list(outliers.values()))
+    kept = torch.where(x.abs() <= threshold, 0, x)
+    others = kept.clone()
+    others[list(outliers)] = 0
+    off = order(kept, weight) + factors(others, weight)
+    found = impl(x, weight.weight, threshold)
+    assert ((found - sparse_gemv_reference(x, weight.weight, threshold)).abs() <= off).all()
+
+
 @pytest.mark.parametrize("size", [(100, 300), (3, 33)])
 @everywhere
 def test_nothing_kept_and_all_kept(impl, size):
