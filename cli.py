@@ -83,6 +83,13 @@ def _whole(text: str, least: int) -> int:
     return int(text)
 
 
+def text(given: str) -> str:
+    """argparse type: a text that is not empty."""
+    if not given:
+        raise argparse.ArgumentTypeError("got an empty text, expected some")
+    return given
+
+
 def _number(text: str, low: float, high: float, expected: str) -> float:
     try:
         value = float(text)

@@ -17,7 +17,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from teal_fast.calibration.corpus import encode_corpus
+from teal_fast.calibration.corpus import read_ids
 from teal_fast.cli import (
     ModelChoice,
     add_model_arguments,
@@ -34,8 +34,6 @@ from teal_fast.evaluation.record import check_records_path, describe, write_reco
 from teal_fast.evaluation.tasks import PREFILLS, evaluate_tasks, read_task
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
-from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.model import ModelArgs
 from teal_fast.sparse_model import format_of
 from teal_fast.weights.formats import DTYPES
 
@@ -77,11 +75,6 @@ def _with_error(record: dict, name: str, sign: str = "") -> str:
     return f"{record[name]:{sign}.3f} ± {'-' if error is None else f'{error:.3f}'}"
 
 
-def read_ids(tokenizer: Tokenizer, paths: list[Path], args: ModelArgs) -> list[int]:
-    """The token ids of all documents, one after the other."""
-    return [token for ids in encode_corpus(paths, tokenizer, args) for token in ids]
-
-
 def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
@@ -116,7 +109,7 @@ def main() -> None:
     if pruned:
         load_again = partial(load_model, opened.folder, opened.device, DTYPES.get(options.dtype))
         wanda = options.baseline == "wanda" and any(options.sparsity)
-        ids = read_ids(tokenizer, options.wanda_text, model.args) if wanda else []
+        ids = read_ids(options.wanda_text, tokenizer, model.args) if wanda else []
         tokens = wanda_batch(ids, model.args.max_position, opened.device) if wanda else None
         models = pruned_models(load_again, options.baseline, options.sparsity, tokens)
     else:
@@ -128,7 +121,7 @@ def main() -> None:
         print_tasks(records)
     else:
         protocol = WindowProtocol(options.context, options.stride, options.windows, options.prefill)
-        windows = protocol.cut(read_ids(tokenizer, options.text, model.args), model.args.max_position)
+        windows = protocol.cut(read_ids(options.text, tokenizer, model.args), model.args.max_position)
         records = evaluate_text(models, len(options.sparsity), windows, protocol, pruned)
         names = [path.name for path in options.text]
         print(f"perplexity on {', '.join(names)} ({records[0]['protocol']})")

@@ -21,6 +21,7 @@ from teal_fast.cli import (
     run,
     sparsity,
     temperature,
+    text,
 )
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample, cache_length, profiler
@@ -53,7 +54,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser.add_argument(
         "--min_p", type=probability, help="drop what is less likely than P times the likeliest (0: off)"
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="also end at this text or token")
+    parser.add_argument("--stop", type=text, action="append", default=[], help="also end at this text or token")
     parser.add_argument("--seed", type=int, default=1234, help="of the first text, the next ones count up from it")
     parser.add_argument("--compile", action="store_true", help="the default, accepted as gpt-fast's flag")
     parser.add_argument("--eager", action="store_true", help="decode by plain PyTorch, without CUDA graph and C++")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from teal_fast.calibration.corpus import encode_corpus
+from teal_fast.calibration.corpus import read_ids
 from teal_fast.cli import (
     ModelChoice,
     add_model_arguments,
@@ -89,8 +89,7 @@ def main() -> None:
     choice = ModelChoice(options.checkpoint, options.device, options.dtype, no_prepare=options.no_prepare)
     opened = open_model(choice, calibrated=False)
     model = opened.model
-    documents = encode_corpus(options.text, opened.tokenizer, model.args)
-    ids = [token for document in documents for token in document]
+    ids = read_ids(options.text, opened.tokenizer, model.args)
     calibrations = [load_calibration(opened.folder, path) for path in options.calibration]
     if not 2 <= options.context <= model.args.max_position:
         raise ValueError(f"--context {options.context}: expected 2 to this model's {model.args.max_position}")

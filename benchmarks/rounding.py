@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teal_fast.calibration.corpus import read_corpus
-from teal_fast.cli import add_model_arguments, open_model, run, sparsity
+from teal_fast.calibration.corpus import encode_corpus
+from teal_fast.cli import ModelChoice, add_model_arguments, open_model, run, sparsity
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT
 from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.files.calibration import Calibration
@@ -138,8 +138,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
     check_records_path(options.out)
-    opened = open_model(options.checkpoint, options.device, options.dtype, prepare=not options.no_prepare)
-    ids = opened.tokenizer.encode(next(iter(read_corpus(options.text))))[:CONTEXT]
+    choice = ModelChoice(options.checkpoint, options.device, options.dtype, no_prepare=options.no_prepare)
+    opened = open_model(choice)
+    ids = encode_corpus(options.text, opened.tokenizer, opened.model.args)[0][:CONTEXT]
     about = describe(opened.name, opened.device, "") | {"benchmark": "rounding"}
     records = []
     for found in measure(opened.model, opened.calibration, ids, options.formats, options.sparsity):

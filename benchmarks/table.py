@@ -17,7 +17,7 @@ from tqdm import tqdm
 from teal_fast.benchmarks.bandwidth import bandwidth_meter
 from teal_fast.benchmarks.decoder import make_decoders
 from teal_fast.benchmarks.rows import measure
-from teal_fast.calibration.corpus import encode_corpus
+from teal_fast.calibration.corpus import read_ids
 from teal_fast.cli import open_calibration, open_checkpoint, pick_device, positive_int, run, sparsity
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, cut_windows, evaluate
 from teal_fast.evaluation.record import check_records_path, describe, write_records
@@ -75,7 +75,7 @@ def main() -> None:
     device, folders = pick_device(options.device), list(map(open_checkpoint, options.checkpoint))
     tokenizer = Tokenizer.load(folders[0])
     args = model_args(read_config(folders[0]))
-    ids = [token for document in encode_corpus(options.text, tokenizer, args) for token in document]
+    ids = read_ids(options.text, tokenizer, args)
     if not 2 <= options.context <= args.max_position:
         raise ValueError(f"--context {options.context} exceeds what this model was made for, or is below 2")
     windows = cut_windows(ids, options.context, options.context, options.windows)
@@ -102,9 +102,8 @@ def main() -> None:
     for row, (score, bits) in zip(rows, scores, strict=True):
         quality, speed = asdict(score), row.record()
         quality["eval_tokens_per_s"] = quality.pop("tokens_per_s")
-        speed["decode_achieved_sparsity"] = speed.pop(
-            "achieved_sparsity"
-        )  # goes with the speed; the text's with quality
+        # The speed's own sparsity; the text's stands with the quality.
+        speed["decode_achieved_sparsity"] = speed.pop("achieved_sparsity")
         records.append(about | speed | quality | {"bits": bits})
     print(markdown(records))
     print(json.dumps(records))

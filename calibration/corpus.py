@@ -35,6 +35,11 @@ def encode_corpus(paths: list[Path], tokenizer: Tokenizer, args: ModelArgs) -> l
     return documents
 
 
+def read_ids(paths: list[Path], tokenizer: Tokenizer, args: ModelArgs) -> list[int]:
+    """The token ids of all documents, one after the other."""
+    return [token for ids in encode_corpus(paths, tokenizer, args) for token in ids]
+
+
 def _text_files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())

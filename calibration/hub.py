@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from teal_fast.calibration.corpus import read_corpus
+from teal_fast.calibration.corpus import read_ids
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.load import load_model
@@ -134,8 +134,7 @@ def push(repo_id: str, folder: Path, path: Path, results: Path | None, device: t
 def achieved_curve(folder: Path, calibration: Calibration, device: torch.device) -> dict[float, dict[str, float]]:
     """The sparsity achieved on text that ships with teal-fast: nominal sparsity to tensor kind (or "all") to share."""
     model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
-    ids = tokenizer.encode("".join(read_corpus([CARD_TEXT])))[: min(CARD_TOKENS, model.args.max_position)]
-    model.args.check_ids(ids)
+    ids = read_ids([CARD_TEXT], tokenizer, model.args)[: min(CARD_TOKENS, model.args.max_position)]
     curve = {}
     for nominal in CARD_SPARSITIES:
         set_sparsity(model, calibration, nominal)

@@ -93,7 +93,7 @@ class Engine:
 
     def achieved_sparsity(self) -> dict[str, float]:
         """What the last finished answer's decoded tokens skip at the sparsity now set, by tensor kind and "all"."""
-        with self._held(), self._on_device():
+        with self._held(), self._on_device(), memory_for("another pass over the answer", "shorten it"):
             begin, end = self._decoded
             return recount(self.model, self.cache, begin, self.ids[begin:end])
 

@@ -18,8 +18,8 @@ from teal_fast.model import Transformer
 class Sample:
     """One timed stream: its tokens, seconds to the first one, and seconds of each decode step after it.
 
-    achieved: the sparsity of those steps, by tensor kind and "all", once it is counted. cut: whether the full context
-    ended the text.
+    achieved: the sparsity of those steps, by tensor kind and "all", once it is counted. finish_reason: "stop" at a stop
+    token or string, "length", or None where it was interrupted. cut: whether the full context ended the text.
     """
 
     prompt_tokens: int
@@ -27,6 +27,7 @@ class Sample:
     first_token_s: float = 0.0
     decode_s: list[float] = field(default_factory=list)
     achieved: dict[str, float] = field(default_factory=dict)
+    finish_reason: str | None = None
     cut: bool = False
 
     @property

@@ -40,13 +40,13 @@ class Sampling:
         a GPU would be waited for.
         """
         if self.temperature < SMALLEST:
-            token = logits.argmax(-1, keepdim=True)
-            return token, logits.gather(-1, token)
+            largest, token = logits.max(-1, keepdim=True)
+            return token, largest
         top_p = None if self.top_p == 1 else self.top_p
         candidates = None  # token ids of the logits left; drawing among a few costs a tenth of drawing among all
         if self.top_k or top_p is not None:
             logits, candidates = logits.topk(min(self.top_k or logits.numel(), logits.numel()))
-        largest = logits.max(-1, keepdim=True).values if candidates is None else logits[:1]
+        largest = logits.amax(-1, keepdim=True) if candidates is None else logits[:1]
         # At most 0, so that no temperature makes it overflow.
         logits = (logits.float() - largest.float()) / self.temperature
         if top_p is not None:

@@ -53,7 +53,8 @@ class Session:
             stream.close()
             pieces.append(text.flush())
             print(pieces[-1], flush=True)
-        sample.cut = not text.stopped and token.finish_reason == "length" and new_tokens < self.max_new_tokens
+        sample.finish_reason = "stop" if text.stopped else token.finish_reason
+        sample.cut = sample.finish_reason == "length" and new_tokens < self.max_new_tokens
         if sample.cut:
             length = f"{new_tokens} of {self.max_new_tokens} tokens"
             print(f"the context of {self.engine.context} tokens is full: cut after {length}", file=sys.stderr)
@@ -64,8 +65,10 @@ class Session:
         """In the block the sample is decoded; after it, and after Ctrl-C, what its tokens skipped is counted."""
         try:
             yield
-        finally:
+        except KeyboardInterrupt:
             sample.achieved = self.engine.achieved_sparsity()
+            raise
+        sample.achieved = self.engine.achieved_sparsity()
 
     def turn(self, text: str) -> Sample:
         """Answers one prompt of a terminal session. A chat's oldest turns are dropped when the context is full.
@@ -133,7 +136,7 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "mode": engine.step.mode,
         "prompt_tokens": samples[-1].prompt_tokens,
         "new_tokens": [len(sample.tokens) for sample in samples],
-        "finish_reason": samples[-1].tokens[-1].finish_reason or "stop",  # none of its own at a stop string
+        "finish_reason": samples[-1].finish_reason,
         "stop_ids": sorted(engine.stop),
         "cut_by_context": sum(sample.cut for sample in samples),  # how many: not by max_new_tokens
         "first_token_s": samples[0].first_token_s,  # later samples find the prompt in the cache

@@ -20,7 +20,10 @@ SAID = re.compile(
 )
 ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS = (  # a container's limits, in the second and the first form: folder, limit, what is in use
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 class OutOfMemoryError(MemoryError):
@@ -63,12 +66,21 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
-    found = [int(text) for path in CGROUP_LIMITS if (text := _read(path).strip()).isdecimal()]
+    found = [left for group in CGROUPS if (left := _left(*group)) is not None]
     if available := re.search(r"^MemAvailable: +(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE):
         found.append(int(available[1]) << 10)
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found, default=None)
+
+
+def _left(folder: Path, limit: str, used: str) -> int | None:
+    """What a container may still take; pages of files, such as memory-mapped weights, are given up when it is short."""
+    limit, used = (_read(folder / name).strip() for name in (limit, used))
+    if not (limit.isdecimal() and used.isdecimal()):  # "max": there is none
+        return None
+    of_files = re.findall(r"^(?:in)?active_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+    return max(int(limit) - int(used) + sum(map(int, of_files)), 0)
 
 
 def size(count: float) -> str:

@@ -64,6 +64,8 @@ class TealLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        if self.text.eos_id is None and not self.text.eos_ids:
+            raise ValueError("the checkpoint names no token that ends a text: add eos_token to tokenizer_config.json")
         return min(self.text.eos_ids) if self.text.eos_id is None else self.text.eos_id
 
     @property

@@ -38,7 +38,8 @@ def launch_config(x: CompactVector, weight: PackedWeight, parts: int, config: Co
     share = triton.cdiv(slots, splits)
     each = 4 * lanes * (splits if slots == 1 else 1) // triton.next_power_of_2(share)  # places of a slot a step
     if bits <= 8 and 4 * triton.cdiv(width, each) > MOST_ROWS:
-        raise ValueError(f"slots of {width} channels are too wide for int8 and int4: expected at most {MOST_ROWS - 3}")
+        most = MOST_ROWS // 4 * each
+        raise ValueError(f"slots of {width} channels are too wide for int8 and int4: expected at most {most}")
     return {
         "N": N, "WHOLE": N // parts % block_n == 0, "ROW": weight.words.shape[1], "SLOTS": slots, "SLOT": width,
         "SPLITS": splits, "SHARE": share, "LANES": lanes, "BLOCK_N": block_n, "DEPTH": depth, "BITS": bits,

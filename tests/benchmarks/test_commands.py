@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from teal_fast import quantize
-from teal_fast.benchmarks import kernels, prompts
+from teal_fast.benchmarks import decode, kernels, prompts, quality, rounding, table
 from teal_fast.benchmarks.kernels import make_cases, make_ops, time_cases, to_record
 from teal_fast.benchmarks.shapes import COMMON
 from teal_fast.families.config import model_args
@@ -76,3 +76,10 @@ def test_kernels_counts_the_rows_really_kept(monkeypatch):
     assert found["up", "sparse", 0]["bytes"] == 48 * 64 * 2 and found["up", "sparse", 0.5]["bytes"] == 24 * 64 * 2
     assert found["layer", "sparse", 0]["bytes"] == 2 * (48 * 96 + 48 * 48 + 48 * 128 + 64 * 48)
     assert all(len(case.seconds) == 2 and record["us"] > 0 for case, record in zip(cases, found.values(), strict=True))
+
+
+@pytest.mark.parametrize("command", [decode, prompts, quality, rounding, table])
+def test_a_checkpoint_that_is_not_there_is_one_line(command, run_main, tmp_path):
+    code, _, errors = run_main(command.main, "--checkpoint", tmp_path / "nowhere", "--device", "cpu")
+    assert code in (1, 2) and "Traceback" not in errors
+    assert "error: " in errors.splitlines()[-1]

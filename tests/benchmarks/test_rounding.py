@@ -1,5 +1,7 @@
 """What is measured of rounding: errors against exact products, beside an entry that was made large."""
 
+import json
+
 import pytest
 import torch
 
@@ -38,3 +40,14 @@ def test_measure_covers_formats_and_factors(even, monkeypatch):
     assert all(
         0 <= r["error_percent"] <= r["error_percent_most"] < (5 if r["format"] == "int4" else 0.1) for r in found
     )
+
+
+def test_command(calibrated, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounding, "INTERPRETED", False)
+    out = tmp_path / "rounding.json"
+    arguments = ("--checkpoint", calibrated, "--formats", "int8", "--sparsity", 0.5, "--out", out)
+    code, output, errors = run_main(rounding.main, *arguments)
+    assert code == 0, errors
+    records = json.loads(out.read_text())
+    assert json.loads(output.splitlines()[-1]) == records and len(records) == 4 * 3
+    assert {(r["model"], r["mode"], r["sparsity"]) for r in records} == {("tiny", "compiled", 0.5)}

@@ -97,14 +97,17 @@ def test_the_same_seed_draws_the_same_texts(opened, capsys):
 def test_an_answer_goes_on_from_its_prompt(tmp_path, capsys):
     tokenizer = Tokenizer.load(write(tmp_path, {"tokenizer.model": train_sentencepiece()}))
     prompt, whole = tokenizer.encode("In 2024"), tokenizer.encode("In 2024 people paid")
-    engine = SimpleNamespace(
-        context=100, stream=lambda request: (Token(id, None, 0.0, None) for id in whole[len(prompt) :])
-    )
+    answer = whole[len(prompt) :]
+    reasons = [None] * (len(answer) - 1) + ["length"]
+    tokens = [Token(id, None, 0.0, reason) for id, reason in zip(answer, reasons, strict=True)]
+    engine = SimpleNamespace(context=100, stream=lambda request: (token for token in tokens))
     session = Session(engine, tokenizer, Sampling(0.0), 0.0, 8, 1, None)
-    assert session.answer(prompt, Sample(3)) == " people paid"
-    session.stop = [" paid"]
-    assert session.answer(prompt, sample := Sample(3)) == " people" and len(sample.tokens) < len(whole)
-    assert capsys.readouterr().out == " people paid\n people\n"
+    assert session.answer(prompt, sample := Sample(3)) == " people paid" and sample.finish_reason == "length"
+    session.stop = ["paid"]  # complete with the last token
+    assert session.answer(prompt, sample := Sample(3)) == " people " and sample.finish_reason == "stop"
+    session.stop = [" peo"]
+    assert session.answer(prompt, sample := Sample(3)) == "" and len(sample.tokens) < len(answer)
+    assert capsys.readouterr().out == " people paid\n people \n\n"
 
 
 def test_a_stop_string_is_no_part_of_the_chat(opened, capsys):

@@ -57,8 +57,10 @@ def test_what_is_left_is_what_the_system_and_the_container_leave(tmp_path, monke
     cpu = torch.device("cpu")
     assert 1e8 < free_bytes(cpu) < 1e14
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CGROUP_LIMITS", (limit, tmp_path / "none"))
-    limit.write_text("123456789\n")
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, limit.name, "memory.current"), (tmp_path, "none", "none")))
+    limit.write_text("200000000\n")
+    (tmp_path / "memory.current").write_text("100000000\n")
+    (tmp_path / "memory.stat").write_text("anon 76543211\ninactive_file 23000000\nactive_file 456789\nshmem 5\n")
     assert free_bytes(cpu) == 123456789
     with pytest.raises(OutOfMemoryError, match=r"for it \(123\.5 MB asked for, cpu has 123\.5 MB left\): do"):
         check_memory(123456790, cpu, "it", "do")
