@@ -101,3 +101,10 @@ def run_main(monkeypatch, capsys):
         return ended.value.code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def little_calibration(monkeypatch):
+    """A calibration that a command makes for itself, because there is none, takes little text."""
+    settings, usual = Settings(tokens=1024, pass_tokens=1024, context=256), cli.make_calibration
+    monkeypatch.setattr(cli, "make_calibration", lambda *arguments: usual(*arguments, None, settings))

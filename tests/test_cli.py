@@ -9,7 +9,6 @@ import torch
 
 from teal_fast import calibrate, cli, generate, quantize
 from teal_fast import eval as evaluate
-from teal_fast.calibration.make import Settings
 from teal_fast.calibration.probe import POINTS
 from teal_fast.files.calibration import CALIBRATION, SHIPPED
 from teal_fast.files.checkpoint import CONFIG, WEIGHTS
@@ -67,9 +66,7 @@ def test_argument_types(parse, good, bad):
             parse(text)
 
 
-def test_what_is_missing_is_made_with_a_word_or_refused(tiny, tmp_path, capfd, monkeypatch):
-    usual = cli.make_calibration
-    monkeypatch.setattr(cli, "make_calibration", lambda *arguments: usual(*arguments, None, Settings(tokens=2048)))
+def test_what_is_missing_is_made_with_a_word_or_refused(tiny, tmp_path, capfd, little_calibration):
     folder = shutil.copytree(tiny, tmp_path / "fresh")
     with pytest.raises(FileNotFoundError, match="has no calibration: run"):
         cli.open_calibration(folder, prepare=False)

@@ -429,7 +429,7 @@ def test_sequences_are_no_longer_than_the_model_takes(dense, monkeypatch, tmp_pa
     assert sum(seen) > 1000 and max(seen) <= load_model(dense).args.max_position
 
 
-def test_a_missing_calibration_is_made(dense, tmp_path):
+def test_a_missing_calibration_is_made(dense, tmp_path, little_calibration):
     folder = shutil.copytree(dense, tmp_path / "dense")
     (folder / CALIBRATION).unlink()
     text = ["--corpus", dense.parent / "text.txt", "--tokens", 256]
