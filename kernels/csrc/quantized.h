@@ -53,38 +53,50 @@ struct Int4Rows {
 
     void add(const uint8_t* const* row, const float* x, int count, const uint8_t* const* next, int64_t begin,
              int64_t columns, float* sums) const {
-        float others[ROWS] = {}, alone[ROWS] = {};
-        for (int r = 0; r < count; r++) (__builtin_fabsf(x[r]) > most ? alone : others)[r] = x[r];
-        add_rounded(row, others, next, begin, columns, sums);
-        for (int r = 0; r < count; r++)
-            if (alone[r]) {  // its factor is 127, which is exact
-                float one[ROWS] = {};
-                one[r] = alone[r];
-                add_rounded(row, one, next, begin, columns, sums);
-            }
+        bool outliers = false;
+        for (int r = 0; r < count; r++) outliers |= __builtin_fabsf(x[r]) > most;
+        if (outliers) add_apart(row, x, count, next, begin, columns, sums);
+        else add_rounded(row, x, count, next, begin, columns, sums);
     }
     static void finish(float*, int64_t) {}
 
   private:
-    // sums [columns] += x [ROWS] times rows, each x rounded to 8 bits of the largest.
-    void add_rounded(const uint8_t* const* row, const float* x, const uint8_t* const* next, int64_t begin,
+    // As `add`, for rows of which some are outliers: these are rounded by themselves, with 127 as factor, which is exact.
+    __attribute__((noinline, cold)) void add_apart(const uint8_t* const* row, const float* x, int count,
+                                                   const uint8_t* const* next, int64_t begin, int64_t columns,
+                                                   float* sums) const {
+        float others[ROWS] = {};
+        for (int r = 0; r < count; r++) {
+            if (!(__builtin_fabsf(x[r]) > most)) {
+                others[r] = x[r];
+                continue;
+            }
+            float alone[ROWS] = {};
+            alone[r] = x[r];
+            add_rounded(row, alone, ROWS, next, begin, columns, sums);
+        }
+        add_rounded(row, others, ROWS, next, begin, columns, sums);
+    }
+
+    // sums [columns] += x times rows, each x rounded to 8 bits of the largest.
+    void add_rounded(const uint8_t* const* row, const float* x, int count, const uint8_t* const* next, int64_t begin,
                      int64_t columns, float* sums) const {
         Factors factors;
         int64_t last = (begin + columns) / group;
         for (int64_t tile = begin / group / TILE * TILE; tile < last; tile += TILE) {
-            weigh(row, x, tile, factors);
+            weigh(row, x, count, tile, factors);
             for (int r = 0; r < ROWS; r++) fetch(next[r] + N / 2 + 2 * tile);
             for (int64_t g = std::max(begin / group, tile); g < std::min(tile + TILE, last); g++)
                 for (int64_t n = g * group; n < (g + 1) * group; n += STRIP)
                     add_strip(row, next, n, factors, g - tile, sums + n - begin);
         }
     }
-    // x times the scales of a tile. Rows are filled up, so that a tile can be read whole.
-    void weigh(const uint8_t* const* row, const float* x, int64_t tile, Factors& f) const {
+    // x times the scales of a tile; missing rows count nothing. Rows are filled up, so that a tile can be read whole.
+    void weigh(const uint8_t* const* row, const float* x, int count, int64_t tile, Factors& f) const {
         for (int64_t g = 0; g < TILE; g += LANES) {
             vf product[ROWS], most = {}, check = {};
             UNROLL for (int r = 0; r < ROWS; r++) {
-                vf p = product[r] = load((const bf16*)(row[r] + N / 2) + tile + g) * x[r];
+                vf p = product[r] = load((const bf16*)(row[r] + N / 2) + tile + g) * (r < count ? x[r] : 0);
                 vf size = (vf)((vu)p & 0x7fffffffu);
                 most = size > most ? size : most;
                 check += p * 0.0f;  // NaN and infinity reach y through the scale
