@@ -12,7 +12,8 @@ from datetime import datetime
 from functools import wraps
 from typing import Any, ClassVar
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -25,8 +26,18 @@ SECONDS = 5  # a template takes milliseconds
 MOST = 2**24  # characters or items of a repeated text or list, bits of a number
 
 
+class _Code(CodeGenerator):
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%", "+"))
+    code_generator_class = _Code
     deadline = 0.0  # of the thread's own time, which goes on only while it computes; past until rendering begins
 
     def __init__(self, **options: Any):
@@ -45,15 +56,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"{operator} gives more than {MOST} characters, items or bits")
         return _checked(super().call_binop(context, operator, left, right))
 
-    def render(self, template: Template, names: dict[str, Any]) -> str:
-        self.deadline = time.thread_time() + SECONDS
-        parts, size = [], 0
-        for part in template.generate(names):
+    def concat(self, parts: Iterable[str]) -> str:
+        # The text of the template, of a macro or of a block comes by here, and what `~` joins.
+        joined, size = [], 0
+        for part in parts:
             self._check_time()
-            parts.append(part)
+            joined.append(part)
             if (size := size + len(part)) > MOST:
                 raise SecurityError(f"its text is longer than {MOST} characters")
-        return "".join(parts)
+        return "".join(joined)
 
     def _check_time(self) -> None:
         if time.thread_time() > self.deadline:
@@ -91,7 +102,7 @@ def _size_of_result(operator: str, left: Any, right: Any) -> int:
         fields = " ".join(re.findall(r"%(?:\(.*?\))?([-+ #0-9.*]*)", left))
         values = (right if isinstance(right, tuple) else (right,)) if "*" in fields else ()
         widths = [int(width[:20]) for width in re.findall("[0-9]+", fields)]
-        return len(left) + sum((*widths, *(value for value in values if isinstance(value, int))))
+        return len(left) + sum((*widths, *(abs(value) for value in values if isinstance(value, int))))
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
     repeated, times = (right, left) if isinstance(left, int) else (left, right)
@@ -131,7 +142,9 @@ def render_chat(template: str, messages: list[dict[str, str]], names: dict[str, 
     sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
     try:
-        return sandbox.render(sandbox.from_string(template), given | names)
+        program = sandbox.from_string(template)
+        sandbox.deadline = time.thread_time() + SECONDS
+        return program.render(given | names)
     except Exception as error:  # a template is a foreign program: it can raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(

@@ -74,13 +74,16 @@ def test_renders_as_transformers(name):
         ("{{ '%020000000d' | format(1) | length }}", "SecurityError: a part of it"),
         ("{% set x = 'a' * 9999999 %}{% set y = x + x %}", r"SecurityError: \+ gives more"),
         ("{% set x = 'a' * 9999999 %}{{ x }}{{ x }}", "SecurityError: its text is longer"),
+        ("{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "longer than"),
+        ("{% for i in range(60) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}", "longer than"),
+        ("{{ '%*d' % (-99999999, 1) }}", "SecurityError: % gives more"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "SecurityError: it takes"),
     ],
 )
 def test_refuses_in_one_line(template, said, monkeypatch):
     monkeypatch.setattr(chat, "SECONDS", 0.3)
     with pytest.raises(ValueError, match=said) as refused:
-        render_chat(template, MESSAGES, NAMES)
+        render_chat("{% set n = namespace(x='a') %}" + template, MESSAGES, NAMES)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 500
 
@@ -91,6 +94,7 @@ def test_refuses_in_one_line(template, said, monkeypatch):
         "{{ 'At 20261129001500: %5.1f%%, %-3s|' % (99999999, 'é') }}{{ 7 % 4 }}{{ 20261129001500 + 1 }}",
         "{{ '%(a)s' % {'a': 20261129001500} }}{{ messages + [1] | list }}{{ 'a' | center(9) }}{{ 'a'.ljust(9) }}|",
         "{% macro f(n) %}{{ n | string }}{% endmacro %}{{ f(20261129001500) }}{{ 20261129001500 | tojson }}",
+        "{% set x %}{{ 1 ~ none ~ 'é' ~ [1] }}{% endset %}{{ 'a' ~ 2 }}{{ x ~ (messages[0].role ~ 3.5) | upper }}",
         "{{ messages | map(attribute='role') | join(',') }}{{ '%s-%s' | format('a', 3) }}",
     ],
 )
