@@ -5,7 +5,7 @@ is worse than none. Names of tensors are not read here.
 """
 
 import sys
-from reprlib import repr as short  # cut where it is long or deep
+from reprlib import repr as brief  # cut where it is long or deep
 from typing import Any
 
 from teal_fast.model import ModelArgs
@@ -36,14 +36,16 @@ MANY = 2**12  # the same for layers, heads and head_dim
 def model_args(config: dict[str, Any]) -> ModelArgs:
     """Reads a Hugging Face config.json. Raises ValueError naming the first missing or unsupported field.
 
-    A field that is null counts as absent. An absent field has transformers' default or, if there is none, is an error.
+    A field that is null counts as absent, but for rope_theta and what stands in a block of rotary settings: there it
+    is refused, since transformers 5.23 does not replace it. An absent field has transformers' default or, if there is
+    none, is an error.
     """
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"config.json: model_type {short(architecture)} is not supported, expected {ARCHITECTURES}")
+        raise ValueError(f"config.json: model_type {brief(architecture)} is not supported, expected {ARCHITECTURES}")
     for name, value in FIXED_FIELDS.items():
         if config.get(name) not in (value, None):
-            raise ValueError(f"config.json: {name} {short(config[name])} is not supported, expected {short(value)}")
+            raise ValueError(f"config.json: {name} {brief(config[name])} is not supported, expected {brief(value)}")
     for name in QUANTIZATION_FIELDS:
         if config.get(name) is not None:
             method = _quantization(config[name])
@@ -78,7 +80,7 @@ def _quantization(given: Any) -> str:
     given = given if isinstance(given, dict) else {}
     signs = [method for sign, method in QUANTIZATION_SIGNS.items() if sign in given]
     method = given.get("quant_method") or (signs[0] if signs else "an unnamed method")
-    method = method if isinstance(method, str) else short(method)
+    method = method if isinstance(method, str) else brief(method)
     method = method.upper() if method in ("gptq", "awq", "fp8") else " ".join(method[:40].split())
     bits = given.get("bits") or (4 if given.get("load_in_4bit") else 8 if given.get("load_in_8bit") else None)
     return f"{method} ({bits} bits)" if isinstance(bits, int) else method
@@ -89,20 +91,20 @@ def _size(config: dict[str, Any], name: str, default: int | None = None, least: 
     if value is None:
         raise ValueError(f"config.json: {name} is missing, a {config['model_type']} model needs it")
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"config.json: {name} is {short(value)}, expected a whole number from {least} to {most}")
+        raise ValueError(f"config.json: {name} is {brief(value)}, expected a whole number from {least} to {most}")
     return value
 
 
 def _flag(config: dict[str, Any], name: str) -> bool:
     value = config.get(name)
     if not isinstance(value, bool | None):
-        raise ValueError(f"config.json: {name} is {short(value)}, expected true or false")
+        raise ValueError(f"config.json: {name} is {brief(value)}, expected true or false")
     return bool(value)
 
 
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"config.json: {name} is {short(value)}, expected a positive number")
+        raise ValueError(f"config.json: {name} is {brief(value)}, expected a positive number")
     return float(value)
 
 
@@ -116,7 +118,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     for spelling in ("rope_scaling", "rope_parameters"):
         given = config.get(spelling)
         if not isinstance(given, dict | None) or any(isinstance(value, dict) for value in (given or {}).values()):
-            raise ValueError(f"config.json: {spelling} {short(given)} is not supported, expected one flat object")
+            raise ValueError(f"config.json: {spelling} {brief(given)} is not supported, expected one flat object")
         if given:
             blocks[spelling] = _rope_settings(config, given)
     if not blocks:
@@ -126,7 +128,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         plain = {"rope_type": "default", "rope_theta": taken["rope_theta"]}  # what scaling was added to
         if other not in (taken, plain):
             raise ValueError(
-                f"config.json: rope_scaling says {short(taken)}, rope_parameters {short(other)}: "
+                f"config.json: rope_scaling says {brief(taken)}, rope_parameters {brief(other)}: "
                 "write all of it into one of them and remove the other"
             )
     return taken
@@ -135,9 +137,9 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 def _rope_settings(config: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
     kind = block.get("rope_type", block.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise ValueError(f"config.json: rope_type {short(kind)} is not supported, expected one of {[*ROPE_FIELDS]}")
+        raise ValueError(f"config.json: rope_type {brief(kind)} is not supported, expected one of {[*ROPE_FIELDS]}")
     if block.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor {short(block['partial_rotary_factor'])} is not supported")
+        raise ValueError(f"config.json: partial_rotary_factor {brief(block['partial_rotary_factor'])} is not supported")
     theta = block.get("rope_theta", config.get("rope_theta", 10000.0))
     settings = {"rope_type": kind, "rope_theta": _positive("rope_theta", theta)}
     if kind == "factors":
@@ -169,5 +171,5 @@ def _sliding_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
         kinds = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise ValueError(f"config.json: layer_types {short(kinds)} is not supported, expected {known} for each layer")
+        raise ValueError(f"config.json: layer_types {brief(kinds)} is not supported, expected {known} for each layer")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,50 +1,108 @@
 """Chat templates: a checkpoint's Jinja2 program, run in a sandbox, that turns messages into one text.
 
 The program is foreign. Jinja2 keeps it from the machine's files, but not from its time and memory: here a template ends
-that calls functions for longer than SECONDS, or asks for a product or power of more than MOST.
+that computes for longer than SECONDS, and one whose text or part of it is longer than MOST, is refused.
 """
 
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
 from datetime import datetime
+from functools import wraps
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from teal_fast.files.store import one_line
+
 SECONDS = 5  # a template takes milliseconds
 MOST = 2**24  # characters or items of a repeated text or list, bits of a number
 
 
+class _Code(CodeGenerator):
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "%", "+"))
+    code_generator_class = _Code
+    deadline = 0.0  # of the thread's own time, which goes on only while it computes; past until rendering begins
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.deadline = time.monotonic() + SECONDS
+        self.filters = {name: self.bounded(function) for name, function in self.filters.items()}
 
-    def call(self, *arguments: Any, **named: Any) -> Any:
+    def call(self, context: Context, function: Callable, *arguments: Any, **named: Any) -> Any:
         # range() and macros are called: loops within loops, and macros that call themselves, come by here.
-        if time.monotonic() > self.deadline:
-            raise SecurityError(f"it takes over {SECONDS} s")
-        return super().call(*arguments, **named)
+        self._check_time()
+        if isinstance(getattr(function, "__self__", None), str):  # a width, say: "x".ljust(10**10)
+            _check_numbers(arguments)
+        return _checked(super().call(context, function, *arguments, **named))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if _size_of_result(operator, left, right) > MOST:
             raise SecurityError(f"{operator} gives more than {MOST} characters, items or bits")
-        return super().call_binop(context, operator, left, right)
+        return _checked(super().call_binop(context, operator, left, right))
+
+    def concat(self, parts: Iterable[str]) -> str:
+        # The text of the template, of a macro or of a block comes by here, and what `~` joins.
+        joined, size = [], 0
+        for part in parts:
+            self._check_time()
+            joined.append(part)
+            if (size := size + len(part)) > MOST:
+                raise SecurityError(f"its text is longer than {MOST} characters")
+        return "".join(joined)
+
+    def _check_time(self) -> None:
+        if time.thread_time() > self.deadline:
+            raise SecurityError(f"it takes over {SECONDS} s")
+
+    def bounded(self, function: Callable) -> Callable:
+        @wraps(function)  # with its marks: some want the environment as first argument
+        def bounded(*arguments: Any, **named: Any) -> Any:
+            self._check_time()
+            _check_numbers((*arguments[1:], *named.values()))
+            return _checked(function(*arguments, **named))
+
+        return bounded
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         # Jinja2 lets an unsafe attribute print as nothing; a template that tries is not to be trusted.
         raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__} is not allowed")
 
 
+def _checked(result: Any) -> Any:
+    if isinstance(result, Sized) and len(result) > MOST:
+        raise SecurityError(f"a part of it has more than {MOST} characters or items")
+    return result
+
+
+def _check_numbers(arguments: Iterable[Any]) -> None:
+    if any(isinstance(argument, int) and argument > MOST for argument in arguments):
+        raise SecurityError(f"a number given to a method or filter is more than {MOST}")
+
+
 def _size_of_result(operator: str, left: Any, right: Any) -> int:
+    if operator == "+" or (operator == "%" and not isinstance(left, str)):
+        return sum(len(side) for side in (left, right) if isinstance(side, Sized))
+    if operator == "%":  # widths, and those that stand in the values, with `*`
+        fields = " ".join(re.findall(r"%(?:\(.*?\))?([-+ #0-9.*]*)", left))
+        values = (right if isinstance(right, tuple) else (right,)) if "*" in fields else ()
+        widths = [int(width[:20]) for width in re.findall("[0-9]+", fields)]
+        return len(left) + sum((*widths, *(abs(value) for value in values if isinstance(value, int))))
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
     repeated, times = (right, left) if isinstance(left, int) else (left, right)
@@ -79,14 +137,16 @@ def render_chat(template: str, messages: list[dict[str, str]], names: dict[str, 
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    sandbox.filters["tojson"] = tojson
+    sandbox.filters["tojson"] = sandbox.bounded(tojson)
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
     try:
-        return sandbox.from_string(template).render(given | names)
+        program = sandbox.from_string(template)
+        sandbox.deadline = time.thread_time() + SECONDS
+        return program.render(given | names)
     except Exception as error:  # a template is a foreign program: it can raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(
             f"the chat template failed ({reason}): check the messages, correct the checkpoint's chat template, or drop "
             "--chat"

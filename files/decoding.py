@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from teal_fast.files.store import short
+
 ToBytes = Callable[[str], bytes]  # a token as the vocabulary writes it, to what it adds to a text
 First = Callable[[bytes], bytes]  # what a text's first token adds to it, from what it adds elsewhere
 
@@ -62,31 +64,38 @@ def json_decoder(decoder: dict[str, Any] | None, pre_tokenizer: dict[str, Any] |
     """How the decoder of a tokenizer.json turns a token into bytes, and what it takes away at the start of a text.
 
     A file without decoder is read backwards from its pre-tokenizer, where transformers 5.23 shows the pieces as they
-    are written, with a space between each two. Raises ValueError on a decoder that is not known.
+    are written, with a space between each two. Raises ValueError on a decoder that is not known: the steps, their
+    values and their order all count.
     """
     steps = _steps(decoder, "decoders")
     if decoder is None:
-        steps = {kind: step for kind, step in _steps(pre_tokenizer, "pretokenizers").items() if kind in _REVERSIBLE}
+        steps = [step for step in _steps(pre_tokenizer, "pretokenizers") if step["type"] in ("ByteLevel", "Metaspace")]
         if not steps:  # tokens are whole words
             return lambda token: f" {token}".encode(), without_a_space
-    if "ByteLevel" in steps and steps.keys() <= {"ByteLevel", "ByteFallback", "Fuse"}:
+    order = "+".join(step["type"] for step in steps)
+    if not _ORDER.fullmatch(order) or any((step | _VALUES.get(step["type"], {})) != step for step in steps):
+        raise ValueError(f"its decoder is {short(steps)}, known are ByteLevel and sentencepiece's")
+    if "ByteLevel" in order:
         return byte_level(), unchanged
-    spaces = {steps.get("Replace", {"pattern": {"String": "▁"}})["pattern"].get("String")}
-    spaces.add(steps.get("Metaspace", {}).get("replacement", "▁"))
-    if spaces != {"▁"} or not steps.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
-        raise ValueError(f"its decoder is {'+'.join(steps)}, known are ByteLevel and sentencepiece's")
-    to_bytes = piece_bytes if decoder is None or "ByteFallback" in steps else text_bytes
-    if "Metaspace" in steps and steps["Metaspace"].get("prepend_scheme") != "never":
+    to_bytes = piece_bytes if decoder is None or "ByteFallback" in order else text_bytes
+    if "Metaspace" in order and steps[0].get("prepend_scheme") != "never":
         return to_bytes, without_spaces  # as tokenizers 0.23 does: all spaces of the first token
-    strips = "Strip" in steps and steps["Strip"]["start"] > 0
-    return to_bytes, without_a_space if strips else unchanged
+    return to_bytes, without_a_space if "Strip" in order else unchanged
 
 
-_REVERSIBLE = ("ByteLevel", "Metaspace")
+# Order counts: Strip takes a space from each part, and only after Fuse is the text one part.
+_ORDER = re.compile(
+    r"ByteLevel(\+ByteFallback)?(\+Fuse)?|Metaspace(\+Fuse)?|Replace(\+ByteFallback)?(\+Fuse(\+Strip)?)?"
+)
+_VALUES = {
+    "Replace": {"pattern": {"String": "▁"}, "content": " "},
+    "Strip": {"content": " ", "start": 1, "stop": 0},
+    "Metaspace": {"replacement": "▁"},
+}
 
 
-def _steps(component: dict[str, Any] | None, parts: str) -> dict[str, dict[str, Any]]:
-    return {step["type"]: step for step in (component or {}).get(parts, [component] if component else [])}
+def _steps(component: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+    return (component or {}).get(parts, [component] if component else [])
 
 
 def byte_level() -> ToBytes:

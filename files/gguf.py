@@ -20,7 +20,8 @@ from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import CONFIG
 from teal_fast.files.conversion import check_opens, write_weights
 from teal_fast.files.gguf_tokenizer import write_tokenizer
-from teal_fast.files.store import check_new, new_folder, short
+from teal_fast.files.pre_tokenizers import well_known
+from teal_fast.files.store import check_new, new_folder, one_line, short
 
 NAMES = {
     "tok_embeddings": ("token_embd",),
@@ -77,7 +78,7 @@ class Reader(gguf.GGUFReader):
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
         for field in fields:
             _, name, _, _, kind, _ = field.parts
-            if problem := unreadable(int(kind[0])):
+            if problem := type_problem(int(kind[0])):
                 name = short(bytes(name).decode("utf-8", "replace"))
                 raise UnreadableTypeError(f"tensor {name} is of type {problem}: take a file in another quantization")
         super()._build_tensors(start_offs, fields)
@@ -89,8 +90,8 @@ class Reader(gguf.GGUFReader):
 
 
 @cache
-def unreadable(kind: int) -> str | None:
-    """The name of a tensor type that cannot be dequantized, None for one that can."""
+def type_problem(kind: int) -> str | None:
+    """Names a tensor type that cannot be dequantized and says why; None for one that can."""
     if kind not in iter(gguf.GGMLQuantizationType):
         known = f"{REMOVED_TYPES[kind]}, which llama.cpp has dropped" if kind in REMOVED_TYPES else "unknown here"
         return f"{kind} ({known})"
@@ -110,7 +111,7 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     except UnreadableTypeError as error:
         raise ValueError(f"{path}: {error}") from None
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
-        raise ValueError(f"{path} is truncated or not a GGUF file ({error}): download it again") from error
+        raise ValueError(f"{path} is truncated or not a GGUF file ({one_line(error)}): download it again") from error
 
 
 def find_value(reader: gguf.GGUFReader, key: str, kind: type, default: Any = None) -> Any:
@@ -189,12 +190,17 @@ def find_scaling(
         return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
     found = stated_scaling(reader, config["model_type"], divisors) if given is None else None
     long = config["rope_theta"] == 500000 and config["max_position_embeddings"] > 8192
-    if found is None and given is None and long and LLAMA3_BOS in find_value(reader, TOKENS, list):
+    if found is None and given is None and long and is_llama3(find_value(reader, TOKENS, list)):
         raise ValueError(
             f"the GGUF file has no {ROPE_FACTORS}, which Llama 3.1 and later need and its converter left out: give "
             "--rope_scaling llama3, or --rope_scaling none for a model that was trained without"
         )
     return found
+
+
+def is_llama3(tokens: list[str]) -> bool:
+    """By name of BOS, or by the tokens that text becomes: fine-tunes rename the one, and some cut the other down."""
+    return LLAMA3_BOS in tokens or well_known(tokens) == "llama-bpe"
 
 
 def stated_scaling(

@@ -16,23 +16,23 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from teal_fast.files.pre_tokenizers import SPLITTINGS, find_name
-from teal_fast.files.store import short
+from teal_fast.files.store import one_line, short
 
 PREFIX = "tokenizer.ggml."
 AGAIN = "take another GGUF file"
-ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 NO_ID = 2**32 - 1  # -1 as an unsigned number: some converters wrote it for a token that the model lacks
 NAMED = {"unk_token": "unknown_token_id", "bos_token": "bos_token_id"}
 NAMED |= {"eos_token": "eos_token_id", "pad_token": "padding_token_id"}  # in the order of sentencepiece's fields
 LISTS = {"tokens": str, "merges": str, "scores": int | float, "token_type": int}  # of what
-SCALARS = dict.fromkeys((*NAMED.values(), *ENDS), int) | {"model": str, "pre": str}
+SCALARS = dict.fromkeys((*NAMED.values(), *END_KEYS), int) | {"model": str, "pre": str}
 SCALARS |= {"add_bos_token": bool, "add_space_prefix": bool}
 SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)  # no text
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def write_tokenizer(reader: GGUFReader, folder: Path, pre: str | None = None) -> None:
-    """Write tokenizer.json or tokenizer.model, tokenizer_config.json and, for several EOS, generation_config.json.
+    """Write tokenizer.json or tokenizer.model, tokenizer_config.json and, for ends beside EOS, generation_config.json.
 
     `pre` names the pre-tokenizer instead of the file.
     """
@@ -49,8 +49,8 @@ def write_tokenizer(reader: GGUFReader, folder: Path, pre: str | None = None) ->
     else:
         (folder / "tokenizer.model").write_bytes(_sentencepiece_model(given))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-    ends = {given[name] for name in ENDS if name in given}
-    if len(ends) > 1:  # a turn of a chat may end otherwise than a text, and eos_token is but one token
+    ends = {given[name] for name in END_KEYS if name in given}
+    if ends - {given.get("eos_token_id")}:  # a turn of a chat may end otherwise than a text, and eos_token is one token
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)}))
 
 
@@ -76,7 +76,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     if len(set(tokens)) < len(tokens):
         ((twice, _),) = Counter(tokens).most_common(1)
         raise ValueError(f"{PREFIX}tokens holds {twice[:80]!r} twice: {AGAIN}")
-    if beyond := [name for name in (*NAMED.values(), *ENDS) if not 0 <= given.get(name, 0) < len(tokens)]:
+    if beyond := [name for name in (*NAMED.values(), *END_KEYS) if not 0 <= given.get(name, 0) < len(tokens)]:
         raise ValueError(f"{beyond[0]} is {given[beyond[0]]} of {len(tokens)} tokens: {AGAIN}")
     if model == "llama":  # llama.cpp's defaults
         defaults = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -126,8 +126,7 @@ def _byte_level_bpe(given: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
     try:
         library = Tokenizer(BPE(ids, merges, ignore_merges=splitting.whole_words))
     except Exception as error:  # tokenizers raises nothing narrower
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the GGUF file's merges do not fit its tokens ({reason}): {AGAIN}") from error
+        raise ValueError(f"the GGUF file's merges do not fit its tokens ({one_line(error)}): {AGAIN}") from error
     library.pre_tokenizer = splitting.pre_tokenizer()
     library.decoder = decoders.ByteLevel()
     if splitting.nfc:

@@ -19,7 +19,7 @@ from torch import Tensor
 from teal_fast.families.config import INSTEAD, model_args
 from teal_fast.files.checkpoint import CONFIG, read_config
 from teal_fast.files.conversion import check_opens, write_weights
-from teal_fast.files.store import check_new, new_folder, read_json, short
+from teal_fast.files.store import check_new, new_folder, one_line, read_json, short
 from teal_fast.weights.formats import DTYPES
 
 COPIED = (
@@ -99,7 +99,9 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         file = safe_open(path, framework="pt")
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({one_line(error)}): download it again"
+        ) from error
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
@@ -107,10 +109,9 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {str(name): tensor.detach() for name, tensor in loaded.items()}
     except pickle.UnpicklingError as error:
-        reason = str(error)[:200]
-        raise ValueError(f"{path} is refused: it holds more than tensors, or is corrupt ({reason})") from error
+        raise ValueError(f"{path} is refused: it holds more than tensors, or is corrupt ({one_line(error)})") from error
     except Exception as error:  # a corrupt pickle raises almost anything
-        raise ValueError(f"{path} is truncated or not a PyTorch file ({error}): download it again") from error
+        raise ValueError(f"{path} is truncated or not a PyTorch file ({one_line(error)}): download it again") from error
 
 
 def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> None:

@@ -81,14 +81,21 @@ def digest(tokens: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(tokens).encode()).hexdigest()[:16]
 
 
+def well_known(tokens: Sequence[str]) -> str | None:
+    """The name of the pre-tokenizer of the well-known vocabulary which `tokens` are."""
+    for name, (first, end, expected) in VOCABULARIES.items():
+        if len(tokens) >= end and digest(tokens[first:end]) == expected:
+            return name
+    return None
+
+
 def find_name(given: str | None, tokens: Sequence[str]) -> str:
     """The name of the pre-tokenizer: as given, else that of the well-known vocabulary which `tokens` are."""
     if given in SPLITTINGS:
         return given
     if given in (None, "", "default"):  # converters wrote "default" for what they did not know
-        for name, (first, end, expected) in VOCABULARIES.items():
-            if len(tokens) >= end and digest(tokens[first:end]) == expected:
-                return name
+        if name := well_known(tokens):
+            return name
         found = "does not say how text is split, and the vocabulary is not a well-known one"
     else:
         found = f"is {given[:80]!r}, which is not known here"

@@ -31,10 +31,11 @@ def stop_ids(vocabulary: Vocabulary, declared: dict[str, Any], template: str | N
     them, or names no token, is passed over as long as another end is known, else it raises ValueError. A control token
     is one that its file calls special, or an added one that the chat template writes, as in transformers 5.23.
     """
+    known = {*vocabulary.ids.values(), *vocabulary.pieces}  # tiktoken's ranks are only among the pieces
     ends, wrong = set(), None
     for place, value in declared.items():
         for entry in value if isinstance(value, list) else [value]:
-            if (token := _id(entry, vocabulary.ids)) is not None:
+            if (token := _id(entry, vocabulary.ids)) in known:
                 ends.add(token)
             elif entry is not None:
                 wrong = wrong or f"{place} is {short(value)}"

@@ -43,6 +43,12 @@ def short(value: Any) -> str:
     return " ".join(SHOWN.repr(value).split())
 
 
+def one_line(error: Exception) -> str:
+    """What a library says, without the file that some of them quote whole."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:200]} … {text[-100:]}"
+
+
 def read_text(path: Path) -> str:
     """A text file that is neither huge nor of another encoding than UTF-8."""
     if not path.is_file():
@@ -107,7 +113,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): make it again") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file ({one_line(error)}): make it again") from error
 
 
 def check_writable(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from teal_fast.files.chat import render_chat
 from teal_fast.files.decoding import PieceStream
 from teal_fast.files.stop import stop_ids
-from teal_fast.files.store import read_text, short
+from teal_fast.files.store import one_line, read_text, short
 from teal_fast.files.tokenizer_json import load_json
 from teal_fast.files.tokenizer_model import load_model
 from teal_fast.files.vocabulary import (
@@ -21,7 +21,6 @@ from teal_fast.files.vocabulary import (
     Vocabulary,
     added_tokens,
     content,
-    one_line,
     read_optional,
     read_settings,
     special_names,

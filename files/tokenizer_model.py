@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -10,13 +10,10 @@ from tiktoken import Encoding
 from tokenizers import AddedToken
 
 from teal_fast.files.decoding import piece_bytes, unchanged, without_a_space
+from teal_fast.files.pre_tokenizers import LLAMA3
 from teal_fast.files.vocabulary import Vocabulary, unreadable
 
 # Llama 3's reference, https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3_NAMED = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
 LLAMA3_NAMED += ["finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id"]
 LLAMA3_NAMED += ["python_tag", "image", *(f"reserved_special_token_{i}" for i in range(2, 246))]
@@ -50,10 +47,18 @@ def _tiktoken(data: bytes, declared: dict[int, AddedToken]) -> Vocabulary:
     own = {i: AddedToken(name, special=True) for i, name in enumerate(LLAMA3_SPECIAL, start=len(ranks))}
     added = own | declared
     ids = {token.content: i for i, token in added.items()}
-    library = Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=ids)
+    library = Encoding("llama3", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens={})
+
+    split = _splitter(added)
 
     def encode(text: str) -> list[int]:
-        return [i for part in LLAMA3_CHUNK.findall(text) for i in library.encode(part, allowed_special="all")]
+        found = []
+        for part in split(text):  # first, because the chunks' limits know no added tokens
+            if isinstance(part, int):
+                found.append(part)
+            else:
+                found += [i for chunk in LLAMA3_CHUNK.findall(part) for i in library.encode_ordinary(chunk)]
+        return found
 
     pieces = {rank: token for token, rank in ranks.items()}
     pieces |= {i: token.content.encode() for i, token in declared.items() if not token.special}
@@ -77,7 +82,7 @@ def _sentencepiece(
     if spaced and not every_part:
         rest = SentencePieceProcessor()
         rest.LoadFromSerializedProto(data + NO_LEADING_SPACE)
-    split = _splitter({token.content: (i, token) for i, token in added.items()})
+    split = _splitter(added)
 
     def encode(text: str) -> list[int]:
         found = []
@@ -90,8 +95,9 @@ def _sentencepiece(
     return Vocabulary(encode, ids, pieces, added, first, names.get(bos), names.get(eos))
 
 
-def _splitter(added: dict[str, tuple[int, AddedToken]]):
+def _splitter(declared: dict[int, AddedToken]) -> Callable[[str], list[str | int]]:
     """Cuts a text into ids of added tokens and the texts between them, which lose the spaces that a token claims."""
+    added = {token.content: (i, token) for i, token in declared.items()}
     longest = sorted(added, key=len, reverse=True)
     patterns = (
         rf"(?<!\w){re.escape(name)}(?!\w)" if added[name][1].single_word else re.escape(name) for name in longest

@@ -1,5 +1,6 @@
 """What a tokenizer's file says by itself, and the tokens that the files beside it add or name."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from teal_fast.files.decoding import First, unchanged
-from teal_fast.files.store import read_json
+from teal_fast.files.store import one_line, read_json
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word")
@@ -46,13 +47,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
     """The tokens that tokenizer_config.json adds to the tokenizer's file by id, or else added_tokens.json."""
     name, kind, declared = "tokenizer_config.json", "added_tokens_decoder", settings.get("added_tokens_decoder")
+    texts, special = read_optional(folder / "added_tokens.json") if declared is None else {}, special_names(settings)
     try:
         if declared is None:
-            name, kind, special = "added_tokens.json", "list of added tokens", special_names(settings)
-            texts = read_optional(folder / name).items()
-            declared = {token: {"content": text, "special": text in special} for text, token in texts}
+            name, kind = "added_tokens.json", "list of added tokens"
+            declared = {token: {"content": text, "special": text in special} for text, token in texts.items()}
         return {_id(token): _added(entry) for token, entry in declared.items() if entry["content"]}
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable(folder / name, kind, error) from error
 
 
@@ -79,18 +80,12 @@ def unreadable(path: Path, kind: str, error: Exception) -> ValueError:
     return ValueError(f"{path}: not a readable {kind} ({one_line(error)}): convert or download the checkpoint again")
 
 
-def one_line(error: Exception) -> str:
-    """What a library says, without the file that some of them quote whole."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:200]} … {text[-100:]}"
-
-
 def _added(entry: dict[str, Any]) -> AddedToken:
     special, flags = bool(entry.get("special")), {flag: bool(entry.get(flag)) for flag in FLAGS}
     return AddedToken(entry["content"], special=special, normalized=bool(entry.get("normalized", not special)), **flags)
 
 
 def _id(token: Any) -> int:
-    if isinstance(token, bool) or not (str(token).isdecimal()):
+    if isinstance(token, bool) or not isinstance(token, int | str) or not re.fullmatch("[0-9]{1,9}", str(token)):
         raise TypeError(f"{str(token)[:40]!r} is no id")
     return int(token)

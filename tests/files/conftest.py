@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer
 
-from teal_fast.files.tokenizer_model import LLAMA3_SPLIT
+from teal_fast.files.pre_tokenizers import LLAMA3
 from teal_fast.tests.files.made_tokenizers import SPECIAL, pieces_and_merges, train_byte_level, train_sentencepiece
 
 
@@ -42,7 +42,7 @@ def metaspace_json(sentencepiece_model):
 
 @pytest.fixture(scope="session")
 def tiktoken_ranks():
-    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library = train_byte_level(pre_tokenizers.Sequence([split, byte_level]))
     shown = {c: library.token_to_id(c) for c in pre_tokenizers.ByteLevel.alphabet()}

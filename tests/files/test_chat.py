@@ -1,8 +1,11 @@
 """Chat templates render as transformers renders them, tags and methods that Jinja2 alone lacks included."""
 
+import time
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from teal_fast.files import chat
 from teal_fast.files.chat import render_chat
 
 MESSAGES = [
@@ -61,9 +64,46 @@ def test_renders_as_transformers(name):
         ("{% generation %}{{ ''.__class__ }}{% endgeneration %}", "SecurityError"),
         ("{{ strftime_now() }}", "TypeError"),
         ("{{ messages[0].pop('role') }}", "SecurityError"),
+        ("{{ '%099999999d' % 1 }}", "SecurityError: % gives more"),
+        ("{{ '%*d' % (99999999, 1) }}", "SecurityError: % gives more"),
+        ("{{ '%(a)5.99999999f' % {'a': 1} }}", "SecurityError: % gives more"),
+        ("{{ 'a' | center(99999999) }}", "SecurityError: a number"),
+        ("{{ messages | tojson(indent=99999999) }}", "SecurityError: a number"),
+        ("{{ 'a'.ljust(99999999) }}", "SecurityError: a number"),
+        ("{{ '{:20000000}'.format(1) | length }}", "SecurityError: a part of it"),
+        ("{{ '%020000000d' | format(1) | length }}", "SecurityError: a part of it"),
+        ("{% set x = 'a' * 9999999 %}{% set y = x + x %}", r"SecurityError: \+ gives more"),
+        ("{% set x = 'a' * 9999999 %}{{ x }}{{ x }}", "SecurityError: its text is longer"),
+        ("{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "longer than"),
+        ("{% for i in range(60) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}", "longer than"),
+        ("{{ '%*d' % (-99999999, 1) }}", "SecurityError: % gives more"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "SecurityError: it takes"),
     ],
 )
-def test_refuses_in_one_line(template, said):
+def test_refuses_in_one_line(template, said, monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.3)
     with pytest.raises(ValueError, match=said) as refused:
-        render_chat(template, MESSAGES, NAMES)
+        render_chat("{% set n = namespace(x='a') %}" + template, MESSAGES, NAMES)
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'At 20261129001500: %5.1f%%, %-3s|' % (99999999, 'é') }}{{ 7 % 4 }}{{ 20261129001500 + 1 }}",
+        "{{ '%(a)s' % {'a': 20261129001500} }}{{ messages + [1] | list }}{{ 'a' | center(9) }}{{ 'a'.ljust(9) }}|",
+        "{% macro f(n) %}{{ n | string }}{% endmacro %}{{ f(20261129001500) }}{{ 20261129001500 | tojson }}",
+        "{% set x %}{{ 1 ~ none ~ 'é' ~ [1] }}{% endset %}{{ 'a' ~ 2 }}{{ x ~ (messages[0].role ~ 3.5) | upper }}",
+        "{{ messages | map(attribute='role') | join(',') }}{{ '%s-%s' | format('a', 3) }}",
+    ],
+)
+def test_bounds_leave_ordinary_templates_alone(template):
+    (expected,), _ = render_jinja_template([MESSAGES], chat_template=template, add_generation_prompt=True, **NAMES)
+    assert render_chat(template, MESSAGES, NAMES) == expected
+
+
+def test_a_process_that_stands_still_is_no_slow_template(monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    names = NAMES | {"wait": lambda: time.sleep(0.4) or "a"}
+    assert render_chat("{{ wait() }}{{ dict(a=1).a }}", MESSAGES, names) == "a1"

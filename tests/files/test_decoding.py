@@ -200,3 +200,57 @@ def test_whole_words_are_joined_by_spaces(tmp_path, kinds):
     ids = tokenizer.encode("a whale swims")
     assert tokenizer.decode(ids) == reference.decode(ids) == "a whale swims"
     assert streamed(tokenizer, ids[:1], ids[1:]) == " whale swims"
+
+
+# --- decoders that look like the known ones
+
+REPLACE, STRIP = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+FALLBACK, FUSE = decoders.ByteFallback(), decoders.Fuse()
+KNOWN = [
+    [REPLACE],
+    [REPLACE, FUSE],
+    [REPLACE, FALLBACK, FUSE],
+    [REPLACE, FUSE, STRIP],
+    [decoders.Metaspace(prepend_scheme="never")],
+    [decoders.Metaspace()],
+]
+OTHERS = {
+    "another content": [decoders.Replace("▁", "_"), FALLBACK, FUSE],
+    "another pattern": [decoders.Replace("_", " "), FALLBACK, FUSE],
+    "two replacements": [decoders.Replace("a", "b"), REPLACE, FALLBACK, FUSE],
+    "two spaces": [REPLACE, FALLBACK, FUSE, decoders.Strip(" ", 2, 0)],
+    "both sides": [REPLACE, FALLBACK, FUSE, decoders.Strip(" ", 1, 1)],
+    "another strip": [REPLACE, FALLBACK, FUSE, decoders.Strip("a", 1, 0)],
+    "each part stripped": [REPLACE, STRIP],
+    "stripped before fused": [REPLACE, FALLBACK, STRIP, FUSE],
+    "fused before bytes": [REPLACE, FUSE, FALLBACK],
+    "fuse": [FUSE],
+    "bytes": [FALLBACK],
+    "nothing": [],
+    "replaced and metaspace": [REPLACE, decoders.Metaspace()],
+    "stripped metaspace": [decoders.Metaspace(), FUSE, STRIP],
+    "metaspace before bytes": [decoders.Metaspace(), FALLBACK, FUSE],  # a space that is written as <0x20> stays
+    "another metaspace": [decoders.Metaspace("_")],
+}
+
+
+def with_steps(text, steps):
+    library = tokenizers.Tokenizer.from_str(text)
+    library.decoder = decoders.Sequence(steps)
+    return library
+
+
+@pytest.mark.parametrize("steps", KNOWN, ids=lambda steps: "+".join(type(step).__name__ for step in steps))
+def test_known_steps_decode_as_their_library(tmp_path, sentencepiece_json, steps):
+    library = with_steps(sentencepiece_json, steps)
+    ours = Tokenizer.load(write(tmp_path, {"tokenizer.json": library.to_str()}))
+    check_any_ids(ours.decode, library.decode, library.get_vocab_size())
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_steps_that_would_decode_otherwise_are_refused(tmp_path, sentencepiece_json, kind):
+    library = with_steps(sentencepiece_json, OTHERS[kind])
+    write(tmp_path, {"tokenizer.json": library.to_str()})
+    with pytest.raises(ValueError, match=r"its decoder is .*, known are ByteLevel and sentencepiece's") as refused:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600

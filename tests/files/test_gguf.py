@@ -18,6 +18,7 @@ from teal_fast.files.checkpoint import WEIGHTS, read_config
 from teal_fast.files.gguf import LLAMA3_ROPE, convert_gguf, find_scaling, open_gguf, to_config
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
+from teal_fast.files.pre_tokenizers import VOCABULARIES, digest
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.scripts.convert_gguf import main
 from teal_fast.tests.gguf_models import CASES, LLAMA3_VOCABULARY, VOCABULARY, make_model, write_gguf
@@ -109,6 +110,14 @@ def llama31(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama31") / "model.gguf"
     write_gguf(path, model, vocabulary=LLAMA3_VOCABULARY)
     return model, path
+
+
+def test_llama31_is_known_without_the_name_of_its_bos(llama31, tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, llama31[0], vocabulary=["<renamed>", *VOCABULARY[1:]])
+    convert_gguf(path, tmp_path / "other", torch.float32)  # another vocabulary, so no Llama
+    monkeypatch.setitem(VOCABULARIES, "llama-bpe", (1, len(VOCABULARY), digest(VOCABULARY[1:])))
+    refuses(path, tmp_path, "no rope_freqs.weight, which Llama 3.1 and later need")
 
 
 def test_llama31_without_rope_divisors_needs_to_be_told(run_main, llama31, tmp_path):

@@ -217,6 +217,11 @@ def test_every_end_token_ends_generation(tmp_path):
     assert convert(tmp_path, "gpt2", pre="gpt-2", **ends, **fields_of(train(BYTE_LEVEL))).eos_ids == {7, 8, 9}
 
 
+@pytest.mark.parametrize("key", ["eot_token_id", "eom_token_id"])
+def test_an_end_of_a_turn_alone_ends_generation(tmp_path, key):
+    assert convert(tmp_path, "gpt2", pre="gpt-2", **{key: 8}, **fields_of(train(BYTE_LEVEL))).eos_ids == {8}
+
+
 # --- sentencepiece
 
 

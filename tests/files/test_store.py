@@ -12,7 +12,7 @@ import pytest
 from teal_fast import calibrate, eval, quantize
 from teal_fast.benchmarks import decode, kernels, prompts, quality, table
 from teal_fast.files.checkpoint import CONFIG
-from teal_fast.files.store import TEMPORARY, check_new, check_writable, new_file, new_folder
+from teal_fast.files.store import TEMPORARY, check_new, check_writable, new_file, new_folder, one_line
 from teal_fast.report import page, plot_activations, results
 from teal_fast.scripts import convert_gguf, convert_hf_checkpoint, import_teal, prepare_demo, prepare_tasks
 
@@ -176,3 +176,9 @@ def test_conversion_into_an_existing_folder_reads_nothing(run_main, tiny, tmp_pa
     (tmp_path / "source" / CONFIG).write_text("{")
     code, _, err = run_main(convert_hf_checkpoint.main, tmp_path / "source", "--out", tiny)
     assert code == 1 and f"{tiny} exists already" in err
+
+
+def test_what_a_library_says_is_one_line_and_cut():
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    cut = one_line(ValueError("a" * 9999 + "\nend"))
+    assert len(cut) < 310 and cut.startswith("aaa") and cut.endswith("a end")

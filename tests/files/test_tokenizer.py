@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import decoders, processors
 from transformers import PreTrainedTokenizerFast
 
+from teal_fast.files.pre_tokenizers import LLAMA3
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.files.tokenizer_model import LLAMA3_SPECIAL, LLAMA3_SPLIT
+from teal_fast.files.tokenizer_model import LLAMA3_SPECIAL
 from teal_fast.tests.files.made_tokenizers import SPECIAL, TEXTS, load_real, train_sentencepiece, write
 
 CHATML = (
@@ -115,7 +116,7 @@ def test_sentencepiece_leading_space_is_the_models_own(tmp_path):
 
 @pytest.mark.parametrize("text", [*TEXTS, " " * 60_000 + "x" * 30_000 + " y"], ids=lambda text: text[:8])
 def test_tiktoken_matches_library(tmp_path, tiktoken_ranks, tiktoken_model, text):
-    library = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=tiktoken_ranks, special_tokens={})
+    library = tiktoken.Encoding("", pat_str=LLAMA3, mergeable_ranks=tiktoken_ranks, special_tokens={})
     tokenizer = Tokenizer.load(write(tmp_path, {"tokenizer.model": tiktoken_model}))
     ids = tokenizer.encode(text)
     bos = len(tiktoken_ranks)

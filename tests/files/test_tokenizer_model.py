@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import sentencepiece
+import tiktoken
 from transformers import LlamaTokenizer
 
 from teal_fast.files.huggingface import convert_huggingface
+from teal_fast.files.pre_tokenizers import LLAMA3
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.tests.files.made_tokenizers import train_sentencepiece, write
 
@@ -96,6 +98,35 @@ def test_spaces_that_an_added_token_claims(tmp_path, sentencepiece_model):
     assert ids("<|im_start|>people") == [703]  # the longest wins
 
 
+# --- added tokens beside tiktoken's ranks, whose special tokens are the 256 behind them
+
+
+def test_added_tokens_around_tiktoken_ranks(tmp_path, tiktoken_ranks, tiktoken_model):
+    ranks = tiktoken.Encoding("", pat_str=LLAMA3, mergeable_ranks=tiktoken_ranks, special_tokens={})
+    first = len(tiktoken_ranks) + 256
+    flags = [{"lstrip": True}, {"special": False, "rstrip": True}, {"single_word": True}, {"special": False}]
+    names = ["<|a|>", "<|b|>", "word", "<|a|>b"]
+    decoder = {str(first + i): added(name, **flag) for i, (name, flag) in enumerate(zip(names, flags, strict=True))}
+    files = {"tokenizer.model": tiktoken_model, "tokenizer_config.json": {"added_tokens_decoder": decoder}}
+    tokenizer = Tokenizer.load(write(tmp_path, files))
+    cases = {
+        "people \n <|a|> paid": ["people", first, " paid"],
+        "people <|b|> \n paid": ["people ", first + 1, "paid"],
+        "a word, words, word": ["a ", first + 2, ", words, ", first + 2],
+        "<|a|>b<|begin_of_text|>": [first + 3, first - 256],  # the longest wins
+    }
+    for text, parts in cases.items():
+        expected = [i for part in parts for i in ([part] if isinstance(part, int) else ranks.encode(part))]
+        assert tokenizer.encode(text, add_bos=False) == expected, text
+
+
+@pytest.mark.parametrize("before", [24_990, 24_999, 25_000, 25_001])
+def test_a_long_word_does_not_cut_the_special_token_behind_it(tmp_path, tiktoken_model, tiktoken_ranks, before):
+    tokenizer = Tokenizer.load(write(tmp_path, {"tokenizer.model": tiktoken_model}))
+    ids = tokenizer.encode("x" * before + "<|eot_id|>", add_bos=False)
+    assert ids[-1] == len(tiktoken_ranks) + 9 and tokenizer.decode(ids) == "x" * before
+
+
 # --- added_tokens.json, which sentencepiece fine-tunes of 2023 have
 
 
@@ -142,12 +173,25 @@ def test_added_tokens_decoder_counts_before_added_tokens_json(tmp_path, sentence
     assert Tokenizer.load(write(tmp_path, files)).added_id("<|im_start|>") is None
 
 
-@pytest.mark.parametrize("content", [{"a": "b"}, {"a": True}, {"a": -1}, {"a": None}, {"a": [1]}])
+@pytest.mark.parametrize(
+    "content", [{"a": "b"}, {"a": True}, {"a": -1}, {"a": None}, {"a": [1]}, {"a": 1.0}, {"\ud800": 700}]
+)
 def test_malformed_added_tokens_json(tmp_path, sentencepiece_model, content):
     write(tmp_path, {"tokenizer.model": sentencepiece_model, "added_tokens.json": content})
     with pytest.raises(ValueError, match=r"added_tokens\.json: not a readable list of added tokens") as refused:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("token, text", [("9" * 5000, "a"), ("²", "a"), ("٣", "a"), ("-1", "a"), ("700", "\ud800")])
+@pytest.mark.parametrize("kind", ["sentencepiece_model", "sentencepiece_json"])
+def test_malformed_added_tokens_decoder(tmp_path, request, kind, token, text):
+    name = "tokenizer.json" if kind.endswith("json") else "tokenizer.model"
+    settings = {"added_tokens_decoder": {token: added(text)}}
+    write(tmp_path, {name: request.getfixturevalue(kind), "tokenizer_config.json": settings})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not a readable added_tokens_decoder") as refused:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500 and "4300" not in str(refused.value)
 
 
 def test_an_added_token_that_does_not_come_next(tmp_path, sentencepiece_json):
