@@ -96,7 +96,7 @@ template <class W> struct Rows {
     int64_t bytes(int64_t columns) const { return columns * int64_t(sizeof(W)); }
 
     // sums [columns] += x [count] times as many rows, at most ROWS, from column `begin` on. `next`: as `add_rows` has it.
-    void add(const W* const* row, const float* x, int count, const W* const* next, int64_t begin, int64_t columns,
+    void add(const W* const* row, const float* x, int count, float, const W* const* next, int64_t begin, int64_t columns,
              float* sums) const {
         const W *mine[ROWS], *theirs[ROWS];
         for (int r = 0; r < ROWS; r++) mine[r] = row[r] + begin, theirs[r] = next[r] + begin;
@@ -105,14 +105,15 @@ template <class W> struct Rows {
         for (int r = 0; r < count; r++) add_rows<W, 1>(mine + r, x + r, fetched ? theirs + r : nullptr, columns, sums);
     }
     static void finish(float* sums, int64_t columns) { rearrange<W>(sums, columns); }
-    static void prepare(const CompactVector&) {}  // nothing is rounded
+    static float most(const CompactVector&) { return __builtin_inff(); }  // nothing is rounded
+    static void add_outliers(const CompactVector&, int64_t, int64_t, float, int64_t, int64_t, float*) {}
 };
 
 // sums [columns] = entries `first` to `last` of the list times their rows, `columns` of them from `begin` on; entries up
-// to `end` follow and are fetched two steps ahead.
+// to `end` follow and are fetched two steps ahead. Entries beyond `most` are outliers, which go last.
 template <class Weight>
-inline void sum_rows(const CompactVector& x, int64_t first, int64_t last, int64_t end, const Weight& weight, int64_t begin,
-                     int64_t columns, float* sums) {
+inline void sum_rows(const CompactVector& x, int64_t first, int64_t last, int64_t end, float most, const Weight& weight,
+                     int64_t begin, int64_t columns, float* sums) {
     std::memset(sums, 0, columns * sizeof(float));
     for (int64_t i = first; i < last; i += ROWS) {
         int count = std::min<int64_t>(ROWS, last - i);
@@ -121,23 +122,24 @@ inline void sum_rows(const CompactVector& x, int64_t first, int64_t last, int64_
             row[r] = weight.row(x.index[std::min(i + r, last - 1)]);
             next[r] = weight.row(x.index[std::min(i + 2 * ROWS + r, end - 1)]);
         }
-        weight.add(row, x.value + i, count, next, begin, columns, sums);
+        weight.add(row, x.value + i, count, most, next, begin, columns, sums);
     }
+    weight.add_outliers(x, first, last, most, begin, columns, sums);
     weight.finish(sums, columns);
 }
 
 // This worker's share of partial [SPLITS, N], whose sum over splits is the product of x and the weight [K, N].
 template <class Weight>
-__attribute__((noinline)) void multiply(const CompactVector& x, Weight weight, float* partial, Worker worker) {
-    weight.prepare(x);
+__attribute__((noinline)) void multiply(const CompactVector& x, const Weight& weight, float* partial, Worker worker) {
+    float most = weight.most(x);
     int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, parts = worker.count / shared;
     int64_t N = weight.N;
     int64_t begin = part(N, worker.id / shared, parts, weight.grain);
     int64_t end = part(N, worker.id / shared + 1, parts, weight.grain);
     int first = worker.id % shared * splits, last = first + splits;
     for (int split = first; split < last; split++)
-        sum_rows(x, part(x.count, split, SPLITS), part(x.count, split + 1, SPLITS), part(x.count, last, SPLITS), weight,
-                 begin, end - begin, partial + split * N + begin);
+        sum_rows(x, part(x.count, split, SPLITS), part(x.count, split + 1, SPLITS), part(x.count, last, SPLITS), most,
+                 weight, begin, end - begin, partial + split * N + begin);
 }
 
 // y [count]: elements from `begin` on of the product whose parts are partial [SPLITS, N], times scale [N] and plus bias
