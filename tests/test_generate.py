@@ -161,7 +161,7 @@ def test_stop_takes_tokens_and_texts(calibrated, run_main):
     assert record["stop_ids"] == [0, 1, 2, 4] and record["stop"] == [end, "zebra"]
     assert record["finish_reason"] == "stop" and record["new_tokens"][0] < 12
     code, out, err = run_main(generate.main, *arguments, "--stop", "")
-    assert code == 1 and err.splitlines()[-1] == "error: a stop string is empty: give some text"
+    assert code == 2 and err.splitlines()[-1].endswith("error: argument --stop: got an empty text, expected some")
 
 
 def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, run_main):

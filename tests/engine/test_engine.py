@@ -373,8 +373,9 @@ def test_logits_of_nan_and_inf_end_in_one_line(tiny, place, bad, sampling):
 
 def test_a_context_that_no_memory_holds_is_one_line(tiny, tmp_path, monkeypatch):
     """It is valid, as the config says: keys and values of so many tokens are refused before they are asked for."""
-    (tmp_path / "limit").write_text("1000000000")
-    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "limit",))
+    for name, size in (("limit", 3_000_000_000), ("used", 2_000_000_000)):
+        (tmp_path / name).write_text(str(size))
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, "limit", "used"),))
     folder = shutil.copytree(tiny, tmp_path / "long")
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"max_position_embeddings": 1 << 24}))
