@@ -48,7 +48,9 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def fail(said: str) -> NoReturn:
     """Ends the process with an error in one line."""
-    print(f"error: {' '.join(said.split())}", file=sys.stderr)
+    line = " ".join(said.split())
+    line = line if len(line) <= 1000 else f"{line[:700]} … {line[-200:]}"  # some errors quote a file
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -86,6 +86,8 @@ def _read_index(index: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
         if not names:
             raise ValueError("it names no file")
+        if long := [name for name in names if len(name) > 255]:  # no file system takes it
+            raise ValueError(f"it names {short(long[0])}")
         return [index.with_name(Path(name).name) for name in names]  # a shard lies in the folder, never elsewhere
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is not a weight index ({error!r}): download the model again") from error

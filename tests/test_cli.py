@@ -29,6 +29,7 @@ def finish(body: str) -> subprocess.CompletedProcess:
         ("pass", 0, ""),
         ("raise ValueError('got 3,\\n  expected 4')", 1, "error: got 3, expected 4\n"),
         ("open('/nowhere/file')", 1, "error: [Errno 2] No such file or directory: '/nowhere/file'\n"),
+        ("raise ValueError('a' * 5000 + 'end')", 1, f"error: {'a' * 700} … {'a' * 197}end\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
         ("raise BrokenPipeError", 1, ""),
         (

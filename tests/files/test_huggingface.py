@@ -393,6 +393,7 @@ def test_bad_config(damaged, tmp_path, text):
 INDEXES = ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": [], "b": ""}}']
 INDEXES += [
     '{"weight_map": {}}',
+    json.dumps({"weight_map": {"a": "x" * 50_000}}),
     '{"weight_map": {"a": {"b": {"c": "d"}}}}',
     '{"weight_map": ' + "[" * 10**5,
     "[" * 10**5,
