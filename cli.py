@@ -20,6 +20,7 @@ from teal_fast.files.gguf import convert_gguf
 from teal_fast.files.load import load_model
 from teal_fast.files.memory import OutOfMemoryError, explain_memory
 from teal_fast.files.paths import command, demo_folder
+from teal_fast.files.store import one_line
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
 from teal_fast.weights.formats import DTYPES
@@ -48,9 +49,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def fail(said: str) -> NoReturn:
     """Ends the process with an error in one line."""
-    line = " ".join(said.split())
-    line = line if len(line) <= 1000 else f"{line[:700]} … {line[-200:]}"  # some errors quote a file
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {one_line(said, 1000, 700, 200)}", file=sys.stderr)
     sys.exit(1)
 
 

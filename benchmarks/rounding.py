@@ -10,6 +10,7 @@ Prints the records as one JSON line; --out writes the same.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -104,29 +105,24 @@ def measure(
             n: Format(name, 64 if name == "int4" else 0).pack(mine[n].weight.dequantize()[:, :COLUMNS].float()).operand
             for n in mine.keys() & inputs.keys()
         }
-        for step, product in steps.items():
-            for nominal in sparsities:
-                for factor in FACTORS:
-                    errors = []
-                    for layer, weight in sorted(weights.items()):
-                        keep_all = torch.full_like(mine[layer].threshold, KEEP_ALL)
-                        limit = (
-                            keep_all
-                            if not nominal
-                            else calibration.threshold(layer, nominal).expand_as(keep_all).contiguous()
-                        )
-                        x, alone = planted(inputs[layer], limit, factor)
-                        y = product(x, limit, weight, kind, model.args.n_heads)
-                        errors.append(error_percent(y, x, alone, limit, weight))
-                    yield {
-                        "format": name,
-                        "op": kind,
-                        "mode": step,
-                        "sparsity": nominal,
-                        "factor": factor,
-                        "error_percent": statistics.median(errors),
-                        "error_percent_most": max(errors),
-                    }
+        for (step, multiply), nominal, factor in itertools.product(steps.items(), sparsities, FACTORS):
+            errors = []
+            for layer, weight in sorted(weights.items()):
+                limit = torch.full_like(mine[layer].threshold, KEEP_ALL)
+                if nominal:
+                    limit.copy_(calibration.threshold(layer, nominal))
+                x, alone = planted(inputs[layer], limit, factor)
+                y = multiply(x, limit, weight, kind, model.args.n_heads)
+                errors.append(error_percent(y, x, alone, limit, weight))
+            yield {
+                "format": name,
+                "op": kind,
+                "mode": step,
+                "sparsity": nominal,
+                "factor": factor,
+                "error_percent": statistics.median(errors),
+                "error_percent_most": max(errors),
+            }
 
 
 def main() -> None:

@@ -43,10 +43,10 @@ def short(value: Any) -> str:
     return " ".join(SHOWN.repr(value).split())
 
 
-def one_line(error: Exception) -> str:
-    """What a library says, without the file that some of them quote whole."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:200]} … {text[-100:]}"
+def one_line(said: Exception | str, most: int = 300, first: int = 200, last: int = 100) -> str:
+    """What an error says, of more than `most` characters the first and the last: some libraries quote a file whole."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= most else f"{text[:first]} … {text[-last:]}"
 
 
 def read_text(path: Path) -> str:
