@@ -2,13 +2,12 @@
 
 import { chat, get } from "./api.js";
 import * as dial from "./dial.js";
+import * as live from "./live.js";
 import { render } from "./markdown.js";
-import { Plot } from "./plot.js";
 import { settings } from "./settings.js";
 
 const $ = (id) => document.getElementById(id);
 const scroller = $("scroller"), box = $("message");
-const plot = new Plot($("plot"));
 const turns = []; // {role, content, article}, in order
 let model; // its name, as the server lists it
 let running = null; // {abort, id, sent}: the answer in progress
@@ -99,16 +98,14 @@ function begin() {
   document.body.classList.add("running");
   $("send").hidden = !($("stop").hidden = false);
   showError("");
-  plot.clear();
-  $("live").classList.remove("over");
-  for (const name of ["speed", "achieved", "set"]) $(name).textContent = "–";
+  live.clear();
   say("Answering");
   pinned = true;
   follow();
 }
 
 function read(chunk, turn, mine) {
-  const { delta = {}, finish_reason } = chunk.choices[0] ?? {};
+  const { delta = {}, finish_reason } = chunk.choices?.[0] ?? {};
   const first = !mine.id;
   mine.id = chunk.id;
   if (first) dial.tell(); // it may have been turned before the answer had a name
@@ -117,19 +114,14 @@ function read(chunk, turn, mine) {
   if (turn.content && turn.thinking) turn.thought ??= performance.now();
   if (finish_reason) turn.facts.finish = finish_reason;
   if (chunk.usage) turn.facts.usage = chunk.usage;
-  if (chunk.sparsity) readLive(chunk.sparsity, turn);
+  if (chunk.sparsity) {
+    live.add(chunk.sparsity);
+    turn.facts.tokens = chunk.sparsity.tokens;
+    turn.facts.first ??= performance.now();
+    turn.facts.last = performance.now();
+  }
   turn.frame ||= requestAnimationFrame(() => paint(turn));
 }
-
-function readLive(live, turn) {
-  turn.facts.tokens = live.tokens;
-  turn.facts.first ??= performance.now();
-  turn.facts.last = performance.now();
-  turn.reading = { ...plot.add(live), set: live.nominal };
-}
-
-const percent = (share) => (share == null ? "–" : `${Math.round(100 * share)}%`);
-const rate = (speed) => (speed == null ? "–" : speed < 100 ? speed.toFixed(1) : speed.toFixed(0));
 
 function paint(turn) {
   turn.frame = 0;
@@ -142,13 +134,7 @@ function paint(turn) {
     details.firstElementChild.textContent = turn.thought ? `Thought for ${seconds.toFixed(1)} s` : "Thinking";
   }
   render(turn.article.lastElementChild.previousElementSibling, turn.content);
-  if (turn.reading) {
-    $("live").hidden = false;
-    $("speed").textContent = rate(turn.reading.speed);
-    $("achieved").textContent = percent(turn.reading.achieved);
-    $("set").textContent = percent(turn.reading.set);
-  }
-  plot.draw();
+  live.show();
   follow();
 }
 
@@ -160,27 +146,21 @@ function finish(turn) {
   turn.article.removeAttribute("aria-busy");
   const { finish, usage, tokens, first, last } = turn.facts;
   const speed = tokens > 1 ? (1000 * (tokens - 1)) / (last - first) : null;
-  if (turn.reading) {
-    turn.reading.achieved = usage?.achieved_sparsity ?? turn.reading.achieved;
-    turn.reading.speed = speed;
-  }
   const cached = usage?.prompt_tokens_details?.cached_tokens;
   turn.article.querySelector(".facts").textContent = [
     tokens != null && `${usage?.completion_tokens ?? tokens} tokens`,
-    speed && `${rate(speed)} tokens/s`,
-    usage?.achieved_sparsity != null && `${percent(usage.achieved_sparsity)} skipped`,
+    speed && `${live.rate(speed)} tokens/s`,
+    usage?.achieved_sparsity != null && `${live.percent(usage.achieved_sparsity)} skipped`,
     cached > 0 && `${cached} of ${usage.prompt_tokens} prompt tokens cached`,
-    finish === "length" && "cut at the most tokens",
+    finish === "length" && "cut at max tokens",
     finish === "stopped" && "stopped",
   ].filter(Boolean).join(" · ");
-  paint(turn);
-  $("live").classList.add("over");
-  if (!turn.reading) $("live").hidden = true;
-  $("plot").ariaLabel = `Over ${tokens ?? 0} tokens: ${rate(speed)} tokens per second, ${$("achieved").textContent} of weights skipped`;
   if (!turns.includes(turn)) return say(""); // a new chat was begun
+  live.end(speed, usage?.achieved_sparsity);
+  paint(turn);
   if (!turn.content && !turn.thinking) {
     cutTurns(turns.indexOf(turn));
-    if (finish === "stopped") turn.failed = "Stopped before the first token.";
+    turn.failed ??= finish === "stopped" ? "Stopped before the first token." : "The answer is empty.";
   }
   say(turn.failed ? "" : turn.content);
   if (turn.failed) showError(turn.failed);
@@ -229,7 +209,7 @@ $("new").addEventListener("click", () => {
   stop();
   cutTurns(0);
   showError("");
-  $("live").hidden = true;
+  live.clear();
   box.focus();
 });
 document.querySelectorAll(".example").forEach((button) => {
