@@ -17,7 +17,7 @@ export function clear() {
 
 // One token's reading: {nominal, achieved, tokens}.
 export function add(live) {
-  reading = { ...plot.add(live), nominal: live.nominal, tokens: live.tokens };
+  reading = plot.add(live);
 }
 
 export function show() {

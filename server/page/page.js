@@ -282,6 +282,7 @@ async function start() {
     dial.start(props.sparsity, props.calibrated, showError);
   } catch (error) {
     showError(error.message);
+    if (error.status === 503) setTimeout(start, 1000); // the model is loading
   }
 }
 

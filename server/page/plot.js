@@ -29,8 +29,9 @@ export class Plot {
     this.draw();
   }
 
-  // One chunk's reading; returns what the numbers beside the plot should say.
+  // One token's reading; returns what the numbers beside the plot should say. The prompt made the first token, densely.
   add({ nominal, achieved, tokens }, now = performance.now()) {
+    if (tokens === 1) nominal = null;
     const start = this.points.findLast((point) => now - point.now > WINDOW) ?? this.points[0];
     const speed = start && now > start.now ? (1000 * (tokens - start.tokens)) / (now - start.now) : null;
     const recent = this.points.slice(-7).map((point) => point.raw);
@@ -38,7 +39,7 @@ export class Plot {
     const mean = known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null; // of eight tokens
     const settled = start && now - start.now > WINDOW / 2 ? speed : null;
     this.points.push({ now, tokens, nominal, raw: achieved, achieved: mean, speed: settled });
-    return { speed: settled, achieved: mean };
+    return { tokens, nominal, speed: settled, achieved: mean };
   }
 
   draw() {

@@ -29,6 +29,7 @@ FLAGS = (
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), "ArrowUp": (38, ""), "ArrowRight": (39, "")}
 MODIFIERS = {"alt": 1, "ctrl": 2, "shift": 8}
 PATIENCE = 30  # seconds
+READY = "document.readyState === 'complete' && document.querySelector('#model').textContent"
 
 
 def find() -> str | None:
@@ -69,9 +70,14 @@ class Chromium:
         message, self.rest = self.rest.split(b"\0", 1)
         return json.loads(message)
 
-    def page(self, address: str, width: int = 1280, height: int = 800, theme: str = "light") -> "Page":
-        """Opens an address with empty storage, as on a screen of this size."""
-        return Page(self, address, width, height, theme)
+    def page(
+        self, address: str, width: int = 1280, height: int = 800, theme: str = "light", ready: str = READY
+    ) -> "Page":
+        """Opens an address with empty storage, as on a screen of this size, and waits until `ready` is true."""
+        page = Page(self, width, height, theme)
+        page.call("Page.navigate", url=address)
+        page.wait(ready)
+        return page
 
     def close(self) -> None:
         os.killpg(self.pid, signal.SIGKILL)
@@ -81,7 +87,7 @@ class Chromium:
 
 
 class Page:
-    def __init__(self, browser: Chromium, address: str, width: int, height: int, theme: str):
+    def __init__(self, browser: Chromium, width: int, height: int, theme: str):
         self.browser, self.start = browser, len(browser.events)
         self.context = browser.call("Target.createBrowserContext")["browserContextId"]
         made = browser.call("Target.createTarget", url="about:blank", browserContextId=self.context)
@@ -92,8 +98,6 @@ class Page:
         phone = {"deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, **phone)
         self.theme(theme)
-        self.call("Page.navigate", url=address)
-        self.wait("document.readyState === 'complete' && document.querySelector('#model').textContent")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self.browser.call(method, self.session, **params)
