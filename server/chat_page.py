@@ -26,4 +26,4 @@ async def page_file(request: Request) -> Response:
     return FileResponse(FOLDER / name, headers=HEADERS, media_type=TYPES[Path(name).suffix])
 
 
-ROUTES = [Route("/", page_file), Route("/page/{name}", page_file)]
+PAGE = [Route("/", page_file), Route("/page/{name}", page_file)]
