@@ -258,7 +258,10 @@ class Engine:
                     self._apply(pending)
                 with self._on_device():
                     logits = self.step(last.token.view(1, 1), position)
-                    last, position = drawn_from(logits, self.sparsity, getattr(self.step, "achieved", None)), position + 1
+                    last, position = (
+                        drawn_from(logits, self.sparsity, getattr(self.step, "achieved", None)),
+                        position + 1,
+                    )
                     drawn.append(last)
                 launched += 1
             found = drawn.popleft()
