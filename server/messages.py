@@ -7,37 +7,32 @@ server tools, such as web search, are skipped, since only Anthropic's own servic
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from teal_fast.server.asked import Chat, End, Event, Reasoning, Settings, Text, ToolArguments, ToolCall, Usage
+from teal_fast.server.body import read_body, unless_gone
 from teal_fast.server.errors import ApiError, anthropic_shape
-from teal_fast.server.fields import Fields, parse_body
-from teal_fast.server.settings import read_settings
-from teal_fast.server.sse import event_stream
-from teal_fast.server.turns import Turns, block_text, blocks, check_choice, function, needed, objects
+from teal_fast.server.fields import Fields
+from teal_fast.server.service import Answer, Service
+from teal_fast.server.settings import read_settings, read_stop
+from teal_fast.server.sse import event_stream, frame, with_pauses
+from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects
 
 CHOICES = {"auto": "auto", "any": "required", "tool": "named", "none": "none"}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+PING, PAUSE = {"type": "ping"}, 15.0  # seconds
 BILLING = "x-anthropic-billing-header"  # Claude Code's block with a hash of each request, which no cached prefix stands
 
 
-def parse(body: Any, service: Any) -> tuple[Chat, Settings, bool]:
-    fields = Fields(body)
+def parse(fields: Fields, service: Service) -> tuple[Chat, Settings, bool]:
     fields.required("max_tokens")
-    fields.number("temperature", low=0, high=1)
-    stop = read_stop(fields)
-    settings = read_settings(fields, service, fields.whole("max_tokens", low=1), stop=stop)
+    fields.number("temperature", None, 0, 1)
+    settings = read_settings(fields, service, fields.whole("max_tokens", None, 1), read_stop(fields, "stop_sequences"))
     return read_chat(fields), settings, fields.flag("stream")
-
-
-def read_stop(fields: Fields) -> tuple[str, ...]:
-    stop = fields.items("stop_sequences")
-    if not all(isinstance(text, str) and text for text in stop):
-        raise fields.error("stop_sequences", "a list of texts, none of them empty")
-    return tuple(stop)
 
 
 def read_chat(fields: Fields) -> Chat:
@@ -66,7 +61,6 @@ def read_chat(fields: Fields) -> Chat:
         function(tool, "input_schema") for tool in objects(fields, "tools") if tool.text("type", "custom") == "custom"
     ]
     choice, tool_name, parallel = read_choice(fields)
-    check_choice(fields, choice, tool_name, tools)
     schema, thinking = read_schema(fields), read_thinking(fields)
     if begun and (schema is not None or choice in ("required", "named") or thinking):
         raise fields.error(
@@ -165,7 +159,7 @@ class Content:
 
     def begin(self) -> Iterator[dict[str, Any]]:
         yield {"type": "message_start", "message": self.message | {"content": []}}
-        yield {"type": "ping"}
+        yield PING
 
     def push(self, event: Event) -> Iterator[dict[str, Any]]:
         match event:
@@ -230,42 +224,48 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
-        "achieved_sparsity": usage.achieved_sparsity,
+        "achieved_sparsity": round(usage.achieved_sparsity, 6),
     }
 
 
-async def frames(content: Content, answer: AsyncIterator[Event]) -> AsyncIterator[dict[str, Any]]:
-    """The stream's events, each a JSON object with its type."""
-    for frame in content.begin():
-        yield frame
-    try:
-        async for event in answer:
-            for frame in content.push(event):
-                yield frame
-    except ApiError as error:
-        yield anthropic_shape(error)
-
-
-async def whole(content: Content, answer: AsyncIterator[Event]) -> dict[str, Any]:
-    """The answer as one JSON object."""
-    async for event in answer:
-        for _ in content.push(event):
-            pass
-    return content.message
-
-
 async def endpoint(request: Request) -> Response:
-    service = request.app.state.service
-    body = parse_body(await request.body())
-    chat, settings, stream = parse(body, service)
+    service: Service = request.app.state.service
+    fields = await read_body(request)
+    model = service.check_model(fields.text("model"))
+    chat, settings, stream = parse(fields, service)
     answer = await service.begin_chat(chat, settings, f"msg_{uuid.uuid4().hex}")
-    content = Content(answer.id, Fields(body).text("model", ""), answer.prompt_tokens)
+    content = Content(answer.id, model, answer.prompt_tokens)
     if stream:
         return event_stream(frames(content, answer))
-    return JSONResponse(await whole(content, answer))
+    return JSONResponse(await unless_gone(request, whole(content, answer)))
+
+
+async def frames(content: Content, answer: Answer) -> AsyncIterator[bytes]:
+    """The stream's events, with pings while the prompt is read."""
+    for data in content.begin():
+        yield frame(data, data["type"])
+    try:
+        async with aclosing(aiter(answer)) as events, aclosing(with_pauses(events, PAUSE)) as paced:
+            async for event in paced:
+                for data in content.push(event) if event else [PING]:
+                    yield frame(data, data["type"])
+    except ApiError as error:
+        yield frame(anthropic_shape(error), "error")
+
+
+async def whole(content: Content, answer: Answer) -> dict[str, Any]:
+    """The answer as one JSON object."""
+    async with aclosing(aiter(answer)) as events:
+        async for event in events:
+            for _ in content.push(event):
+                pass
+    return content.message
 
 
 async def count_tokens(request: Request) -> Response:
     """How many tokens a message's prompt has, by the rendering that answers it."""
-    chat = read_chat(Fields(parse_body(await request.body())))
-    return JSONResponse({"input_tokens": len(request.app.state.service.prompt(chat))})
+    service: Service = request.app.state.service
+    fields = await read_body(request)
+    service.check_model(fields.text("model"))
+    made = await service.plan(read_chat(fields))
+    return JSONResponse({"input_tokens": len(made.ids)})

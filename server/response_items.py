@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from teal_fast.server.asked import End, Event, Reasoning, Text, TokenInfo, ToolArguments, ToolCall, Usage
+from teal_fast.engine.scoring import Scored
+from teal_fast.server.asked import End, Event, Reasoning, Text, ToolArguments, ToolCall, Usage
 from teal_fast.server.errors import ApiError
 
 
@@ -45,7 +46,7 @@ class Output:
         response: dict[str, Any],
         names: dict[str, tuple[str, str]],
         summary: bool,
-        logprobs: Callable[[tuple[TokenInfo, ...]], list[dict[str, Any]]],
+        logprobs: Callable[[tuple[Scored, ...]], list[dict[str, Any]]],
     ):
         state = {"status": "in_progress", "error": None, "incomplete_details": None, "output": [], "usage": None}
         self.response = response | state
@@ -56,6 +57,9 @@ class Output:
 
     def begin(self) -> Iterator[dict[str, Any]]:
         yield self._frame("response.created", response=copy.deepcopy(self.response))
+        yield from self.waiting()
+
+    def waiting(self) -> Iterator[dict[str, Any]]:
         yield self._frame("response.in_progress", response=copy.deepcopy(self.response))
 
     def push(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -151,5 +155,5 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "achieved_sparsity": usage.achieved_sparsity,
+        "achieved_sparsity": round(usage.achieved_sparsity, 6),
     }

@@ -6,22 +6,26 @@ hold the tools of MCP servers, are flattened to `namespace__name`, and calls are
 two.
 """
 
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from teal_fast.server.asked import Chat, Settings
+from teal_fast.server.body import read_body, unless_gone
 from teal_fast.server.errors import ApiError
-from teal_fast.server.fields import Fields, parse_body
+from teal_fast.server.fields import Fields
+from teal_fast.server.logprobs import chat_logprobs
 from teal_fast.server.response_items import Output
-from teal_fast.server.settings import read_settings
-from teal_fast.server.sse import event_stream
-from teal_fast.server.turns import Turns, block_text, blocks, check_choice, function, needed, objects
+from teal_fast.server.service import Answer, Service
+from teal_fast.server.settings import MOST_TOP, read_settings
+from teal_fast.server.sse import event_stream, frame, with_pauses
+from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects
 
 TEXT = ("text", "input_text", "output_text")
 MEMORY = {  # fields that need what an earlier request left behind
@@ -29,6 +33,7 @@ MEMORY = {  # fields that need what an earlier request left behind
     "conversation": "send the whole conversation in input",
     "prompt": "send its text in instructions and input",
 }
+PAUSE = 15.0  # seconds
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -43,8 +48,7 @@ class Asked(NamedTuple):
     summary: bool
 
 
-def parse(body: Any, service: Any) -> Asked:
-    fields = Fields(body)
+def parse(fields: Fields, service: Service) -> Asked:
     for name, instead in MEMORY.items():
         if fields.given(name):
             raise ApiError(400, f"{name} is not supported, since this server stores nothing: {instead}", name)
@@ -64,8 +68,8 @@ def parse(body: Any, service: Any) -> Asked:
         schema=read_format(fields),
         thinking=thinking,
     )
-    top_logprobs = fields.whole("top_logprobs", 0, 0, 20) if LOGPROBS in fields.items("include") else None
-    settings = read_settings(fields, service, fields.whole("max_output_tokens", low=1), top_logprobs)
+    top_logprobs = fields.whole("top_logprobs", 0, 0, MOST_TOP) if LOGPROBS in fields.items("include") else None
+    settings = read_settings(fields, service, fields.whole("max_output_tokens", None, 1), top_logprobs=top_logprobs)
     return Asked(chat, settings, fields.flag("stream"), echo(fields, settings), names, summary)
 
 
@@ -100,21 +104,12 @@ def read_item(turns: Turns, item: Fields, flat: dict[tuple[str, str], str]) -> N
         case "function_call":
             name = needed(item, "name")
             name = flat.get((item.text("namespace", ""), name), name)
-            turns.call(needed(item, "call_id"), name, read_arguments(needed(item, "arguments")))
+            turns.call(needed(item, "call_id"), name, needed(item, "arguments"))
         case "function_call_output":
             texts = [block_text(part, TEXT) for part in blocks(item, "output")]
             turns.result(needed(item, "call_id"), "\n".join(texts))
         case "item_reference":
             raise item.error("type", "the item itself, since this server stores none")
-
-
-def read_arguments(text: str) -> Any:
-    """A call's arguments as an object. What is none stays text, since a conversation goes on after a wrong call."""
-    try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return arguments if isinstance(arguments, dict) else text
 
 
 def read_tools(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
@@ -149,7 +144,6 @@ def read_choice(fields: Fields, tools: list[dict[str, Any]]) -> tuple[str, str |
             tools = [tool for tool in tools if tool["function"]["name"] in allowed]
         else:
             choice, tool_name = "named", needed(chosen, "name")
-    check_choice(fields, choice, tool_name, tools)
     return choice, tool_name, tools
 
 
@@ -179,7 +173,6 @@ def echo(fields: Fields, settings: Settings) -> dict[str, Any]:
     body, sampling = fields.body, settings.sampling
     fields.text("truncation", among=("auto", "disabled"))
     return {
-        "model": fields.text("model", ""),
         "instructions": body.get("instructions"),
         "max_output_tokens": settings.max_new_tokens,
         "metadata": metadata.body if (metadata := fields.object("metadata")) else {},
@@ -199,32 +192,37 @@ def echo(fields: Fields, settings: Settings) -> dict[str, Any]:
     }
 
 
-async def frames(output: Output, answer: AsyncIterator) -> AsyncIterator[dict[str, Any]]:
-    """The stream's events, each a JSON object with its type."""
-    for frame in output.begin():
-        yield frame
-    try:
-        async for event in answer:
-            for frame in output.push(event):
-                yield frame
-    except ApiError as error:
-        yield output.failed(error)
-
-
-async def whole(output: Output, answer: AsyncIterator) -> dict[str, Any]:
-    """The answer as one JSON object."""
-    async for event in answer:
-        for _ in output.push(event):
-            pass
-    return output.response
-
-
 async def endpoint(request: Request) -> Response:
-    service = request.app.state.service
-    asked = parse(parse_body(await request.body()), service)
+    service: Service = request.app.state.service
+    fields = await read_body(request)
+    model = service.check_model(fields.text("model"))
+    asked = parse(fields, service)
     answer = await service.begin_chat(asked.chat, asked.settings, f"resp_{uuid.uuid4().hex}")
-    response = {"id": answer.id, "object": "response", "created_at": int(time.time()), **asked.echo}
-    output = Output(response, asked.names, asked.summary, service.logprobs)
+    response = {"id": answer.id, "object": "response", "created_at": int(time.time()), "model": model, **asked.echo}
+    output = Output(response, asked.names, asked.summary, partial(chat_logprobs, tokenizer=service.tokenizer))
     if asked.stream:
         return event_stream(frames(output, answer))
-    return JSONResponse(await whole(output, answer))
+    return JSONResponse(await unless_gone(request, whole(output, answer)))
+
+
+async def frames(output: Output, answer: Answer) -> AsyncIterator[bytes]:
+    """The stream's events. While the prompt is read, one is repeated, since Codex waits no 300 s for the next."""
+    for data in output.begin():
+        yield frame(data, data["type"])
+    try:
+        async with aclosing(aiter(answer)) as events, aclosing(with_pauses(events, PAUSE)) as paced:
+            async for event in paced:
+                for data in output.push(event) if event else output.waiting():
+                    yield frame(data, data["type"])
+    except ApiError as error:
+        data = output.failed(error)
+        yield frame(data, data["type"])
+
+
+async def whole(output: Output, answer: Answer) -> dict[str, Any]:
+    """The answer as one JSON object."""
+    async with aclosing(aiter(answer)) as events:
+        async for event in events:
+            for _ in output.push(event):
+                pass
+    return output.response

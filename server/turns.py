@@ -10,8 +10,6 @@ inline_system.py. The same messages and one more therefore begin with the same t
 from collections.abc import Sequence
 from typing import Any
 
-from teal_fast.files.store import short
-from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 
 GAP = "\n\n"  # between messages that become one
@@ -102,12 +100,3 @@ def function(fields: Fields, parameters: str) -> dict[str, Any]:
     if fields.given("strict"):
         described["strict"] = fields.flag("strict")
     return {"type": "function", "function": described}
-
-
-def check_choice(fields: Fields, choice: str, tool_name: str | None, tools: Sequence[dict[str, Any]]) -> None:
-    """Raises ApiError where a call is demanded that no tool of the request can answer."""
-    names = [tool["function"]["name"] for tool in tools]
-    if choice == "required" and not names:
-        raise fields.error("tool_choice", "'auto' or 'none', since tools holds no function")
-    if choice == "named" and tool_name not in names:
-        raise ApiError(400, f"tool_choice names {short(tool_name)}, which is no function of tools", "tool_choice")

@@ -2,7 +2,7 @@ import pytest
 
 from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
-from teal_fast.server.turns import Turns, block_text, blocks, check_choice, function
+from teal_fast.server.turns import Turns, block_text, blocks, function
 
 HI = {"role": "user", "content": "hi"}
 HELLO = {"role": "assistant", "content": "hello"}
@@ -93,14 +93,3 @@ def test_tools_are_written_as_chat_completions_have_them():
     }
     with pytest.raises(ApiError, match=r"tools\[0\].name is missing"):
         function(Fields({}, "tools[0]"), "schema")
-
-
-def test_a_choice_needs_its_tool():
-    tools, fields = [function(Fields({"name": "f"}), "schema")], Fields({"tool_choice": "required"})
-    check_choice(fields, "required", None, tools)
-    check_choice(fields, "named", "f", tools)
-    check_choice(fields, "none", None, [])
-    with pytest.raises(ApiError, match="tool_choice is 'required', expected 'auto' or 'none'"):
-        check_choice(fields, "required", None, [])
-    with pytest.raises(ApiError, match="tool_choice names 'g', which is no function of tools"):
-        check_choice(fields, "named", "g", tools)
