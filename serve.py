@@ -27,6 +27,8 @@ from teal_fast.cli import (
     text,
 )
 from teal_fast.engine.engine import Engine
+from teal_fast.engine.prefix_file import identity, load_prefixes, save_prefixes
+from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.files.calibration import MissingCalibrationError
 
 try:
@@ -38,6 +40,7 @@ try:
 except ImportError as error:
     fail(f"the server's packages are missing ({error}): pip install 'teal-fast[serve]'")
 
+PREFIXES = "prefixes.safetensors"
 LONGEST = 32_768  # tokens of a context where none is named: agents send 10,000 to 40,000 of tools alone
 
 
@@ -74,8 +77,25 @@ def load(options: argparse.Namespace, choice: ModelChoice) -> Loaded:
         print(f"serving sparsity 0 only: {error}", file=sys.stderr)
         opened = open_model(choice, calibrated=False)
     context = min(options.max_seq_length or LONGEST, opened.model.args.max_position)
-    engine = Engine(opened.model, opened.calibration, opened.tokenizer.eos_ids, context, chunk=options.prefill_chunk)
-    return Loaded(engine, opened.tokenizer, opened.name)
+    store = PrefixStore(options.cache_bytes)
+    engine = Engine(
+        opened.model,
+        opened.calibration,
+        opened.tokenizer.eos_ids,
+        context,
+        chunk=options.prefill_chunk,
+        prefixes=store,
+    )
+    close = engine.held.clear
+    if options.cache_dir is not None:
+        path, model = options.cache_dir / PREFIXES, identity(opened.folder, opened.model, opened.calibration)
+        load_prefixes(store, path, model, engine.cache)
+
+        def close() -> None:
+            engine.held.keep()
+            save_prefixes(store, path, model)
+
+    return Loaded(engine, opened.tokenizer, opened.name, close)
 
 
 def listen(host: str, port: int) -> socket.socket:
