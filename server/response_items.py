@@ -78,8 +78,8 @@ class Output:
                 yield from self._end(finish_reason == "length", usage)
 
     def failed(self, error: ApiError) -> dict[str, Any]:
-        """The last event of an answer that broke off; Codex reads its code and tries again, or does not."""
-        known = {"message": error.message, "code": error.code or "server_error"}
+        """The last event of an answer that broke off. The API has a list of codes; Codex tries no bad prompt again."""
+        known = {"message": error.message, "code": "invalid_prompt" if error.status < 500 else "server_error"}
         self.response |= {"status": "failed", "error": known}
         return self._frame("response.failed", response=self.response)
 

@@ -15,39 +15,37 @@ from teal_fast.server.asked import Begun, Chat, Event, Settings
 from teal_fast.server.service import Limits, Service
 from teal_fast.server.worker import Worker
 
-Said = Event | Exception | float  # a number: seconds of silence
-
 
 class Answer:
     prompt_tokens = 12
 
-    def __init__(self, id: str, said: Sequence[Said]):
-        self.id, self.said = id, said
+    def __init__(self, id: str, reading: float, said: Sequence[Event | Exception]):
+        self.id, self.reading, self.said = id, reading, said
 
     async def __aiter__(self) -> AsyncIterator[Event]:
+        await asyncio.sleep(self.reading)
+        yield Begun(5, [])
         for event in self.said:
-            if isinstance(event, float):
-                await asyncio.sleep(event)
-            elif isinstance(event, Exception):
+            if isinstance(event, Exception):
                 raise event
-            else:
-                yield event
+            yield event
 
 
 class Canned(Service):
-    """said: what the next answers say. chat, settings: what the last one was asked."""
+    """said: what the next answers say. reading: how many seconds a prompt takes. chat: the last one."""
 
-    vocab_size = 100
+    vocab_size, reading = 100, 0.0
 
     def __init__(self, tokenizer: Tokenizer | None = None):
-        super().__init__(Worker(lambda: SimpleNamespace(tokenizer=tokenizer, name="canned"), 1, print), Limits())
-        self.said: Sequence[Said] = ()
+        super().__init__(
+            Worker(lambda: SimpleNamespace(tokenizer=tokenizer, name="canned", close=lambda: None), 1, lambda error: None), Limits()
+        )
+        self.said: Sequence[Event | Exception] = ()
         self.chat: Chat | None = None
-        self.settings: Settings | None = None
 
     async def begin_chat(self, chat: Chat, settings: Settings, id: str | None = None) -> Answer:
-        self.chat, self.settings = chat, settings
-        return Answer(id, (Begun(5, []), *self.said))
+        self.chat = chat
+        return Answer(id, self.reading, self.said)
 
     @contextmanager
     def serving(self) -> Iterator[str]:
