@@ -87,18 +87,20 @@ def print_record(record: dict) -> None:
         print(f"{'':<18} of {other}:", ", ".join(f"{MEASURES[key]} {value:.3f}x" for key, value in ratios.items()))
 
 
-def peer_version(program: Path) -> str:
-    """What llama-server calls itself."""
+def describe_peer(program: Path) -> dict:
+    """The fields of a record of llama-server, with what it calls itself."""
     try:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     except OSError as error:
         raise ValueError(f"--llama_server {program} cannot be run ({error.strerror}): name the program") from error
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("version")]
-    return lines[0].removeprefix("version:").strip() if lines else "unknown"
+    version = lines[0].removeprefix("version:").strip() if lines else "unknown"
+    about = {"peer": "llama-server bf16", "peer_version": version, "format": "bf16"}
+    return about | {"mode": "llama-server", "sparsity": 0.0}
 
 
-def make_rows(options: argparse.Namespace, about: dict, plan: Plan, stack: ExitStack) -> list[Row]:
-    """Rows that are ready for their first turn; their servers and the client end with the stack."""
+def make_rows(options: argparse.Namespace, about: dict, peer: dict, plan: Plan, stack: ExitStack) -> list[Row]:
+    """Rows that are ready for their first turn; their servers and the client end with the stack. peer: {} for none."""
     words = ["--device", options.device] if options.device else []
     client, server = stack.enter_context(Client()), stack.enter_context(Server(ours(options.checkpoint, *words)))
     numbered = list(enumerate(sorted(options.sparsity)))
@@ -109,13 +111,11 @@ def make_rows(options: argparse.Namespace, about: dict, plan: Plan, stack: ExitS
     place, nominal = numbered[-1]
     words = ["--checkpoint", options.checkpoint, *words, "--sparsity", str(nominal)]
     rows.append(Generated(about | {"mode": "generate.py", "sparsity": nominal}, plan, count(1000 * place), words))
-    if options.llama_server:
+    if peer:
         weights, threads = options.gguf or requantized(find_gguf(), "bf16"), str(about["threads"])
         command = [str(options.llama_server), "-m", str(weights), "-t", threads, "-np", "1", "-c", str(CONTEXT)]
-        peer = {"peer": "llama-server bf16", "peer_version": peer_version(options.llama_server), "format": "bf16"}
-        fields = about | peer | {"mode": "llama-server", "sparsity": 0.0}
         server = stack.enter_context(Server([*command, "--host", "127.0.0.1"]))
-        rows.append(Served(fields, plan, count(), client, server.port))
+        rows.append(Served(about | peer, plan, count(), client, server.port))
     return rows
 
 
@@ -141,13 +141,14 @@ def main() -> None:
         raise ValueError(f"--new_tokens {options.new_tokens}: expected at least 2, since the prompt gives the first")
     if options.llama_server and options.gguf is None and options.checkpoint != "demo":
         raise ValueError("--llama_server needs the GGUF file that the checkpoint was converted from: name it by --gguf")
+    peer = describe_peer(options.llama_server) if options.llama_server else {}
     opened = open_model(ModelChoice(options.checkpoint, options.device), calibrated=max(options.sparsity) > 0)
     about = describe(opened.name, opened.device, format_of(opened.model))
     about |= {"benchmark": "serve", "new_tokens": options.new_tokens}
     plan = make_plan(opened.tokenizer, options.prompt_tokens, options.turn_tokens, options.new_tokens)
     del opened  # the servers have the model, and need the memory
     with ExitStack() as stack:
-        rows = make_rows(options, about, plan, stack)
+        rows = make_rows(options, about, peer, plan, stack)
         results = take_turns([row.turn for row in rows], options.rounds, lambda: 0.0, "serving")
     records = to_records(rows, [rounds for rounds, _ in results])
     for record in records:
