@@ -12,6 +12,7 @@ from teal_fast.files.paths import DATA
 from teal_fast.files.store import parse_json
 from teal_fast.files.tokenizer import Tokenizer
 
+CLIENT = "teal_fast.benchmarks.http_client"
 TEXT = DATA / "evaluation" / "austen-emma.txt"
 SHORT = 32  # tokens of the prompt that is decoded after
 ANSWER = 32  # tokens of a chat's first answer
@@ -44,7 +45,7 @@ class Client:
     """benchmarks.http_client as a process."""
 
     def __init__(self):
-        words = [sys.executable, "-m", "teal_fast.benchmarks.http_client"]
+        words = [sys.executable, "-m", CLIENT]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Self:
