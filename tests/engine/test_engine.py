@@ -135,9 +135,9 @@ def computed(engine, request) -> tuple[list[int], int]:
     """The answer, and how many tokens of the prompt were computed for it."""
     rows, given = [], engine.prefill
 
-    def counting(model, cache, tokens, start):
+    def counting(model, cache, tokens, start, phase):
         rows.append(tokens.shape[1])
-        return given(model, cache, tokens, start)
+        return given(model, cache, tokens, start, phase)
 
     engine.prefill = counting
     try:
@@ -186,8 +186,8 @@ def test_a_closed_or_failing_stream_leaves_a_sound_cache(engine, calibrated):
     stream.close()
     assert engine.ids == [*PROMPT, *begun[:-1]]
 
-    def failing(model, cache, tokens, start):
-        prefill(model, cache, tokens, start)
+    def failing(model, cache, tokens, start, phase):
+        prefill(model, cache, tokens, start, phase)
         raise KeyboardInterrupt
 
     engine.prefill, given = failing, engine.prefill
@@ -391,8 +391,8 @@ def test_a_prompt_that_no_memory_holds_is_one_line(engine):
     """The allocator really refuses; what the cache holds stays sound."""
     given, expected = engine.prefill, answer(engine)
 
-    def greedy(model, cache, tokens, start):
-        return torch.empty(1 << 50) if tokens.shape[1] > 3 else given(model, cache, tokens, start)
+    def greedy(model, cache, tokens, start, phase):
+        return torch.empty(1 << 50) if tokens.shape[1] > 3 else given(model, cache, tokens, start, phase)
 
     engine.prefill = greedy
     with pytest.raises(
