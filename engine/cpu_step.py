@@ -14,6 +14,7 @@ from torch import Tensor
 from teal_fast.kernels.native import TYPES, library, pointer
 from teal_fast.kernels.packed import bits
 from teal_fast.model import Block, KVCache, Transformer
+from teal_fast.sparse_model import sparse_layers
 
 
 class CpuLayer(ctypes.Structure):
@@ -38,6 +39,7 @@ class CpuModel(ctypes.Structure):
         ("eps", c_double),
         *((name, c_void_p) for name in ("embeddings", "norm", "output", "output_scale", "frequencies")),
         ("layer", ctypes.POINTER(CpuLayer)),
+        ("kept", c_void_p),
     ]
 
 
@@ -67,6 +69,10 @@ class CpuStep:
         args, block = model.args, model.layers[0]
         self.tensors: list[Tensor] = []
         self.logits = torch.empty(args.vocab_size)
+        layers = list(sparse_layers(model).values())
+        self.kept = torch.zeros(len(layers), dtype=torch.int64)
+        self.row_bytes = torch.tensor([layer.weight.packed[0].nbytes for layer in layers])
+        self.sparse_bytes = sum(layer.weight.packed.nbytes for layer in layers)
         self.type = TYPES[model.norm.weight.dtype]
         self.native = native_step(library())
         self.model = CpuModel(
@@ -88,6 +94,7 @@ class CpuStep:
             output_scale=self._address(getattr(model.output, "scale", None)),
             frequencies=self._address(model.frequencies),
             layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, args.sliding_windows, cache.k, cache.v)),
+            kept=self._address(self.kept),
         )
 
     def _address(self, tensor: Tensor | None) -> int | None:
@@ -109,6 +116,11 @@ class CpuStep:
             tensors |= {name: linear.weight.packed, f"{name}_scale": linear.weight.scale}
             tensors |= {f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
         return CpuLayer(window=window or 0, **{name: self._address(tensor) for name, tensor in tensors.items()})
+
+    @property
+    def achieved(self) -> float:
+        """The share of the sparse layers' bytes that the last step skipped."""
+        return 1 - int(self.kept @ self.row_bytes) / self.sparse_bytes
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
         """Logits [vocab] fp32 after token [1, 1] at input_pos [1], in the same tensor each time.

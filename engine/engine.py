@@ -1,30 +1,33 @@
 """The engine: one model, its key/value cache and the one decode loop. Ids go in, tokens come out; text is text.py's.
 
-The cache keeps the last conversation. A request computes only what comes after the longest common prefix of its prompt
-and of what the cache holds. A prefix counts only as far as its keys and values were made at no higher sparsity than the
-request's: at sparsity 0 all of it was made densely.
+The cache keeps the last conversation, and a store of prefixes those before it, if there is one. A request computes only
+what comes after the longest common prefix of its prompt and of what they hold (held.py).
 """
 
-import math
 import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from teal_fast.engine.accounting import recount
+from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.cache import new_cache
+from teal_fast.engine.drawn import Drawn
+from teal_fast.engine.held import Held
 from teal_fast.engine.prefill import Prefill, prefill
+from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request, Token
+from teal_fast.engine.scoring import Scored, parts, score
 from teal_fast.engine.steps import Step, fast_step
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.files.memory import memory_for
 from teal_fast.files.paths import command
 from teal_fast.model import KVCache, Transformer
-from teal_fast.sparse_model import with_own_thresholds
+from teal_fast.sparse_model import DENSE, Phase, with_own_thresholds
 
 DEFAULT_CONTEXT = 4096  # of an engine's cache, in tokens
 
@@ -34,7 +37,8 @@ class Engine:
 
     calibration: what thresholds are read from; None serves sparsity 0 only. stop: ids that end an answer unless the
     request names others. context: the most tokens of a prompt with its answer; the model's own limit holds besides.
-    make_step: makes the decode step over a model and its cache. prefill: the prompt's pass.
+    make_step: makes the decode step over a model and its cache. prefill: the prompt's pass. chunk: the most tokens of a
+    pass, None for whole prompts. prefixes: keeps the conversations before the last one.
     """
 
     def __init__(
@@ -45,15 +49,17 @@ class Engine:
         context: int = DEFAULT_CONTEXT,
         make_step: Callable[[Transformer, KVCache], Step] = fast_step,
         prefill: Prefill = prefill,
+        chunk: int | None = None,
+        prefixes: PrefixStore | None = None,
     ):
         self.model, self.calibration = with_own_thresholds(model), calibration
         self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
-        self.ids: list[int] = []  # the tokens whose keys and values the cache holds, from position 0 on
-        self.made: list[float] = []  # the highest sparsity at which those of a position or an earlier one were made
+        self.chunk, self.held = chunk, Held(self.cache, prefixes)
         self.sparsity = 0.0  # of the thresholds now set
+        self.reused = 0  # tokens of the last prompt that were not computed again
         self._pending: float | None = None  # a sparsity to be set before the next step
-        self._decoded = (0, 0)  # where the last answer's decoded tokens begin and end in the cache
+        self._decoded: list[float] = []  # the sparsity of each decoded token of the last answer in the cache, its last
         self._lock, self._owner = threading.Lock(), None
 
     @property
@@ -61,19 +67,53 @@ class Engine:
         """The most tokens that a prompt and its answer may have together."""
         return self.cache.length
 
-    def stream(self, request: Request) -> Iterator[Token]:
+    def stream(self, request: Request, between: Callable[[], None] = lambda: None) -> Iterator[Token]:
         """Yields the answer's tokens as they are drawn; a stop token is the last one.
 
         Other threads' streams wait until this one is finished or closed. Raises ValueError at once on a request that
         can't be served: a prompt that is too long or outside the vocabulary, a sparsity without calibration.
+        between: called after each chunk of the prompt; what it raises ends the stream, and what was computed is kept.
         """
-        room = self.context - len(request.prompt)
-        if (request.max_new_tokens or 1) > room:
+        self.check(request)
+        return self._stream(request, request.max_new_tokens or self.context - len(request.prompt), between)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError on a request that can't be served."""
+        if (request.max_new_tokens or 1) > self.context - len(request.prompt):
             needed = f"{len(request.prompt)} prompt and {request.max_new_tokens or 1} new tokens"
             raise ValueError(f"{needed} do not fit the context of {self.context}: shorten the prompt or the answer")
         self.model.args.check_ids(request.prompt)
         self._check_sparsity(request.sparsity)
-        return self._stream(request, request.max_new_tokens or room)
+
+    def score(
+        self,
+        text: Sequence[int],
+        sparsity: float,
+        dense_tokens: int,
+        top: int = 0,
+        between: Callable[[], None] = lambda: None,
+    ) -> list[Scored]:
+        """Log-probabilities of all tokens of a text but its first. Nothing is taken from the cache, which is filled.
+
+        dense_tokens: how many of its first tokens are dense, the others being sparse; top: of how many of the likeliest
+        tokens in each place. between: as `stream` has it. Raises ValueError on what can't be served.
+        """
+        if len(text) > self.context:
+            raise ValueError(f"{len(text)} tokens do not fit the context of {self.context}: shorten the text")
+        self.model.args.check_ids(text)
+        self._check_sparsity(sparsity)
+
+        def done(end: int) -> None:
+            for i in range(len(self.held.ids), end):
+                self.held.add(text[i], 0.0 if i < dense_tokens else sparsity)
+            between()
+
+        memory = memory_for(f"a text of {len(text)} tokens", "shorten it")
+        with self._held(), self._on_device(), torch.no_grad(), memory:
+            self._apply(sparsity)
+            self.held.keep()
+            self._clear()
+            return score(self.model, self.cache, text, dense_tokens, top, self.chunk, done)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Changes the running answer from the next step on; a GPU has one step more on its way by then.
@@ -89,13 +129,23 @@ class Engine:
             self._clear()
 
     def _clear(self) -> None:
-        self.ids, self.made, self._decoded = [], [], (0, 0)
+        self.held.clear()
+        self._decoded = []
 
     def achieved_sparsity(self) -> dict[str, float]:
-        """What the last finished answer's decoded tokens skip at the sparsity now set, by tensor kind and "all"."""
+        """What the last answer's decoded tokens skipped, each at its own sparsity, by tensor kind and "all"."""
         with self._held(), self._on_device(), memory_for("another pass over the answer", "shorten it"):
-            begin, end = self._decoded
-            return recount(self.model, self.cache, begin, self.ids[begin:end])
+            found, begin, last = [], len(self.held.ids) - len(self._decoded), self.sparsity
+            for sparsity, group in groupby(self._decoded):
+                end = begin + len(list(group))
+                self._apply(sparsity)
+                found.append((end - begin, recount(self.model, self.cache, begin, self.held.ids[begin:end])))
+                begin = end
+            self._apply(last)
+            kinds = (
+                found[0][1] if found else ()
+            )  # each token meets each layer once, so that spans count by their tokens
+            return {kind: sum(n * by[kind] for n, by in found) / len(self._decoded) for kind in kinds}
 
     def _check_sparsity(self, sparsity: float) -> None:
         if not 0 <= sparsity <= 1:
@@ -129,78 +179,77 @@ class Engine:
         """In the block, work goes to the model's GPU whatever the thread's current one is; never across a yield."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    @property
-    def dense(self) -> int:
-        """How many of the cache's first positions were made densely."""
-        return bisect_right(self.made, 0.0)
-
-    def known(self, prompt: Sequence[int], sparsity: float) -> int:
-        """How many of the prompt's first tokens a request at that sparsity need not compute: the cache holds them."""
-        ids, made = self.ids, self.made
-        most = min(len(prompt) - 1, len(ids), bisect_right(made, sparsity))
-        return next((i for i in range(most) if prompt[i] != ids[i]), most)
-
-    def _start(self, request: Request) -> Tensor:
+    def _start(self, request: Request, between: Callable[[], None]) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
-        prompt, start = request.prompt, self.known(request.prompt, request.sparsity)
-        self.ids, self.made = self.ids[:start], self.made[:start]  # what holds should the pass be interrupted
-        logits = self.prefill(self.model, self.cache, torch.tensor([prompt[start:]], device=self._device), start)
-        for token in prompt[start:]:
-            self._remember(token, 0.0)
+        prompt, dense = request.prompt, 1 if request.sparse_prompt else len(request.prompt)
+        self.reused = self.held.reuse(request)
+        for begin, end in parts(self.reused, len(prompt), self.chunk):
+            tokens, phase = torch.tensor([prompt[begin:end]], device=self._device), Phase(max(0, dense - begin))
+            phase = phase if request.sparse_prompt else DENSE
+            logits = self.prefill(self.model, self.cache, tokens, begin, phase)
+            for i in range(begin, end):
+                self.held.add(prompt[i], 0.0 if i < dense else request.sparsity)
+            between()
         return logits
 
     @torch.no_grad()
-    def _stream(self, request: Request, new_tokens: int) -> Iterator[Token]:
+    def _stream(self, request: Request, new_tokens: int, between: Callable[[], None]) -> Iterator[Token]:
         with self._held():
-            self._pending = None
+            self._pending, self._decoded = None, []
             self._apply(request.sparsity)
-            self._decoded = (len(request.prompt), len(request.prompt))
             with memory_for(f"a prompt of {len(request.prompt)} tokens and its answer", "shorten the prompt"):
-                yield from self._decode(request, new_tokens)
+                yield from self._decode(request, new_tokens, between)
 
-    def _decode(self, request: Request, new_tokens: int) -> Iterator[Token]:
+    def _decode(self, request: Request, new_tokens: int, between: Callable[[], None]) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
-        device = self._device
-        draw, generator = request.sampling.draw, _generator(device, request.seed)
+        device, prompt, draw = self._device, request.prompt, request.sampling.draw
+        generator = _generator(device, request.seed)
+        constraint = request.constraint() if request.constraint else None
+        adjust = Adjustment(request.sampling, prompt, self.model.args.vocab_size, device, constraint)
         stop = self.stop if request.stop is None else request.stop
-        ahead = 1 if device.type == "cuda" else 0
+        ahead = 1 if device.type == "cuda" and constraint is None else 0
+
+        def drawn_from(logits: Tensor, sparsity: float, achieved: float | None) -> Drawn:
+            token, largest = draw(adjust(logits), generator)
+            adjust.add(token)
+            return Drawn(request, token, largest, logits, sparsity, achieved)
+
         with self._on_device():
-            logits = self._start(request)
-            token, largest = draw(logits, generator)
-            position = torch.tensor([len(request.prompt)], device=device)
-            drawn, launched, previous = deque([_Drawn(token, largest, logits, request.logprobs, 0.0)]), 1, None
+            last = drawn_from(self._start(request, between), 0.0, None)
+            position = torch.tensor([len(prompt)], device=device)
+            drawn, launched, previous = deque([last]), 1, None
         for count in range(1, new_tokens + 1):
             while launched < new_tokens and len(drawn) <= ahead:
                 pending, self._pending = self._pending, None
                 if pending is not None:
                     self._apply(pending)
                 with self._on_device():
-                    logits = self.step(token.view(1, 1), position)
-                    (token, largest), position = draw(logits, generator), position + 1
-                    drawn.append(_Drawn(token, largest, logits, request.logprobs, self.sparsity))
+                    logits = self.step(last.token.view(1, 1), position)
+                    last, position = (
+                        drawn_from(logits, self.sparsity, getattr(self.step, "achieved", None)),
+                        position + 1,
+                    )
+                    drawn.append(last)
                 launched += 1
             found = drawn.popleft()
-            id, logprob = found.wait()
-            if not math.isfinite(found.largest):
+            id, sound, logprob, top = found.wait()
+            if not sound:
                 self._clear()  # its keys and values may hold NaN as well
                 raise ValueError(
-                    f"the logits after {len(request.prompt) + count - 1} tokens hold NaN or inf: the checkpoint is "
-                    "damaged, or its values are too large for fp16 (then use bf16 or fp32)"
+                    f"the logits after {len(prompt) + count - 1} tokens hold NaN or inf: the checkpoint is damaged, or "
+                    "its values are too large for fp16 (then use bf16 or fp32)"
                 )
+            if constraint is not None:
+                constraint.accept(id)
             if previous is not None:  # the step that gave this token has put that one into the cache
-                self._remember(previous, found.sparsity)
-                self._decoded = (self._decoded[0], len(self.ids))
+                self.held.add(previous, found.sparsity)
+                self._decoded.append(found.sparsity)
             previous = id
             reason = "stop" if id in stop else "length" if count == new_tokens else None
-            yield Token(id, logprob, found.sparsity, reason)
+            yield Token(id, logprob, found.sparsity, reason, found.achieved, top)
             self._owner = threading.get_ident()  # a stream may be taken on by another thread
             if reason:
                 return
-
-    def _remember(self, token: int, sparsity: float) -> None:
-        """Notes that the cache holds the keys and values of one more token, made at this sparsity on those before."""
-        self.made.append(max(sparsity, self.made[-1]) if self.made else sparsity)
-        self.ids.append(token)
 
 
 def _generator(device: torch.device, seed: int | None) -> torch.Generator:
@@ -210,27 +259,3 @@ def _generator(device: torch.device, seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
-
-
-class _Drawn:
-    """A token on its way to the host: a copy that waits for the steps up to it, not for those enqueued since."""
-
-    def __init__(self, token: Tensor, largest: Tensor, logits: Tensor, logprob: bool, sparsity: float):
-        self.sparsity, self.copied = sparsity, None
-        self.logprob = logits.float().log_softmax(-1)[token] if logprob else None
-        self.token, self.largest = token, largest
-        if token.is_cuda:
-            self.token, self.largest = _to_host(token), _to_host(largest)
-            self.logprob = None if self.logprob is None else _to_host(self.logprob)
-            self.copied = torch.cuda.Event()
-            self.copied.record(torch.cuda.current_stream(token.device))
-
-    def wait(self) -> tuple[int, float | None]:
-        """The token's id and, if asked for, its log-probability."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return int(self.token), None if self.logprob is None else float(self.logprob)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The prompt's pass through the model, without sparsity, which fills the cache."""
+"""The prompt's pass through the model, which fills the cache; dense unless it is asked to be sparse."""
 
 import functools
 from collections.abc import Callable
@@ -8,31 +8,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.model import KVCache, Transformer
-from teal_fast.sparse_model import DENSE
+from teal_fast.sparse_model import DENSE, Phase
 
 FEWEST_ROWS = 12  # MKL's products of 5 to 11 rows depend on the number of threads, so shorter prompts are padded
-PromptLogits = Callable[[Transformer, KVCache, Tensor, Tensor | None, Tensor], Tensor]
-Prefill = Callable[[Transformer, KVCache, Tensor, int], Tensor]
+PromptLogits = Callable[[Transformer, KVCache, Tensor, Tensor | None, Tensor, Phase], Tensor]
+Prefill = Callable[[Transformer, KVCache, Tensor, int, Phase], Tensor]
 
 
-def prompt_logits(model: Transformer, cache: KVCache, tokens: Tensor, input_pos: Tensor | None, last: Tensor) -> Tensor:
-    """Fills the cache with tokens [1, T]; logits [vocab] after their number `last` [1]. See Transformer.hidden."""
-    return model.output(model.hidden(tokens, input_pos, cache, DENSE)[0, last])[0]
+def prompt_logits(
+    model: Transformer, cache: KVCache, tokens: Tensor, input_pos: Tensor | None, last: Tensor, phase: Phase
+) -> Tensor:
+    """Fills the cache with tokens [1, T]; logits [n, vocab] after their numbers `last` [n]. See Transformer.hidden."""
+    return model.output(model.hidden(tokens, input_pos, cache, phase)[0, last])
 
 
 def prefill(
-    model: Transformer, cache: KVCache, tokens: Tensor, start: int = 0, compute: PromptLogits = prompt_logits
+    model: Transformer,
+    cache: KVCache,
+    tokens: Tensor,
+    start: int = 0,
+    phase: Phase = DENSE,
+    compute: PromptLogits = prompt_logits,
 ) -> Tensor:
     """Logits [vocab] after tokens [1, T] at positions from `start` on, whose keys and values fill the cache.
 
     Earlier positions must be filled. The cache's rows behind padded tokens are written again before they are read.
+    phase: which of the tokens are dense.
     """
     count = tokens.shape[1]
     padding = max(0, min(FEWEST_ROWS, cache.length - start) - count)
     padded, end = F.pad(tokens, (0, padding)), start + count + padding
     input_pos = torch.arange(start, end, device=tokens.device) if start else None
     last = torch.tensor([count - 1], device=tokens.device)
-    return compute(model, cache.head(end) if start else cache, padded, input_pos, last)
+    return compute(model, cache.head(end) if start else cache, padded, input_pos, last, phase)[0]
 
 
 def compiled_prefill() -> Prefill:

@@ -1,21 +1,36 @@
 """What goes into an engine and what comes out of it: a request, and tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 from teal_fast.engine.sampling import Sampling
+
+
+class Constraint(Protocol):
+    """What one answer may consist of, token by token, for example JSON of a schema."""
+
+    def mask(self) -> Tensor:
+        """Which tokens may come next, bool [vocab_size] on the CPU; ids that end the answer where it may end."""
+
+    def accept(self, id: int) -> None:
+        """Takes note of the next token."""
 
 
 @dataclass(frozen=True)
 class Request:
     """One text to continue, by token ids.
 
-    sparsity: the share of weight bytes that a decoded token skips, 0 (dense) to 1, of the engine's calibration; the
-    prompt is computed densely. stop: ids that end the answer, None for the engine's own. max_new_tokens: None for as
-    many as fit the context. seed: the same seed draws the same tokens from the same logits (a prefix that the cache
-    holds may round otherwise than one that is read); None draws a new one. logprobs: whether tokens carry their
-    log-probability, in nats, before temperature and filters.
+    sparsity: the share of weight bytes that a decoded token skips, 0 (dense) to 1, of the engine's calibration. stop:
+    ids that end the answer, None for the engine's own. max_new_tokens: None for as many as fit the context. seed: the
+    same seed draws the same tokens from the same logits (a prefix that the cache holds may round otherwise than one
+    that is read); None draws a new one. logprobs: whether tokens carry their log-probability, in nats, before
+    penalties, temperature and filters; top_logprobs: and of how many of the likeliest tokens. sparse_prompt: whether
+    all of the prompt but its first token is sparse as well, as evaluations have it; else the prompt is dense. cache:
+    whether the prompt's beginning may come from the engine's cache, and this request stay in it. constraint: begins
+    what the answer is held to.
     """
 
     prompt: Iterable[int]
@@ -25,6 +40,10 @@ class Request:
     stop: Iterable[int] | None = None
     seed: int | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
+    sparse_prompt: bool = False
+    cache: bool = True
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prompt", tuple(self.prompt))
@@ -44,11 +63,15 @@ class Token(NamedTuple):
     """One drawn token.
 
     logprob: nats, None unless the request asks for it. sparsity: the nominal one at which the step that drew it ran; 0
-    for the first, which the prompt's dense pass gives. finish_reason: None but for the last token: "stop" where it is a
-    stop token, which is not part of the text; "length" where no more were asked for or fit.
+    for the first, which the prompt's pass gives. finish_reason: None but for the last token: "stop" where it is a stop
+    token, which is not part of the text; "length" where no more were asked for or fit. achieved: the share of the
+    sparse layers' bytes that this step skipped, None where steps do not count it. top: id and log-probability of the
+    likeliest tokens.
     """
 
     id: int
     logprob: float | None
     sparsity: float
     finish_reason: str | None
+    achieved: float | None = None
+    top: tuple[tuple[int, float], ...] = ()

@@ -1,6 +1,6 @@
 """Drawing the next token from logits: temperature, top-k, top-p, min-p, in this order, as transformers 5.23 does.
 
-docs/usage.md says what order other engines have.
+Before that come biases, penalties and constraints (adjust.py). docs/usage.md says what order other engines have.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,24 @@ SMALLEST = torch.finfo(torch.float32).tiny  # by less than this normal number lo
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; filters apply in the order of the fields.
+    """How the next token is drawn; filters apply in the order of the fields up to min_p.
 
     temperature 0 is greedy, and so is one below fp32's smallest normal number. top_k 0, top_p 1 and min_p 0 switch a
     filter off, as None does.
+    repetition_penalty: divides the positive logits of tokens that stand in prompt or answer, and multiplies the
+    negative ones (arXiv:1909.05858, section 4.1); 1 is none. presence_penalty, frequency_penalty: taken from the logits
+    of tokens that stand in the answer, once and once for each time, as OpenAI's API has it; 0 is none. logit_bias:
+    added to the logits of these ids.
     """
 
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -32,6 +40,11 @@ class Sampling:
         for name, off in (("top_p", 1), ("min_p", 0)):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} {value}: expected a number from 0 to 1 ({off} or None: off)")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty {self.repetition_penalty}: expected a number above 0 (1: off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} {value}: expected a finite number (0: off)")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One token id, int64 [1], from logits [vocab], and the largest logit [1].

@@ -15,6 +15,7 @@ from teal_fast.model import KVCache, Transformer
 
 
 class Step(Protocol):
+    # `achieved`, where a step has it, is the share of the sparse layers' bytes that the last call skipped.
     mode: str  # how it runs, as a benchmark record says it: plain, compiled, captured
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor: ...

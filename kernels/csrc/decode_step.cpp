@@ -28,6 +28,7 @@ struct Model {  // CpuModel in engine/cpu_step.py
     const float* output_scale;
     const float* frequencies;
     const Layer* layer;
+    int64_t* kept;  // [layers, 4]: how many channels each product kept of its input
 };
 }
 
@@ -71,11 +72,12 @@ template <class T> class Step {
     Private& own;
     const Worker worker;
     float* const x;  // this thread's input of the next product
+    int64_t* counted;  // where the next product's number of kept channels goes
 
   public:
     Step(const Model& m, int64_t position, Shared& all, Private& own, Worker worker)
         : m(m), position(position), width((m.heads + 2 * m.kv_heads) * m.head_dim), all(all), own(own), worker(worker),
-          x(own.x) {}
+          x(own.x), counted(m.kept) {}
 
     void run(int64_t token, float* logits) {
         for (int64_t k = 0; k < m.dim; k++) own.residual[k] = to_float(((const T*)m.embeddings)[token * m.dim + k]);
@@ -122,6 +124,7 @@ template <class T> class Step {
     void product(const float* input, const float* threshold, const void* weight, int64_t bits, int64_t K, int64_t N,
                  float* partial) {
         CompactVector kept = compact(input, threshold, K, own.index.data(), own.value);
+        if (worker.id == 0) *counted++ = kept.count;
         if (bits == 4) multiply(kept, Int4Rows((const uint8_t*)weight, N, m.group), partial, worker);
         else if (bits == 8) multiply(kept, Rows<int8_t>{(const int8_t*)weight, N}, partial, worker);
         else multiply(kept, Rows<T>{(const T*)weight, N}, partial, worker);
