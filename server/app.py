@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from teal_fast.server import messages, responses
+from teal_fast.server import messages, responses, texts
 from teal_fast.server.body import read_body
 from teal_fast.server.chat_completions import chat_completions
 from teal_fast.server.chat_page import PAGE
@@ -59,6 +59,13 @@ ROUTES = [
     Route("/v1/responses", responses.endpoint, methods=["POST"]),
     Route("/v1/messages", messages.endpoint, methods=["POST"]),
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+    Route("/v1/models", texts.models),
+    Route("/v1/models/{name:path}", texts.model),
+    Route("/tokenize", texts.tokenize, methods=["POST"]),
+    Route("/detokenize", texts.detokenize, methods=["POST"]),
+    Route("/apply-template", texts.apply_template, methods=["POST"]),
+    Route("/version", texts.version),
+    Route("/props", texts.props),
     Route("/v1/requests/{id}", change_request, methods=["PATCH"]),
 ]
 
