@@ -23,6 +23,7 @@ from teal_fast.server.chat_completions import chat_completions
 from teal_fast.server.chat_page import PAGE
 from teal_fast.server.completions import completions
 from teal_fast.server.errors import ApiError, anthropic_shape, openai_shape
+from teal_fast.server.openapi import openapi
 from teal_fast.server.service import Limits, Service
 from teal_fast.server.settings import MAX_SPARSITY
 
@@ -66,6 +67,7 @@ ROUTES = [
     Route("/apply-template", texts.apply_template, methods=["POST"]),
     Route("/version", texts.version),
     Route("/props", texts.props),
+    Route("/openapi.json", openapi),
     Route("/v1/requests/{id}", change_request, methods=["PATCH"]),
 ]
 
