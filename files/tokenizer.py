@@ -6,7 +6,8 @@ decodes. Special tokens written in a text become their ids, in a prompt as in a 
 Training and truncation are left out.
 """
 
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,18 @@ class Tokenizer:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, prompt: Iterable[int] = ()) -> PieceStream:
-        """Start a text that arrives token by token, as what goes on after the prompt's ids."""
-        return PieceStream(self._pieces, self._first, prompt)
+    def stream(self, prompt: Iterable[int] = (), visible: Mapping[int, str] | None = None) -> PieceStream:
+        """Start a text that arrives token by token, as what goes on after the prompt's ids.
+
+        visible: special tokens that are shown nevertheless, as the text that they stand for, by id.
+        """
+        shown = {token: text.encode() for token, text in (visible or {}).items()}
+        return PieceStream(ChainMap(shown, self._pieces) if shown else self._pieces, self._first, prompt)
+
+    @property
+    def pieces(self) -> Mapping[int, bytes]:
+        """What each id adds to a text; special tokens are absent."""
+        return self._pieces
 
     def added_id(self, text: str) -> int | None:
         """The id of the control or added token that the text is, None where it is none."""
