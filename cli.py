@@ -101,10 +101,31 @@ def _number(text: str, low: float, high: float, expected: str) -> float:
     return value
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that loads a model."""
+def positive_number(text: str) -> float:
+    """argparse type: a number above 0."""
+    return _number(text, sys.float_info.min, sys.float_info.max, "a number above 0")
+
+
+def size(text: str) -> int:
+    """argparse type: a number of bytes, also as 1e9."""
+    return int(_number(text, 0, 2**63, "a number of bytes, such as 1e9"))
+
+
+def port(text: str) -> int:
+    """argparse type: a TCP port."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a port from 0 (any free one) to 65535")
+    return int(text)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, checkpoint: str | None = None) -> None:
+    """The flags of every command that loads a model. checkpoint: the one that is loaded where none is named."""
     parser.add_argument(
-        "--checkpoint", required=True, metavar="FOLDER|demo", help="a converted checkpoint's folder, or demo"
+        "--checkpoint",
+        required=checkpoint is None,
+        default=checkpoint,
+        metavar="FOLDER|demo",
+        help="a converted checkpoint's folder, or demo",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="computation type (default: the stored one)")

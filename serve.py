@@ -3,11 +3,140 @@
 python serve.py --checkpoint demo --sparsity 0.5
 """
 
-from teal_fast.cli import run
+import argparse
+import math
+import os
+import signal
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from teal_fast.cli import (
+    ModelChoice,
+    add_model_arguments,
+    fail,
+    open_model,
+    parse_with_model,
+    port,
+    positive_int,
+    positive_number,
+    run,
+    size,
+    sparsity,
+    text,
+)
+from teal_fast.engine.engine import Engine
+from teal_fast.engine.prefix_file import identity, load_prefixes, save_prefixes
+from teal_fast.engine.prefixes import PrefixStore
+from teal_fast.files.calibration import MissingCalibrationError
+
+try:
+    import uvicorn
+
+    from teal_fast.server.app import make_app
+    from teal_fast.server.service import Limits, Service
+    from teal_fast.server.worker import Loaded, Worker
+except ImportError as error:
+    fail(f"the server's packages are missing ({error}): pip install 'teal-fast[serve]'")
+
+PREFIXES = "prefixes.safetensors"
+LONGEST = 32_768  # tokens of a context where none is named: agents send 10,000 to 40,000 of tools alone
+
+
+def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser, "demo")
+    parser.add_argument("--sparsity", type=sparsity, default=0.0, help="of requests that name none, 0 to 0.95")
+    parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
+    parser.add_argument("--host", type=text, default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--max_seq_length", type=positive_int, help="context in tokens (default: the model's or 32768)")
+    parser.add_argument("--max_queue", type=positive_int, default=64, help="requests that may wait (default: 64)")
+    parser.add_argument(
+        "--request_timeout", type=positive_number, default=600, help="seconds a request may take (default: 600)"
+    )
+    parser.add_argument("--cache_bytes", type=size, default=10**9, help="for prefixes of conversations (default: 1e9)")
+    parser.add_argument("--cache_dir", type=Path, help="keeps those prefixes over restarts, in this folder")
+    parser.add_argument("--prefill_chunk", type=positive_int, default=128, help="tokens of a prompt read at once")
+    parser.add_argument("--api_key", type=text, help="what clients must send (default: TEAL_API_KEY, else none)")
+    parser.add_argument(
+        "--served_model_name", type=text, nargs="+", default=["*"], help="names that may be asked for (default: any)"
+    )
+    parser.add_argument("--allowed_origin", type=text, nargs="+", default=[], help="sites whose pages may ask")
+    return parse_with_model(parser)
+
+
+def load(options: argparse.Namespace, choice: ModelChoice) -> Loaded:
+    """The model and its engine. Without a calibration only sparsity 0 is served, which is said."""
+    try:
+        opened = open_model(replace(choice, no_prepare=choice.no_prepare or not options.sparsity))
+    except MissingCalibrationError as error:
+        if options.sparsity or options.calibration:
+            raise
+        print(f"serving sparsity 0 only: {error}", file=sys.stderr)
+        opened = open_model(choice, calibrated=False)
+    context = min(options.max_seq_length or LONGEST, opened.model.args.max_position)
+    store = PrefixStore(options.cache_bytes)
+    engine = Engine(
+        opened.model,
+        opened.calibration,
+        opened.tokenizer.eos_ids,
+        context,
+        chunk=options.prefill_chunk,
+        prefixes=store,
+    )
+    close = engine.held.clear
+    if options.cache_dir is not None:
+        path, model = options.cache_dir / PREFIXES, identity(opened.folder, opened.model, opened.calibration)
+        load_prefixes(store, path, model, engine.cache)
+
+        def close() -> None:
+            engine.held.keep()
+            save_prefixes(store, path, model)
+
+    return Loaded(engine, opened.tokenizer, opened.name, close)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound. Raises OSError in one line where the address is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(
+            f"{host}:{port} can't be listened at ({error.strerror or error}): choose --host and --port"
+        ) from None
+    return sock
 
 
 def main() -> None:
-    raise ValueError("to come")
+    options, choice = parse_arguments()
+    key = options.api_key or os.environ.get("TEAL_API_KEY") or None
+    limits = Limits(
+        tuple(options.served_model_name), options.sparsity, options.request_timeout, key, tuple(options.allowed_origin)
+    )
+    failed: list[Exception] = []
+
+    def stopped(error: Exception | None) -> None:
+        failed.extend([error] if error else [])
+        server.should_exit = True
+
+    worker = Worker(lambda: load(options, choice), options.max_queue, stopped)
+    app = make_app(Service(worker, limits))
+    grace = math.ceil(options.request_timeout)  # SIGTERM lets what runs and waits be answered
+    settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
+    server = uvicorn.Server(settings)
+    sock = listen(options.host, options.port)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"http://{host}:{sock.getsockname()[1]} serves {options.checkpoint} once it is loaded", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is answered: exit 0, no signal
+    server.run(sockets=[sock])
+    if failed:
+        raise failed[0]
 
 
 if __name__ == "__main__":

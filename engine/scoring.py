@@ -1,4 +1,4 @@
-"""Log-probabilities of a text's own tokens, as evaluations have them: of fp32 logits, in whatever the model computes."""
+"""Log-probabilities of a text's own tokens, as evaluations have them: from logits in fp32."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise

@@ -211,11 +211,13 @@ def write_safetensors(
     layout: dict[str, tuple[torch.dtype, torch.Size]],
     read: Callable[[str], Tensor],
     metadata: dict[str, str],
+    progress: str | None = "writing weights",
 ) -> None:
     """Writes one tensor at a time, so that memory holds one of them and not the file.
 
-    `layout` gives dtype and shape of each tensor in file order; `read(name)` returns it. The library's own writer wants
-    all tensors at once. Format: https://huggingface.co/docs/safetensors
+    `layout` gives dtype and shape of each tensor in file order; `read(name)` returns it. progress: what the bar on
+    stderr is called, None for no bar. The library's own writer wants all tensors at once. Format:
+    https://huggingface.co/docs/safetensors
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -226,7 +228,7 @@ def write_safetensors(
     text += b" " * (-(8 + len(text)) % 64)  # rows then start on a cache line wherever a row is a multiple of one
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, (dtype, shape) in tqdm(layout.items(), desc="writing weights", unit="tensor"):
+        for name, (dtype, shape) in tqdm(layout.items(), progress, disable=progress is None, unit="tensor"):
             tensor = read(name).to(dtype).contiguous()
             assert tensor.shape == shape, (name, tensor.shape, shape)
             if dtype.is_floating_point and not is_finite(tensor):

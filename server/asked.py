@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.scoring import Scored
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Settings:
     """How an answer is made. top_logprobs: None for no log-probabilities, else how many of the likeliest tokens.
 
     max_new_tokens: None for as many as fit the context. prefill: "dense", or "full" where all of the prompt but its
-    first token is sparse. cache: whether the prompt's beginning may come from the prefix cache, and stay in it. n: how
-    many answers.
+    first token is sparse. cache: whether the prompt's beginning may come from the prefix cache, and stay in it.
+    ignore_eos: whether the answer goes on after tokens that end it. n: how many answers.
     """
 
     sampling: Sampling
@@ -46,15 +47,8 @@ class Settings:
     top_logprobs: int | None = None
     prefill: str = "dense"
     cache: bool = True
+    ignore_eos: bool = False
     n: int = 1
-
-
-class TokenInfo(NamedTuple):
-    """One token of an answer. logprob: nats; top: (id, logprob) of the likeliest tokens."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -68,11 +62,18 @@ class Usage:
     achieved_sparsity: float = 0.0
 
 
+class Begun(NamedTuple):
+    """The first event, once the prompt is read. scored: the prompt's tokens but the first, where that was asked for."""
+
+    cached_tokens: int
+    scored: list[Scored]
+
+
 class Text(NamedTuple):
     """A piece of an answer's text; tokens: those that came since the last piece, where log-probabilities are wanted."""
 
     text: str
-    tokens: tuple[TokenInfo, ...] = ()
+    tokens: tuple[Scored, ...] = ()
 
 
 class Reasoning(NamedTuple):
@@ -111,4 +112,4 @@ class End(NamedTuple):
     usage: Usage
 
 
-Event = Text | Reasoning | ToolCall | ToolArguments | Live | End
+Event = Begun | Text | Reasoning | ToolCall | ToolArguments | Live | End

@@ -1,6 +1,5 @@
 """Fields of a JSON body, each with its type and bounds checked; null counts as left out, unknown fields as nothing."""
 
-import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -75,15 +74,3 @@ class Fields:
         if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
             raise self.error(name, expected)
         return value
-
-
-def parse_body(data: bytes) -> Any:
-    """The JSON value of a request's body. Raises ApiError 400: NaN and infinities are no JSON."""
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no JSON")
-
-    try:
-        return json.loads(data.decode(), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON ({short(str(error))}): send one JSON object in UTF-8") from None

@@ -38,13 +38,13 @@ TAIL = 32  # ids at a prompt's end in which thoughts begin or end
 class Plan:
     """How a chat is answered.
 
-    ids: the prompt. constraint, splitter: begin those of one answer. visible: special tokens that the splitter must see
-    in the text, for TextStream.
+    ids: the prompt. constraint, splitter: begin those of one answer, None for text as it comes. visible: special tokens
+    that the splitter must see in the text, for TextStream.
     """
 
     ids: list[int]
-    constraint: Callable[[], Constraint] | None
-    splitter: Callable[[], Splitter]
+    constraint: Callable[[], Constraint] | None = None
+    splitter: Callable[[], Splitter] | None = None
     visible: Mapping[int, str] = field(default_factory=dict)
 
 

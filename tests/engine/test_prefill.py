@@ -5,6 +5,7 @@ import torch
 
 from teal_fast.engine.cuda_step import plain_step
 from teal_fast.engine.prefill import FEWEST_ROWS, compiled_prefill, prefill, prompt_logits
+from teal_fast.sparse_model import DENSE
 from teal_fast.tests.engine.random_models import DEVICE, MISTRAL, PROMPT, make
 from teal_fast.tests.models import TINY
 
@@ -16,14 +17,14 @@ def test_short_prompts_are_padded_and_answered_as_they_are(config, tokens):
     model, _, _ = make(config, torch.float32, 0)
     prompt, rows = torch.arange(5, 5 + tokens, device=DEVICE)[None], []
 
-    def compute(model, cache, padded, input_pos, last):
+    def compute(model, cache, padded, input_pos, last, phase):
         rows.append(padded.shape[1])
-        return prompt_logits(model, cache, padded, input_pos, last)
+        return prompt_logits(model, cache, padded, input_pos, last, phase)
 
     answers = []
     for answer in (
         lambda cache: prefill(model, cache, prompt, compute=compute),
-        lambda cache: prompt_logits(model, cache, prompt, None, prompt.new_tensor([-1])),
+        lambda cache: prompt_logits(model, cache, prompt, None, prompt.new_tensor([-1]), DENSE)[0],
     ):
         cache = model.new_cache(1, 64)
         first = answer(cache)

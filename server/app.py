@@ -1,0 +1,154 @@
+"""The Starlette application: routes, who may ask, and errors in each dialect's shape."""
+
+import hmac
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from teal_fast.server.body import read_body
+from teal_fast.server.chat_completions import chat_completions
+from teal_fast.server.completions import completions
+from teal_fast.server.errors import ApiError, anthropic_shape, openai_shape
+from teal_fast.server.service import Limits, Service
+from teal_fast.server.settings import MAX_SPARSITY
+
+OPEN = ("/health",)  # what needs no key
+
+
+async def health(request: Request) -> Response:
+    request.app.state.service.loaded  # noqa: B018 (503 while it loads)
+    return JSONResponse({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    text = request.app.state.service.metrics.text()
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def change_request(request: Request) -> Response:
+    """PATCH /v1/requests/{id}: the sparsity of a running answer, from its next token on."""
+    service: Service = request.app.state.service
+    fields = await read_body(request)
+    fields.required("sparsity")
+    sparsity = fields.number("sparsity", None, 0, MAX_SPARSITY)
+    service.check_sparsity(sparsity)
+    service.set_sparsity(id := request.path_params["id"], sparsity)
+    return JSONResponse({"id": id, "sparsity": sparsity})
+
+
+ROUTES = [
+    Route("/health", health),
+    Route("/metrics", metrics),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/requests/{id}", change_request, methods=["PATCH"]),
+]
+
+
+def make_app(service: Service) -> Starlette:
+    """The application over a service, whose worker's thread it starts and, when it is done, waits for."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.worker.thread.start()
+        yield
+        await run_in_threadpool(service.worker.close)
+
+    limits = service.limits
+    middleware = [Middleware(Guard, limits=limits)]
+    if limits.allowed_origins:
+        origins = list(limits.allowed_origins)
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods="*", allow_headers="*"))
+    handlers = {ApiError: refuse, HTTPException: refuse_route, ClientDisconnect: gone, Exception: fail}
+    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
+    app.state.service = service
+    return app
+
+
+class Guard:
+    """Refuses who has no key, and pages of other sites, which a browser would let ask in their user's name."""
+
+    def __init__(self, app: ASGIApp, limits: Limits):
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name: value for name, value in scope["headers"]}
+        error = self._error(scope["path"], headers)
+        if error is None:
+            return await self.app(scope, receive, send)
+        return await shaped(scope["path"], error)(scope, receive, send)
+
+    def _error(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        origin = headers.get(b"origin")
+        if origin is not None and not self._is_ours(origin.decode("latin-1"), headers.get(b"host", b"")):
+            return ApiError(403, "pages of this origin may not ask: name it with --allowed_origin", code="origin")
+        key = self.limits.api_key
+        if key is None or path in OPEN or not path_needs_key(path):
+            return None
+        bearer = headers.get(b"authorization", b"")
+        given = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
+        if hmac.compare_digest(given, key.encode()):
+            return None
+        return ApiError(401, "the API key is missing or wrong: send it as a Bearer token", code="invalid_api_key")
+
+    def _is_ours(self, origin: str, host: bytes) -> bool:
+        """Whether a page's origin is allowed or is this server, by a name that no other site can take."""
+        if origin in self.limits.allowed_origins or "*" in self.limits.allowed_origins:
+            return True
+        try:
+            parts = urlsplit(origin)
+            same = parts.netloc.lower() == host.decode("latin-1").lower()
+            return same and (parts.hostname == "localhost" or bool(ipaddress.ip_address(parts.hostname or "")))
+        except ValueError:
+            return False
+
+
+def path_needs_key(path: str) -> bool:
+    """The page and its files are open: they ask for the key themselves."""
+    return path != "/" and not path.startswith("/page/")
+
+
+# --- errors
+
+
+def shaped(path: str, error: ApiError) -> JSONResponse:
+    shape = anthropic_shape if path.startswith("/v1/messages") else openai_shape
+    return JSONResponse(shape(error), error.status, error.headers)
+
+
+def _counted(request: Request, error: ApiError) -> Response:
+    request.app.state.service.metrics.refused.labels(error.status).inc()
+    return shaped(request.url.path, error)
+
+
+async def refuse(request: Request, error: ApiError) -> Response:
+    return _counted(request, error)
+
+
+async def refuse_route(request: Request, error: HTTPException) -> Response:
+    said = {404: f"there is no {request.url.path[:200]} here", 405: f"{request.method} is not what this address takes"}
+    response = _counted(request, ApiError(error.status_code, said.get(error.status_code, str(error.detail))))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def fail(request: Request, error: Any) -> Response:
+    return _counted(request, ApiError(500, "the server failed on this request: its log says how"))
