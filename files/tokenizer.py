@@ -79,11 +79,17 @@ class Tokenizer:
         """Ids of a prompt, after BOS where the checkpoint asks for it and `add_bos` allows it; never with EOS."""
         return (self._prefix if add_bos else []) + self._ids(text)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """Ids of a chat up to where the assistant answers; BOS stands where the template writes it, and only there."""
         if self.chat_template is None:
             raise ValueError("this checkpoint has no chat template: drop --chat or use an instruct model")
-        return self._ids(render_chat(self.chat_template, messages, self._names))
+        return self._ids(render_chat(self.chat_template, messages, (variables or {}) | self._names | {"tools": tools}))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
