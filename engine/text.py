@@ -9,17 +9,11 @@ from teal_fast.files.tokenizer import Tokenizer
 class TextStream:
     """Turns tokens into pieces of text that are certain; joined they are the text up to the first stop string.
 
-<<<<<<< HEAD
     prompt: the ids that the tokens follow, which decide whether a leading space belongs to the text. visible: special
     tokens that are shown as text, by id.
-    What may be the beginning of a stop string is held back until it is certain that it is none. `stopped` tells that a
-    stop string was met: what comes after it is dropped, and the stream of tokens can be closed.
-=======
-    prompt: the ids that the tokens follow, which decide whether a leading space belongs to the text.
     What may be the beginning of a stop string is held back until it is certain that it is none. `stopped_at` is the
     stop string that was met, None as long as none was: what comes after it is dropped, and the stream of tokens can be
     closed.
->>>>>>> main
     """
 
     def __init__(
@@ -31,17 +25,12 @@ class TextStream:
     ):
         if not all(stop):
             raise ValueError("a stop string is empty: give some text")
-<<<<<<< HEAD
         self.pieces, self.stop = tokenizer.stream(prompt, visible), tuple(stop)
-        self.held, self.stopped = "", False
-=======
-        self.pieces, self.stop = tokenizer.stream(prompt), tuple(stop)
         self.held, self.stopped_at = "", None
 
     @property
     def stopped(self) -> bool:
         return self.stopped_at is not None
->>>>>>> main
 
     def push(self, token: Token) -> str:
         """The text that became certain with this token; a stop token has none."""
@@ -55,14 +44,9 @@ class TextStream:
         if self.stopped:
             return ""
         text, self.held = self.held + text, ""
-<<<<<<< HEAD
         begun = len(text) - (0 if ended else max((overlap(text, stop) for stop in self.stop), default=0))
-        end = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)
-=======
-        begun = len(text) - (0 if ended else max((_overlap(text, stop) for stop in self.stop), default=0))
         found = ((place, stop) for stop in self.stop if (place := text.find(stop)) >= 0)
         end, stop = min(found, default=(None, None))
->>>>>>> main
         if end is not None and end <= begun:  # else another one has begun before it, which may yet be the first
             self.stopped_at = stop
             return text[:end]
