@@ -99,11 +99,12 @@ class Call:
 
     def push(self, char: str) -> bool:
         """Takes a character that may come next in a call; False for one that may not."""
-        was_inside, was_word = self._json.in_value, bool(self._json.word)
+        was_inside = self._json.in_value
+        ends_word = bool(self._json.word) and len(self._json.open) == 1  # the character after a number's last
         if not self._json.push(char):
             return False
         inside = self._json.in_value
-        if (inside or (was_inside and not was_word)) and not self._in_value(char, begins=not was_inside):
+        if (inside or (was_inside and not ends_word)) and not self._in_value(char, begins=not was_inside):
             return False
         if was_inside and not inside and not self._end_value():
             return False

@@ -87,7 +87,7 @@ def json_grammar(rule: str, think: str) -> str:
 
 
 def thinking(thoughts: Thoughts, begun: bool) -> str:
-    """The rule `think`: a block of thoughts, or the rest of one that the prompt begins; MUSING: what begins with one."""
+    """The rule `think`: a block of thoughts, or the rest of one that the prompt begins; MUSING: one that begins."""
     begin = "" if begun else f"/\\s*/ {_text(thoughts.begin)}"
     return f"think[lazy]: THINK\nTHINK: {begin} ANY {_text(thoughts.end)}\nMUSING: /\\s*/ {_text(thoughts.begin)} ANY\n"
 

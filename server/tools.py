@@ -88,12 +88,19 @@ def _render(chat: Chat, tokenizer: Tokenizer, format: Format) -> list[int]:
     variables = dict(chat.template)
     if chat.thinking is not None:  # what Qwen 3 and DeepSeek V3.1 call it
         variables |= {"enable_thinking": chat.thinking, "thinking": chat.thinking}
-    messages = messages_for(format, chat.messages, chat.tools)
-    tools = None if format.own or not chat.tools else list(chat.tools)
+    tools = [_shown(tool["function"]) for tool in chat.tools]
+    messages = messages_for(format, chat.messages, tools)
     try:
-        return tokenizer.encode_chat(messages, tools=tools, variables=variables)
+        return tokenizer.encode_chat(messages, tools=None if format.own else tools or None, variables=variables)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
+
+
+def _shown(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as templates describe it to the model: Hermes' and functionary's want all three fields."""
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    described = {"description": function.get("description") or "", "parameters": parameters}
+    return {"type": "function", "function": {"name": function["name"]} | described}
 
 
 @dataclass(frozen=True)
