@@ -16,6 +16,7 @@ from teal_fast.cli import (
     ModelChoice,
     add_model_arguments,
     fail,
+    open_checkpoint,
     open_model,
     parse_with_model,
     port,
@@ -69,6 +70,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
 
 def load(options: argparse.Namespace, choice: ModelChoice) -> Loaded:
     """The model and its engine. Without a calibration only sparsity 0 is served, which is said."""
+    open_checkpoint(choice.checkpoint, not choice.no_prepare)
     try:
         opened = open_model(replace(choice, no_prepare=choice.no_prepare or not options.sparsity))
     except MissingCalibrationError as error:
@@ -76,24 +78,18 @@ def load(options: argparse.Namespace, choice: ModelChoice) -> Loaded:
             raise
         print(f"serving sparsity 0 only: {error}", file=sys.stderr)
         opened = open_model(choice, calibrated=False)
-    context = min(options.max_seq_length or LONGEST, opened.model.args.max_position)
+    model, stop = opened.model, opened.tokenizer.eos_ids
+    context = min(options.max_seq_length or LONGEST, model.args.max_position)
     store = PrefixStore(options.cache_bytes)
-    engine = Engine(
-        opened.model,
-        opened.calibration,
-        opened.tokenizer.eos_ids,
-        context,
-        chunk=options.prefill_chunk,
-        prefixes=store,
-    )
-    close = engine.held.clear
-    if options.cache_dir is not None:
-        path, model = options.cache_dir / PREFIXES, identity(opened.folder, opened.model, opened.calibration)
-        load_prefixes(store, path, model, engine.cache)
+    engine = Engine(model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store)
+    if options.cache_dir is None:
+        return Loaded(engine, opened.tokenizer, opened.name)
+    path, of = options.cache_dir / PREFIXES, identity(opened.folder, model, opened.calibration)
+    load_prefixes(store, path, of, engine.cache)
 
-        def close() -> None:
-            engine.held.keep()
-            save_prefixes(store, path, model)
+    def close() -> None:
+        engine.held.keep()
+        save_prefixes(store, path, of)
 
     return Loaded(engine, opened.tokenizer, opened.name, close)
 
