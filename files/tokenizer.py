@@ -6,6 +6,7 @@ decodes. Special tokens written in a prompt become their ids, as in transformers
 writes do (chat_ids.py). Training and truncation are left out. A tokenizer may be used by several threads at once.
 """
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,13 @@ class Tokenizer:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, prompt: Iterable[int] = ()) -> PieceStream:
-        """Start a text that arrives token by token, as what goes on after the prompt's ids."""
-        return PieceStream(self.pieces, self._first, prompt)
+    def stream(self, prompt: Iterable[int] = (), visible: Mapping[int, str] | None = None) -> PieceStream:
+        """Start a text that arrives token by token, as what goes on after the prompt's ids.
+
+        visible: special tokens that are shown nevertheless, as the text that they stand for, by id.
+        """
+        shown = {token: text.encode() for token, text in (visible or {}).items()}
+        return PieceStream(ChainMap(shown, self.pieces) if shown else self.pieces, self._first, prompt)
 
     def piece(self, token: int) -> bytes:
         """The bytes of an id by itself: what it adds to a text, or the name of a control token; none where it has none.

@@ -147,7 +147,7 @@ class Answer:
         self.service, self.settings, self.id, self.prompt_tokens = service, settings, id, len(made.ids)
         loop = asyncio.get_running_loop()
         self.job = Job(work, loop)
-        self.text = TextStream(service.tokenizer, made.ids, settings.stop)
+        self.text = TextStream(service.tokenizer, made.ids, settings.stop, made.visible)
         self.splitter = made.splitter() if made.splitter else None
         self.began = time.monotonic()
         self._expiry = loop.call_later(service.limits.timeout, self._expire)
