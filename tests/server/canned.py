@@ -38,7 +38,10 @@ class Canned(Service):
 
     def __init__(self, tokenizer: Tokenizer | None = None):
         super().__init__(
-            Worker(lambda: SimpleNamespace(tokenizer=tokenizer, name="canned", close=lambda: None), 1, lambda error: None), Limits()
+            Worker(
+                lambda: SimpleNamespace(tokenizer=tokenizer, name="canned", close=lambda: None), 1, lambda error: None
+            ),
+            Limits(),
         )
         self.said: Sequence[Event | Exception] = ()
         self.chat: Chat | None = None

@@ -1,4 +1,7 @@
+from typing import Literal
+
 import anthropic
+import pydantic
 import pytest
 from anthropic.types import Message
 
@@ -8,6 +11,7 @@ from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 from teal_fast.server.messages import parse, read_chat
 from teal_fast.tests.server.canned import Canned
+from teal_fast.tests.server.live import serving
 
 USAGE = Usage(12, 7, 5, 2, 0.25)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -260,3 +264,86 @@ def test_pings_while_the_prompt_is_read(canned, monkeypatch):
         lines = [line for line in response.iter_lines() if line.startswith("event: ")]
     assert 2 < lines.count("event: ping") < 6  # one comes with the start
     assert lines[-1] == "event: message_stop"
+
+
+# --- the real model behind it
+
+
+@pytest.fixture(scope="module")
+def live(demo):
+    with serving(demo, api_key="secret") as server:
+        yield anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
+
+
+GREEDY = {
+    "model": "m",
+    "max_tokens": 8,
+    "messages": [{"role": "user", "content": "Name a colour."}],
+    "extra_body": {"temperature": 0},
+}
+
+
+def test_a_streamed_answer_is_the_plain_one(live):
+    plain = live.messages.create(**GREEDY)
+    with live.messages.stream(**GREEDY) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert plain.content[0].text == text == final.content[0].text != ""
+    assert plain.usage.output_tokens == final.usage.output_tokens == 8
+    assert plain.stop_reason == final.stop_reason == "max_tokens"
+
+
+def test_count_tokens_is_what_an_answer_reads(live):
+    body = {"model": "m", "system": "Be kind.", "messages": [HI, HELLO, HI], "tools": [TOOL]}
+    for given in (body, body | {"messages": [HI, HELLO]}):  # the second is begun by the assistant
+        usage = live.messages.create(**given, max_tokens=1).usage
+        counted = live.messages.count_tokens(**given).input_tokens
+        assert counted == usage.input_tokens + usage.cache_read_input_tokens
+
+
+def test_a_stop_sequence_is_named(live):
+    text = live.messages.create(**GREEDY).content[0].text
+    stop = text[4:7]
+    cut = live.messages.create(**GREEDY, stop_sequences=["unheard of", stop])
+    assert (cut.stop_reason, cut.stop_sequence, cut.content[0].text) == ("stop_sequence", stop, text.partition(stop)[0])
+
+
+def test_an_answer_goes_on_after_its_beginning(live):
+    text = live.messages.create(**GREEDY).content[0].text
+    begun = text[: text.index(" ", 6)]
+    turns = [*GREEDY["messages"], {"role": "assistant", "content": begun}]
+    rest = live.messages.create(**GREEDY | {"messages": turns}).content[0].text
+    assert (begun + rest).startswith(text)
+
+
+def test_a_tool_that_must_be_called_is(live):
+    body = {**GREEDY, "max_tokens": 64, "tools": [TOOL], "tool_choice": {"type": "any"}}
+    with live.messages.stream(**body) as stream:
+        final = stream.get_final_message()
+    call = next(block for block in final.content if block.type == "tool_use")
+    assert (call.name, type(call.input["a"]), final.stop_reason) == ("get", int, "tool_use")
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "blue"}
+    turns = [
+        *GREEDY["messages"],
+        {"role": "assistant", "content": final.content},
+        {"role": "user", "content": [result]},
+    ]
+    assert live.messages.create(**body | {"messages": turns, "tool_choice": {"type": "none"}}).usage.output_tokens > 0
+
+
+def test_json_that_fits_a_schema(live):
+    class Colour(pydantic.BaseModel):
+        name: Literal["red", "blue"]
+
+    parsed = live.messages.parse(**{**GREEDY, "max_tokens": 64}, output_format=Colour)
+    assert parsed.parsed_output.name in ("red", "blue")
+
+
+def test_errors_have_anthropics_shape(live):
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens is 0") as raised:
+        live.messages.create(**GREEDY | {"max_tokens": 0})
+    assert raised.value.body["error"]["type"] == "invalid_request_error"
+    with pytest.raises(anthropic.BadRequestError, match="shorten"):
+        live.messages.create(**GREEDY | {"messages": [{"role": "user", "content": "word " * 4000}]})
+    with pytest.raises(anthropic.AuthenticationError):
+        live.with_options(api_key="wrong").messages.create(**GREEDY)

@@ -1,6 +1,8 @@
 import json
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.responses import Response
 
@@ -10,6 +12,7 @@ from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 from teal_fast.server.responses import parse
 from teal_fast.tests.server.canned import Canned
+from teal_fast.tests.server.live import serving
 
 USAGE = Usage(12, 7, 5, 2, 0.25)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -284,3 +287,70 @@ def test_while_the_prompt_is_read_an_event_is_repeated(canned, monkeypatch):
     events, _ = streamed(canned, Text("Hello"), End("stop", None, USAGE))
     assert 2 < [event.type for event in events].count("response.in_progress") < 6
     assert events[-1].response.output_text == "Hello"
+
+
+# --- the real model behind it
+
+
+@pytest.fixture(scope="module")
+def live(demo):
+    with serving(demo) as server:
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+
+
+GREEDY = {"model": "m", "input": "Name a colour.", "max_output_tokens": 8, "temperature": 0}
+
+
+def test_a_streamed_answer_is_the_plain_one(live):
+    plain = live.responses.create(**GREEDY)
+    with live.responses.stream(**GREEDY) as stream:
+        events = list(stream)
+    deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert plain.output_text == deltas == events[-1].response.output_text != ""
+    assert plain.usage.output_tokens == events[-1].response.usage.output_tokens == 8
+    assert (plain.status, plain.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_the_next_turn_finds_its_prefix_in_the_cache(live):
+    first = live.responses.create(**GREEDY)
+    items = [{"role": "user", "content": GREEDY["input"]}, *first.to_dict()["output"], HI]
+    second = live.responses.create(**GREEDY | {"input": items})
+    assert second.usage.input_tokens_details.cached_tokens > first.usage.input_tokens
+
+
+def test_logprobs(live):
+    wanted = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    plain = live.responses.create(**GREEDY, **wanted).output[0].content[0]
+    assert "".join(token.token for token in plain.logprobs).startswith(plain.text)
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in plain.logprobs)
+    with live.responses.stream(**GREEDY, **wanted) as stream:
+        deltas = [event for event in stream if event.type == "response.output_text.delta"]
+    assert [token.token for event in deltas for token in event.logprobs] == [token.token for token in plain.logprobs]
+
+
+def test_a_tool_that_must_be_called_is(live):
+    body = GREEDY | {"max_output_tokens": 64, "tools": [TOOL], "tool_choice": "required"}
+    with live.responses.stream(**body) as stream:
+        final = stream.get_final_response()
+    call = next(item for item in final.output if item.type == "function_call")
+    assert call.name == "get" and isinstance(json.loads(call.arguments)["a"], int)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "blue"}
+    items = [{"role": "user", "content": "hi"}, *final.to_dict()["output"], result]
+    assert live.responses.create(**GREEDY | {"input": items, "tools": [TOOL]}).usage.output_tokens > 0
+
+
+def test_json_that_fits_a_schema(live):
+    class Colour(pydantic.BaseModel):
+        name: Literal["red", "blue"]
+
+    parsed = live.responses.parse(**GREEDY | {"max_output_tokens": 64}, text_format=Colour)
+    assert parsed.output_parsed.name in ("red", "blue")
+
+
+def test_errors_have_openais_shape(live):
+    with pytest.raises(openai.BadRequestError) as raised:
+        live.responses.create(**GREEDY, previous_response_id="resp_1")
+    assert (raised.value.param, raised.value.type) == ("previous_response_id", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError) as raised:
+        live.responses.create(**GREEDY | {"input": "word " * 4000})
+    assert raised.value.code == "context_length_exceeded"
