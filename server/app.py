@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from teal_fast.server import messages, responses
 from teal_fast.server.body import read_body
 from teal_fast.server.chat_completions import chat_completions
+from teal_fast.server.chat_page import PAGE
 from teal_fast.server.completions import completions
 from teal_fast.server.errors import ApiError, anthropic_shape, openai_shape
 from teal_fast.server.service import Limits, Service
@@ -50,6 +51,7 @@ async def change_request(request: Request) -> Response:
 
 
 ROUTES = [
+    *PAGE,
     Route("/health", health),
     Route("/metrics", metrics),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
