@@ -4,6 +4,7 @@ import anthropic
 import pydantic
 import pytest
 from anthropic.types import Message
+from hypothesis import given, settings
 
 from teal_fast.server import messages
 from teal_fast.server.asked import End, Live, Reasoning, Text, ToolArguments, ToolCall, Usage
@@ -12,17 +13,19 @@ from teal_fast.server.fields import Fields
 from teal_fast.server.messages import parse, read_chat
 from teal_fast.tests.server.canned import Canned
 from teal_fast.tests.server.live import serving
+from teal_fast.tests.server.strange import like
 
 USAGE = Usage(12, 7, 5, 2, 0.25)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOL = {"name": "get", "description": "d", "input_schema": SCHEMA}
 FUNCTION = {"type": "function", "function": {"name": "get", "description": "d", "parameters": SCHEMA}}
+SERVICE = Canned()
 HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 ASK = {"model": "m", "max_tokens": 5, "messages": [HI]}
 
 
 def asked(**body):
-    return parse(Fields(ASK | body), Canned())
+    return parse(Fields(ASK | body), SERVICE)
 
 
 def chat(*given, **body):
@@ -40,37 +43,40 @@ def test_system_and_content_are_text_or_blocks():
     cached = {"cache_control": {"type": "ephemeral"}}
     billing = text("x-anthropic-billing-header: cch=1234;")
     system = {"role": "system", "content": "be kind\nand short"}
-    given = chat(
+    read = chat(
         {"role": "user", "content": [text("hi", **cached)]}, system=[billing, text("be kind"), text("and short")]
     )
-    assert given.messages == [system, HI]
+    assert read.messages == [system, HI]
     assert chat(system="be kind\nand short").messages == [system, HI]
     assert chat({"role": "user", "content": [text("a"), text("b")]}).messages == [{"role": "user", "content": "a\nb"}]
 
 
 def test_system_messages_between_turns_join_the_turn_before():
-    given = chat(HI, {"role": "system", "content": [text("skills")]}, HELLO, HI, {"role": "system", "content": "now"})
-    assert [message["content"] for message in given.messages] == ["hi\n\nskills", "hello", "hi\n\nnow"]
+    read = chat(HI, {"role": "system", "content": [text("skills")]}, HELLO, HI, {"role": "system", "content": "now"})
+    assert [message["content"] for message in read.messages] == ["hi\n\nskills", "hello", "hi\n\nnow"]
+
+
+ANSWER = [
+    {"type": "thinking", "thinking": "hm", "signature": "x"},
+    {"type": "redacted_thinking", "data": "x"},
+    text("wait"),
+    {"type": "tool_use", "id": "1", "name": "get", "input": {"a": 1}},
+    {"type": "tool_use", "id": "2", "name": "get", "input": {}},
+]
+RESULTS = [
+    {"type": "tool_result", "tool_use_id": "1", "content": [text("2"), text("3")]},
+    {"type": "tool_result", "tool_use_id": "2", "content": "not there", "is_error": True},
+    text("go on"),
+]
+TURNS = [HI, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": RESULTS}]
 
 
 def test_calls_results_and_thoughts():
-    answer = [
-        {"type": "thinking", "thinking": "hm", "signature": "x"},
-        {"type": "redacted_thinking", "data": "x"},
-        text("wait"),
-        {"type": "tool_use", "id": "1", "name": "get", "input": {"a": 1}},
-        {"type": "tool_use", "id": "2", "name": "get", "input": {}},
-    ]
-    results = [
-        {"type": "tool_result", "tool_use_id": "1", "content": [text("2"), text("3")]},
-        {"type": "tool_result", "tool_use_id": "2", "content": "not there", "is_error": True},
-        text("go on"),
-    ]
     calls = [
         {"id": id, "type": "function", "function": {"name": "get", "arguments": arguments}}
         for id, arguments in (("1", {"a": 1}), ("2", {}))
     ]
-    assert chat(HI, {"role": "assistant", "content": answer}, {"role": "user", "content": results}).messages == [
+    assert chat(*TURNS).messages == [
         HI,
         {"role": "assistant", "content": "wait", "reasoning_content": "hm", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "1", "content": "2\n3"},
@@ -80,20 +86,20 @@ def test_calls_results_and_thoughts():
 
 
 def test_an_assistants_message_at_the_end_is_the_answers_beginning():
-    given = chat(HI, HELLO)
-    assert (given.messages, given.begun, given.thinking) == ([HI], "hello", False)
+    read = chat(HI, HELLO)
+    assert (read.messages, read.begun, read.thinking) == ([HI], "hello", False)
     assert chat(HI, {"role": "assistant", "content": [text("a"), text("b")]}).begun == "ab"
 
 
 def test_tools_and_their_choice():
     server = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
-    given = chat(tools=[TOOL | {"type": "custom"}, server, TOOL | {"name": "set", "strict": True}])
-    assert given.tools[0] == FUNCTION and [tool["function"]["name"] for tool in given.tools] == ["get", "set"]
-    assert given.tools[1]["function"]["strict"] is True
+    read = chat(tools=[TOOL | {"type": "custom"}, server, TOOL | {"name": "set", "strict": True}])
+    assert read.tools[0] == FUNCTION and [tool["function"]["name"] for tool in read.tools] == ["get", "set"]
+    assert read.tools[1]["function"]["strict"] is True
     for kind, choice in {"auto": "auto", "any": "required", "none": "none"}.items():
         assert chat(tools=[TOOL], tool_choice={"type": kind}).tool_choice == choice
-    given = chat(tools=[TOOL], tool_choice={"type": "tool", "name": "get", "disable_parallel_tool_use": True})
-    assert (given.tool_choice, given.tool_name, given.parallel_tool_calls) == ("named", "get", False)
+    read = chat(tools=[TOOL], tool_choice={"type": "tool", "name": "get", "disable_parallel_tool_use": True})
+    assert (read.tool_choice, read.tool_name, read.parallel_tool_calls) == ("named", "get", False)
 
 
 def test_thinking_and_format():
@@ -107,11 +113,26 @@ def test_thinking_and_format():
 
 
 def test_settings():
-    _, settings, stream = asked(temperature=0.5, top_p=0.9, top_k=5, stop_sequences=["x"], sparsity=0.25, stream=True)
-    sampling = settings.sampling
+    _, made, stream = asked(temperature=0.5, top_p=0.9, top_k=5, stop_sequences=["x"], sparsity=0.25, stream=True)
+    sampling = made.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 5)
-    assert (settings.max_new_tokens, settings.stop, settings.sparsity, stream) == (5, ("x",), 0.25, True)
+    assert (made.max_new_tokens, made.stop, made.sparsity, stream) == (5, ("x",), 0.25, True)
     assert asked(metadata={"user_id": "x"}, context_management={}, service_tier="auto")[2] is False
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    body=like(
+        ASK
+        | {"messages": [*TURNS, HELLO], "system": [text("be kind")], "tools": [TOOL], "tool_choice": {"type": "any"}}
+        | {"thinking": {"type": "disabled"}, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    )
+)
+def test_no_body_is_too_strange(body):
+    try:
+        parse(Fields(body), SERVICE)
+    except ApiError as error:
+        assert error.status == 400 and "\n" not in error.message
 
 
 @pytest.mark.parametrize(
@@ -295,9 +316,9 @@ def test_a_streamed_answer_is_the_plain_one(live):
 
 def test_count_tokens_is_what_an_answer_reads(live):
     body = {"model": "m", "system": "Be kind.", "messages": [HI, HELLO, HI], "tools": [TOOL]}
-    for given in (body, body | {"messages": [HI, HELLO]}):  # the second is begun by the assistant
-        usage = live.messages.create(**given, max_tokens=1).usage
-        counted = live.messages.count_tokens(**given).input_tokens
+    for sent in (body, body | {"messages": [HI, HELLO]}):  # the second is begun by the assistant
+        usage = live.messages.create(**sent, max_tokens=1).usage
+        counted = live.messages.count_tokens(**sent).input_tokens
         assert counted == usage.input_tokens + usage.cache_read_input_tokens
 
 
