@@ -37,12 +37,8 @@ class Canned(Service):
     vocab_size, reading = 100, 0.0
 
     def __init__(self, tokenizer: Tokenizer | None = None):
-        super().__init__(
-            Worker(
-                lambda: SimpleNamespace(tokenizer=tokenizer, name="canned", close=lambda: None), 1, lambda error: None
-            ),
-            Limits(),
-        )
+        loaded = SimpleNamespace(tokenizer=tokenizer, name="canned", close=lambda: None)
+        super().__init__(Worker(lambda: loaded, 1, lambda error: None), Limits())
         self.said: Sequence[Event | Exception] = ()
         self.chat: Chat | None = None
 
