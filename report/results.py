@@ -30,6 +30,7 @@ from teal_fast.report.results_speed import (
     decode_section,
     kernels_section,
     prompts_section,
+    serve_section,
     table_section,
 )
 
@@ -51,6 +52,7 @@ SECTIONS = {
     "decode": Kind(("file", "run", "model"), decode_section),
     "alternate": Kind(("file", "run", "model"), alternate_section),
     "prompts": Kind(("file", "run", "model"), prompts_section),
+    "serve": Kind(("file", "run", "model"), serve_section),
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),

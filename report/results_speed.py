@@ -127,6 +127,39 @@ def kernels_section(records: list[Record]) -> Section:
     return Section(title, [markdown(head, rows)], [f"read bandwidth {bandwidth(records)}"])
 
 
+def serve_section(records: list[Record]) -> Section:
+    names = {id(r): r["peer"] or f"{r['mode']}, {percent(r['sparsity'])}" for r in records}
+    times = ("first_token_s", "first_turn_s", "second_turn_s")
+    rows, compared = [], []
+    for r in records:
+        rate = f"{r['tokens_per_s']:.1f} ({r['tokens_per_s_spread'][1]:.1f})"
+        shares = [each([r], "achieved_sparsity", lambda value: percent(value, 1)) if r["sparsity"] else "", rate]
+        seconds = [each([r], name, lambda value: f"{1e3 * value:,.0f}") for name in times]
+        rows.append([names[id(r)], *shares, *seconds, each([r], "second_of_first", lambda value: f"{value:.3f}")])
+        for other, ratios in r.get("compared", {}).items():
+            cells = [each([ratios], name, lambda value: f"{value:.2f}") for name in ("tokens_per_s", *times)]
+            compared.append([names[id(r)], other, *cells])
+    about = next(r for r in records if "turns_prompt_tokens" in r)
+    first, second = about["turns_prompt_tokens"]
+    lengths = [
+        f"after {about['first_token_prompt_tokens']:,} tokens",
+        f"first turn, {first:,}",
+        f"second turn, {second:,}",
+    ]
+    head = ["", "achieved", "tokens/s", *(f"first token {length}, ms" for length in lengths), "second turn of first"]
+    tables = [markdown(head, rows)]
+    if compared:
+        tables.append(markdown(["", "over", "tokens/s", *(f"first token {length}" for length in lengths)], compared))
+    return Section(
+        f"{about['model']} in {about['format']} on {about['device']}",
+        tables,
+        [
+            f"{about['new_tokens']} tokens after {about['prompt_tokens']}, {len(about['tokens_per_s_rounds'])} rounds",
+            listed(f"{r['peer']} {r['peer_version']}" for r in records if r.get("peer_version")),
+        ],
+    )
+
+
 def table_section(records: list[Record]) -> Section:
     rows = []
     for record in records:

@@ -81,6 +81,26 @@ def test_peers_are_compared_and_named():
     assert cells(page, "bf16, 0 %")[1][-1] == "2.00 (2.00)" and "; another bf16 0.1." in page
 
 
+def test_the_server_stands_beside_what_it_is_compared_with():
+    turns = {"first_turn_s": 4.0, "second_turn_s": 0.2, "second_of_first": 0.05, "turns_prompt_tokens": [3001, 3040]}
+    asked = {"benchmark": "serve", "mode": "serve.py", "first_token_s": 0.7, "first_token_prompt_tokens": 505}
+    compared = {
+        "llama-server bf16": {"tokens_per_s": 1.5, "second_turn_s": 1.04},
+        "generate.py": {"tokens_per_s": 0.98},
+    }
+    served = row([30.0, 40.0, 50.0], sparsity=0.5, achieved_sparsity=0.48, compared=compared, **asked, **turns)
+    peer = row([25.0], peer="llama-server bf16", peer_version="7", **asked | {"mode": "llama-server"}, **turns)
+    generated = row([41.0], sparsity=0.5, **asked | {"mode": "generate.py"})
+    page = make_page([served, generated, peer], MARKERS)
+    assert cells(page, "serve.py, 50 %") == [
+        ["serve.py, 50 %", "48.0 %", "40.0 (50.0)", "700", "4,000", "200", "0.050"],
+        ["serve.py, 50 %", "llama-server bf16", "1.50", "1.04"],
+        ["serve.py, 50 %", "generate.py", "0.98", ""],
+    ]
+    assert cells(page, "generate.py, 50 %")[0][2:] == ["41.0 (41.0)", "700", "", "", ""]
+    assert "llama-server bf16 7." in page and "first token second turn, 3,040" in page
+
+
 def test_uncommitted_trees_are_marked():
     dirty = OURS["versions"] | {"commit": "abc1234+"}
     page = make_page([row([10.0]), row([10.0], run="2", versions=dirty)], MARKERS)
