@@ -14,7 +14,7 @@ from pathlib import Path
 from teal_fast.benchmarks.http_client import Exchange, piece
 from teal_fast.benchmarks.servers import Server, ours
 
-WORKERS = 16  # clients at once while memory is watched
+WORKERS = 8  # clients at once while memory is watched
 REFUSED = (429, 503)
 
 

@@ -38,7 +38,7 @@ def test_an_answer_belongs_to_whom_it_goes_along_with_the_farthest():
 
 
 def test_who_stays_is_answered_and_the_server_is_as_before(calibrated):
-    load = Load(calibrated, clients=24, requests=100, new_tokens=16, timeout=60)
-    found, wrong = try_server(load, "--max_queue", "3")
+    load = Load(calibrated, clients=20, requests=60, new_tokens=12, timeout=60)
+    found, wrong = try_server(load, "--max_queue", "8")
     assert not wrong, found
     assert found["default_queue"]["stayed"]["refused"] > 0
