@@ -16,6 +16,7 @@ from teal_fast.cli import (
     ModelChoice,
     add_model_arguments,
     fail,
+    open_checkpoint,
     open_model,
     parse_with_model,
     port,
@@ -27,6 +28,8 @@ from teal_fast.cli import (
     text,
 )
 from teal_fast.engine.engine import Engine
+from teal_fast.engine.prefix_file import identity, load_prefixes, save_prefixes
+from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.files.calibration import MissingCalibrationError
 
 try:
@@ -38,6 +41,7 @@ try:
 except ImportError as error:
     fail(f"the server's packages are missing ({error}): pip install 'teal-fast[serve]'")
 
+PREFIXES = "prefixes.safetensors"
 LONGEST = 32_768  # tokens of a context where none is named: agents send 10,000 to 40,000 of tools alone
 
 
@@ -66,6 +70,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
 
 def load(options: argparse.Namespace, choice: ModelChoice) -> Loaded:
     """The model and its engine. Without a calibration only sparsity 0 is served, which is said."""
+    open_checkpoint(choice.checkpoint, not choice.no_prepare)
     try:
         opened = open_model(replace(choice, no_prepare=choice.no_prepare or not options.sparsity))
     except MissingCalibrationError as error:
@@ -73,9 +78,20 @@ def load(options: argparse.Namespace, choice: ModelChoice) -> Loaded:
             raise
         print(f"serving sparsity 0 only: {error}", file=sys.stderr)
         opened = open_model(choice, calibrated=False)
-    context = min(options.max_seq_length or LONGEST, opened.model.args.max_position)
-    engine = Engine(opened.model, opened.calibration, opened.tokenizer.eos_ids, context, chunk=options.prefill_chunk)
-    return Loaded(engine, opened.tokenizer, opened.name)
+    model, stop = opened.model, opened.tokenizer.eos_ids
+    context = min(options.max_seq_length or LONGEST, model.args.max_position)
+    store = PrefixStore(options.cache_bytes)
+    engine = Engine(model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store)
+    if options.cache_dir is None:
+        return Loaded(engine, opened.tokenizer, opened.name)
+    path, of = options.cache_dir / PREFIXES, identity(opened.folder, model, opened.calibration)
+    load_prefixes(store, path, of, engine.cache)
+
+    def close() -> None:
+        engine.held.keep()
+        save_prefixes(store, path, of)
+
+    return Loaded(engine, opened.tokenizer, opened.name, close)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,12 +1,10 @@
 """The engine: one model, its key/value cache and the one decode loop. Ids go in, tokens come out; text is text.py's.
 
 The cache keeps the last conversation, and a store of prefixes those before it, if there is one. A request computes only
-what comes after the longest common prefix of its prompt and of what they hold. A prefix counts only as far as its keys
-and values were made at no higher sparsity than the request's: at sparsity 0 all of it was made densely.
+what comes after the longest common prefix of its prompt and of what they hold (held.py).
 """
 
 import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +17,9 @@ from teal_fast.engine.accounting import recount
 from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.cache import new_cache
 from teal_fast.engine.drawn import Drawn
+from teal_fast.engine.held import Held
 from teal_fast.engine.prefill import Prefill, prefill
+from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.scoring import Scored, parts, score
 from teal_fast.engine.steps import Step, fast_step
@@ -50,19 +50,16 @@ class Engine:
         make_step: Callable[[Transformer, KVCache], Step] = fast_step,
         prefill: Prefill = prefill,
         chunk: int | None = None,
-        prefixes: object = None,
+        prefixes: PrefixStore | None = None,
     ):
         self.model, self.calibration = with_own_thresholds(model), calibration
         self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
-        self.chunk, self.prefixes = chunk, prefixes
-        self.ids: list[int] = []  # the tokens whose keys and values the cache holds, from position 0 on
-        self.made: list[float] = []  # the highest sparsity at which those of a position or an earlier one were made
+        self.chunk, self.held = chunk, Held(self.cache, prefixes)
         self.sparsity = 0.0  # of the thresholds now set
         self.reused = 0  # tokens of the last prompt that were not computed again
         self._pending: float | None = None  # a sparsity to be set before the next step
         self._decoded: list[float] = []  # the sparsity of each decoded token of the last answer in the cache, its last
-        self._private = False  # whether what the cache holds is not to be used again
         self._lock, self._owner = threading.Lock(), None
 
     @property
@@ -107,16 +104,15 @@ class Engine:
         self._check_sparsity(sparsity)
 
         def done(end: int) -> None:
-            for i in range(len(self.ids), end):
-                self._remember(text[i], 0.0 if i < dense_tokens else sparsity)
+            for i in range(len(self.held.ids), end):
+                self.held.add(text[i], 0.0 if i < dense_tokens else sparsity)
             between()
 
         memory = memory_for(f"a text of {len(text)} tokens", "shorten it")
         with self._held(), self._on_device(), torch.no_grad(), memory:
             self._apply(sparsity)
-            self._keep()
+            self.held.keep()
             self._clear()
-            self._private = False
             return score(self.model, self.cache, text, dense_tokens, top, self.chunk, done)
 
     def set_sparsity(self, sparsity: float) -> None:
@@ -133,16 +129,17 @@ class Engine:
             self._clear()
 
     def _clear(self) -> None:
-        self.ids, self.made, self._decoded = [], [], []
+        self.held.clear()
+        self._decoded = []
 
     def achieved_sparsity(self) -> dict[str, float]:
         """What the last answer's decoded tokens skipped, each at its own sparsity, by tensor kind and "all"."""
         with self._held(), self._on_device(), memory_for("another pass over the answer", "shorten it"):
-            found, begin, last = [], len(self.ids) - len(self._decoded), self.sparsity
+            found, begin, last = [], len(self.held.ids) - len(self._decoded), self.sparsity
             for sparsity, group in groupby(self._decoded):
                 end = begin + len(list(group))
                 self._apply(sparsity)
-                found.append((end - begin, recount(self.model, self.cache, begin, self.ids[begin:end])))
+                found.append((end - begin, recount(self.model, self.cache, begin, self.held.ids[begin:end])))
                 begin = end
             self._apply(last)
             kinds = (
@@ -182,46 +179,16 @@ class Engine:
         """In the block, work goes to the model's GPU whatever the thread's current one is; never across a yield."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    @property
-    def dense(self) -> int:
-        """How many of the cache's first positions were made densely."""
-        return bisect_right(self.made, 0.0)
-
-    def known(self, prompt: Sequence[int], sparsity: float) -> int:
-        """How many of the prompt's first tokens a request at that sparsity need not compute: the cache holds them."""
-        ids, made = ([], []) if self._private else (self.ids, self.made)
-        most = min(len(prompt) - 1, len(ids), bisect_right(made, sparsity))
-        return next((i for i in range(most) if prompt[i] != ids[i]), most)
-
-    def _keep(self) -> None:
-        """Gives what the cache holds to the store of prefixes before it is overwritten, if it may be used again."""
-        if self.prefixes is not None and self.ids and not self._private:
-            self.prefixes.put(self.ids, self.made, self.cache)
-
-    def _reuse(self, request: Request) -> int:
-        """Fills the cache's beginning with what is known of the prompt; how many tokens that is."""
-        prompt, sparsity = request.prompt, request.sparsity
-        start = self.known(prompt, sparsity) if request.cache else 0
-        if len(self.ids) > start:
-            self._keep()
-        self.ids, self.made = self.ids[:start], self.made[:start]  # what holds should the pass be interrupted
-        stored = self.prefixes.known(prompt, sparsity) if request.cache and self.prefixes is not None else 0
-        if stored > start:
-            self.made += self.prefixes.fetch(prompt, sparsity, start, stored, self.cache)
-            self.ids += prompt[start:stored]
-        self._private = not request.cache
-        return len(self.ids)
-
     def _start(self, request: Request, between: Callable[[], None]) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
         prompt, dense = request.prompt, 1 if request.sparse_prompt else len(request.prompt)
-        self.reused = self._reuse(request)
+        self.reused = self.held.reuse(request)
         for begin, end in parts(self.reused, len(prompt), self.chunk):
             tokens, phase = torch.tensor([prompt[begin:end]], device=self._device), Phase(max(0, dense - begin))
             phase = phase if request.sparse_prompt else DENSE
             logits = self.prefill(self.model, self.cache, tokens, begin, phase)
             for i in range(begin, end):
-                self._remember(prompt[i], 0.0 if i < dense else request.sparsity)
+                self.held.add(prompt[i], 0.0 if i < dense else request.sparsity)
             between()
         return logits
 
@@ -275,7 +242,7 @@ class Engine:
             if constraint is not None:
                 constraint.accept(id)
             if previous is not None:  # the step that gave this token has put that one into the cache
-                self._remember(previous, found.sparsity)
+                self.held.add(previous, found.sparsity)
                 self._decoded.append(found.sparsity)
             previous = id
             reason = "stop" if id in stop else "length" if count == new_tokens else None
@@ -283,11 +250,6 @@ class Engine:
             self._owner = threading.get_ident()  # a stream may be taken on by another thread
             if reason:
                 return
-
-    def _remember(self, token: int, sparsity: float) -> None:
-        """Notes that the cache holds the keys and values of one more token, made at this sparsity on those before."""
-        self.made.append(max(sparsity, self.made[-1]) if self.made else sparsity)
-        self.ids.append(token)
 
 
 def _generator(device: torch.device, seed: int | None) -> torch.Generator:

@@ -17,8 +17,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from teal_fast.server import messages, responses
 from teal_fast.server.body import read_body
 from teal_fast.server.chat_completions import chat_completions
+from teal_fast.server.chat_page import PAGE
 from teal_fast.server.completions import completions
 from teal_fast.server.errors import ApiError, anthropic_shape, openai_shape
 from teal_fast.server.service import Limits, Service
@@ -49,10 +51,14 @@ async def change_request(request: Request) -> Response:
 
 
 ROUTES = [
+    *PAGE,
     Route("/health", health),
     Route("/metrics", metrics),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/responses", responses.endpoint, methods=["POST"]),
+    Route("/v1/messages", messages.endpoint, methods=["POST"]),
+    Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
     Route("/v1/requests/{id}", change_request, methods=["PATCH"]),
 ]
 

@@ -16,7 +16,8 @@ class Chat:
     tools: function, with name, description, parameters and strict. tool_choice: auto, none, required or named;
     tool_name: the one that must be called where it is named. schema: what the answer's JSON must fit, {} for any
     object, None for free text. thinking: what the template is told, None for its own default. split_thinking: whether
-    `<think>` goes apart from the answer's text. template: more variables of the chat template.
+    `<think>` goes apart from the answer's text. template: more variables of the chat template. begun: text that the
+    answer continues, and that is not part of it.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -28,6 +29,7 @@ class Chat:
     thinking: bool | None = None
     split_thinking: bool = True
     template: dict[str, Any] = field(default_factory=dict)
+    begun: str = ""
 
 
 @dataclass(frozen=True)

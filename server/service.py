@@ -81,7 +81,9 @@ class Service:
         """A chat's prompt, and how its answer is made and read. Templates and long texts take time: in a thread."""
         if self.grammars is None:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
-        return await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
+        made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
+        made.ids += self.tokenizer.encode(chat.begun, add_bos=False) if chat.begun else []
+        return made
 
     def begin_text(
         self, prompt: Sequence[int], settings: Settings, id: str, score: int | None = None, decode: bool = True

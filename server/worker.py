@@ -36,11 +36,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is served. name: the checkpoint's."""
+    """What is served. name: the checkpoint's. close: called in the engine's thread when it ends."""
 
     engine: Engine
     tokenizer: Tokenizer
     name: str
+    close: Callable[[], None] = lambda: None
 
 
 class Read(NamedTuple):
@@ -166,6 +167,7 @@ class Worker:
                 with self._changed:
                     job.state, self.running = "ended", None
             self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
+        self.loaded.close()
         self.stopped(None)
 
     def _next(self) -> Job | None:

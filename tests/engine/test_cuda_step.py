@@ -115,7 +115,7 @@ def test_decoding_ahead_of_the_host_gives_the_same_tokens():
     for stop in ((), (expected[8],)):
         tokens = [token.id for token in engine.stream(Request(PROMPT, Sampling(0.0), 0.5, 12, stop))]
         assert tokens == (expected[: expected.index(expected[8]) + 1] if stop else expected)
-        assert engine.ids == PROMPT + tokens[:-1]  # the step that ran ahead is not remembered
+        assert engine.held.ids == PROMPT + tokens[:-1]  # the step that ran ahead is not remembered
 
 
 @pytest.mark.gpu

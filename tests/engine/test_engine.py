@@ -125,7 +125,7 @@ def test_the_dial_turns_between_two_tokens(engine):
     found += stream
     assert [token.sparsity for token in found] == [0] * 4 + [0.9] * 8
     assert [token.id for token in found][:4] == answer(engine, sparsity=0, new_tokens=4)
-    assert engine.dense == len(PROMPT) + 3
+    assert engine.held.dense == len(PROMPT) + 3
 
 
 # --- what it remembers
@@ -167,24 +167,28 @@ def test_a_dense_turn_reuses_only_what_was_made_densely(engine, calibrated):
     first = answer(engine, sparsity=0.9)
     prompt = [*PROMPT, *first, 7, 8, 9]
     tokens, rows = computed(engine, ask(prompt, 0, 20))
-    assert rows == len(prompt) - len(PROMPT) and engine.dense == len(engine.ids)
+    assert rows == len(prompt) - len(PROMPT) and engine.held.dense == len(engine.held.ids)
     fresh = load(calibrated, context=128)[0]
     answer(fresh, PROMPT, 0, 1)
     assert tokens == answer(fresh, prompt, 0, 20)
     for ours, theirs in zip((*engine.cache.k, *engine.cache.v), (*fresh.cache.k, *fresh.cache.v), strict=True):
-        assert torch.equal(ours[:, :, : len(engine.ids)], theirs[:, :, : len(fresh.ids)])
+        assert torch.equal(ours[:, :, : len(engine.held.ids)], theirs[:, :, : len(fresh.held.ids)])
     sparse = load(calibrated, context=128)[0]
     answer(sparse, sparsity=0.5)
-    assert sparse.known(prompt, 0.4) == len(PROMPT) < sparse.known([*PROMPT, *answer(sparse, sparsity=0.5), 7], 0.5)
+    assert (
+        sparse.held.known(prompt, 0.4)
+        == len(PROMPT)
+        < sparse.held.known([*PROMPT, *answer(sparse, sparsity=0.5), 7], 0.5)
+    )
     answer(sparse, [*PROMPT, *answer(sparse, sparsity=0.9), 7, 8, 9], 0.9, 20)  # a sparse turn builds on sparse keys
-    assert sparse.dense == len(PROMPT) < len(sparse.ids)
+    assert sparse.held.dense == len(PROMPT) < len(sparse.held.ids)
 
 
 def test_a_closed_or_failing_stream_leaves_a_sound_cache(engine, calibrated):
     stream = engine.stream(ask())
     begun = [token.id for token in islice(stream, 5)]
     stream.close()
-    assert engine.ids == [*PROMPT, *begun[:-1]]
+    assert engine.held.ids == [*PROMPT, *begun[:-1]]
 
     def failing(model, cache, tokens, start, phase):
         prefill(model, cache, tokens, start, phase)
@@ -194,7 +198,7 @@ def test_a_closed_or_failing_stream_leaves_a_sound_cache(engine, calibrated):
     with pytest.raises(KeyboardInterrupt):
         answer(engine, [*PROMPT, 1, 2])
     engine.prefill = given
-    assert engine.ids == PROMPT
+    assert engine.held.ids == PROMPT
     prompt = [*PROMPT, *begun, 7]
     other = load(calibrated, context=128)[0]
     answer(other, new_tokens=1)
@@ -367,7 +371,7 @@ def test_logits_of_nan_and_inf_end_in_one_line(tiny, place, bad, sampling):
     assert len(list(islice(stream, place))) == place
     with pytest.raises(ValueError, match=f"the logits after {len(PROMPT) + place} tokens hold NaN or inf: the check"):
         next(stream)
-    assert engine.ids == [] and engine.achieved_sparsity() == {}
+    assert engine.held.ids == [] and engine.achieved_sparsity() == {}
     assert len(answer(engine, sparsity=0)) == 12
 
 

@@ -220,7 +220,7 @@ def test_decoding_goes_on_as_from_the_cache_itself(sparsity):
     prompt = [(7 * i) % 490 + 3 for i in range(150)]
     for _ in engine.stream(Request(prompt, Sampling(0.0), sparsity, 20, ())):
         pass
-    ids, made = list(engine.ids), list(engine.made)
+    ids, made = list(engine.held.ids), list(engine.held.made)
     store = PrefixStore(10**9)
     store.put(ids, made, engine.cache)
     follow_up = [*ids, 11, 12, 13]

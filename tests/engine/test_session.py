@@ -41,7 +41,7 @@ def test_the_oldest_turns_are_dropped_with_a_word(opened, capsys):
     session = make(opened, [SYSTEM])
     for number in range(8):
         session.turn(f"Question number {number}: what is a whale?")
-        assert len(session.engine.ids) < 128
+        assert len(session.engine.held.ids) < 128
     said = capsys.readouterr().err
     assert "the context is full: the oldest turn was dropped" in said
     assert session.chat[0] == SYSTEM and session.chat[1]["role"] == "user"

@@ -29,12 +29,17 @@ class Live:
 
 @contextmanager
 def serving(
-    folder: Path, dtype: str | None = None, context: int = 2048, max_queue: int = 64, **limits
+    folder: Path,
+    dtype: str | None = None,
+    context: int = 2048,
+    max_queue: int = 64,
+    calibrated: bool = True,
+    **limits,
 ) -> Iterator[Live]:
-    """Serves a checkpoint with its calibration until the block ends; limits: of `Limits`."""
+    """Serves a checkpoint, with its calibration or without one, until the block ends; limits: of `Limits`."""
 
     def load() -> Loaded:
-        opened = open_model(ModelChoice(str(folder), "cpu", dtype))
+        opened = open_model(ModelChoice(str(folder), "cpu", dtype), calibrated)
         engine = Engine(opened.model, opened.calibration, opened.tokenizer.eos_ids, context, chunk=128)
         return Loaded(engine, opened.tokenizer, opened.name)
 
