@@ -115,9 +115,13 @@ class Tokenizer:
         stream = PieceStream(pieces, self._first)
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, prompt: Iterable[int] = ()) -> PieceStream:
-        """Start a text that arrives token by token, as what goes on after the prompt's ids."""
-        return PieceStream(self.pieces, self._first, prompt)
+    def stream(self, prompt: Iterable[int] = (), visible: Mapping[int, str] | None = None) -> PieceStream:
+        """Start a text that arrives token by token, as what goes on after the prompt's ids.
+
+        visible: special tokens that are shown nevertheless, as the text that they stand for, by id.
+        """
+        shown = {token: text.encode() for token, text in (visible or {}).items()}
+        return PieceStream(ChainMap(shown, self.pieces) if shown else self.pieces, self._first, prompt)
 
     def piece(self, token: int) -> bytes:
         """The bytes of an id by itself: what it adds to a text, or the name of a control token; none where it has none.
