@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from teal_fast.server import schemas
-from teal_fast.server.schemas import ID, TEXT, WORD, Schema, fields, items, ref, text
+from teal_fast.server.schemas import COUNT, TEXT, WORD, Schema, fields, items, ref, text
 from teal_fast.server.texts import our_version
 
 REASONS = {
@@ -30,12 +30,13 @@ ERRORS = {
 }
 
 
-def describe() -> dict[str, Any]:
+def describe(vocab_size: int) -> dict[str, Any]:
     refused = {
         f"{error}{status}": {"description": said, "content": {"application/json": {"schema": ref(error)}}}
         for error in ERRORS
         for status, said in REASONS.items()
     }
+    token = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -46,7 +47,7 @@ def describe() -> dict[str, Any]:
         "security": [{"bearer": []}, {"header": []}, {}],
         "paths": answers() | facts(),
         "components": {
-            "schemas": {"Message": schemas.MESSAGE, **ERRORS},
+            "schemas": {"Message": schemas.MESSAGE, "Token": token, **ERRORS},
             "responses": refused,
             "securitySchemes": keys,
         },
@@ -55,7 +56,7 @@ def describe() -> dict[str, Any]:
 
 def answers() -> dict[str, Any]:
     """Endpoints that take a body."""
-    tokens = fields("tokens", "count", "max_model_len", tokens=items({}), count=ID, max_model_len=ID)
+    tokens = fields("tokens", "count", "max_model_len", tokens=items({}), count=COUNT, max_model_len=COUNT)
     detokenized = fields("prompt", "content", prompt=WORD, content=WORD)
     return {
         "/v1/chat/completions": post("Answers a chat", schemas.CHAT, OBJECT, streams=True),
@@ -63,7 +64,10 @@ def answers() -> dict[str, Any]:
         "/v1/responses": post("Answers a chat, as OpenAI's newer API", schemas.RESPONSE, OBJECT, streams=True),
         "/v1/messages": post("Answers a chat, as Anthropic's API", schemas.MESSAGES, OBJECT, True, "AnthropicError"),
         "/v1/messages/count_tokens": post(
-            "Counts a chat's tokens", schemas.COUNT, fields("input_tokens", input_tokens=ID), error="AnthropicError"
+            "Counts a chat's tokens",
+            schemas.COUNT_TOKENS,
+            fields("input_tokens", input_tokens=COUNT),
+            error="AnthropicError",
         ),
         "/v1/requests/{id}": {
             **path_parameter("id"),
@@ -77,11 +81,11 @@ def answers() -> dict[str, Any]:
 
 def facts() -> dict[str, Any]:
     """Endpoints that tell what is."""
-    model = fields("id", "max_model_len", id=WORD, max_model_len=ID)
+    model = fields("id", "max_model_len", id=WORD, max_model_len=COUNT)
     return {
         "/v1/models": get("The model's names", fields("data", data=items(model))),
         "/v1/models/{name}": {**path_parameter("name"), **get("One name of the model", model)},
-        "/props": get("What is served, and how", fields("n_ctx", n_ctx=ID, sparsity={"type": "number"})),
+        "/props": get("What is served, and how", fields("n_ctx", n_ctx=COUNT, sparsity={"type": "number"})),
         "/version": get("The server's version", fields("version", version=WORD)),
         "/health": get("Whether the model is loaded", fields("status", status=WORD)),
         "/metrics": get("Figures for Prometheus", None),
@@ -115,4 +119,4 @@ def operation(
 
 
 async def openapi(request: Request) -> Response:
-    return JSONResponse(describe())
+    return JSONResponse(describe(request.app.state.service.vocab_size))

@@ -49,6 +49,8 @@ def fields(*needed: str, **properties: Schema) -> Schema:
 
 def solid(schema: Schema) -> Schema:
     """The schema without null."""
+    if "anyOf" in schema:
+        return either(*map(solid, schema["anyOf"]))
     kind = schema.get("type")
     changed = {"type": kind[0]} if isinstance(kind, list) else {}
     changed |= {"enum": [word for word in schema["enum"] if word is not None]} if "enum" in schema else {}
@@ -61,7 +63,8 @@ def ref(name: str) -> Schema:
 
 FLAG, TEXT = maybe("boolean"), text()
 WORD = {"type": "string"}
-ID = {"type": "integer", "minimum": 0}
+COUNT = {"type": "integer", "minimum": 0}
+TOKEN = ref("Token")  # an id below the size of the vocabulary
 ANY = maybe("object")
 STOP = either({"type": ["string", "null"], "minLength": 1}, items({**WORD, "minLength": 1}, MOST_STOPS))
 
@@ -130,7 +133,7 @@ CHAT = fields(
     **SAMPLING,
     **OURS,
 )
-IDS = {"type": "array", "items": ID, "minItems": 1}
+IDS = {"type": "array", "items": TOKEN, "minItems": 1}
 COMPLETION = fields(
     "prompt",
     prompt=either(WORD, IDS, {"type": "array", "items": either(WORD, IDS), "minItems": 1, "maxItems": MOST_PROMPTS}),
@@ -185,27 +188,18 @@ MESSAGES = fields(
     **SAMPLING | {"temperature": number(0, 1)},
     **OURS,
 )
-TOKENIZE = fields(
-    model=TEXT,
-    **ASK,
-    prompt=TEXT,
-    content=TEXT,
-    add_special_tokens=FLAG,
-    add_special=FLAG,
-    parse_special=FLAG,
-    return_token_strs=FLAG,
-    with_pieces=FLAG,
+NAMES = {"model": TEXT, "return_token_strs": FLAG, "with_pieces": FLAG, "parse_special": FLAG}
+TOKENIZE = either(
+    fields("prompt", prompt=TEXT, add_special_tokens=FLAG, **NAMES),
+    fields("content", content=TEXT, add_special=FLAG, **NAMES),
+    fields("messages", **ASK, **NAMES),
 )
-MESSAGE = fields(
-    "role",
-    role=text(*ROLES),
-    content=CONTENT,
-    reasoning_content=TEXT,
-    name=TEXT,
-    tool_call_id=TEXT,
-    tool_calls=items(CALL),
+NAMED = {"reasoning_content": TEXT, "name": TEXT, "tool_call_id": TEXT}
+MESSAGE = either(
+    fields("role", "content", role=text(*ROLES), content=CONTENT, **NAMED),
+    fields("role", "tool_calls", role=text("assistant"), content=CONTENT, tool_calls=items(CALL, least=1), **NAMED),
 )
-COUNT = fields("messages", model=TEXT, **ASKED)
+COUNT_TOKENS = fields("messages", model=TEXT, **ASKED)
 CHANGE = fields("sparsity", sparsity=number(0, MAX_SPARSITY))
-DETOKENIZE = fields("tokens", model=TEXT, tokens=items(ID))
+DETOKENIZE = fields("tokens", model=TEXT, tokens=items(TOKEN))
 TEMPLATE = fields("messages", model=TEXT, **ASK)

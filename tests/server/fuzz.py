@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 
 @st.composite
 def changed(draw: st.DrawFn, bodies: st.SearchStrategy) -> Any:
-    """A body with some of its values replaced, dropped or nested; None where it is no object any more."""
-    body = tame(draw(bodies))
+    """A body with some of its values replaced, dropped or nested."""
+    body = tame(deepcopy(draw(bodies)))
     for _ in range(draw(st.integers(0, 3))):
         ways = places(body)
         if not ways:
@@ -130,9 +131,9 @@ def changed(draw: st.DrawFn, bodies: st.SearchStrategy) -> Any:
             for _ in range(draw(st.sampled_from((1, 3, 150)))):
                 within[last] = [within[last]] if draw(st.booleans()) else {"a": within[last]}
         elif change == "add" and isinstance(within, dict):
-            within[draw(st.text(max_size=9))] = draw(ODD)
+            within[draw(st.text(max_size=9))] = deepcopy(draw(ODD))
         else:
-            within[last] = draw(ODD)
+            within[last] = deepcopy(draw(ODD))  # which later changes may change
     return tame(body)
 
 
@@ -146,25 +147,32 @@ def tame(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+def cases(described: dict[str, Any]) -> st.SearchStrategy:
+    """Requests to all endpoints of a description."""
+    found = []
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            if method != "parameters":
+                content = operation.get("requestBody", {}).get("content")
+                schema = content and content["application/json"]["schema"]
+                bodies = values(schema, described["components"]["schemas"]) if schema else None
+                found.append(requests(method.upper(), path, bodies))
+    return st.one_of(found)
+
+
 @st.composite
-def cases(draw: st.DrawFn, described: dict[str, Any]) -> Case:
-    path, operations = draw(st.sampled_from(sorted(described["paths"].items())))
-    method = draw(st.sampled_from([name for name in operations if name != "parameters"]))
+def requests(draw: st.DrawFn, method: str, path: str, bodies: st.SearchStrategy | None) -> Case:
     if "{" in path:
         name = draw(st.text(max_size=20) | st.sampled_from(["..", "%", "a/b", "a" * 5000, "\x00", "req-1"]))
         path = path[: path.index("{")] + quote(name, safe=draw(st.sampled_from(["", "/."])))
-    body = b""
-    if wanted := operations[method].get("requestBody"):
-        named = described["components"]["schemas"]
-        bodies = values(wanted["content"]["application/json"]["schema"], named)
-        body = draw(raw_bodies(draw(st.just(bodies).map(changed)) if draw(st.integers(0, 19)) else ODD))
-    case = Case(method.upper(), path, body)
+    body = b"" if bodies is None else draw(raw_bodies(bodies))
+    case = Case(method, path, body)
     return draw(misframed(case)) if not draw(st.integers(0, 9)) else case
 
 
 @st.composite
 def raw_bodies(draw: st.DrawFn, bodies: st.SearchStrategy) -> bytes:
-    data = json.dumps(draw(bodies)).encode()
+    data = json.dumps(draw(changed(bodies)) if draw(st.integers(0, 19)) else draw(ODD)).encode()
     kind = draw(st.integers(0, 39))
     if kind == 0:
         return data[: draw(st.integers(0, len(data)))]
