@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Coroutine
 from typing import Any
 
@@ -11,6 +12,7 @@ from teal_fast.files.store import one_line
 from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MOST_BYTES = 32 * 2**20  # of a body: a context of a million tokens is 4 MB
 
 
@@ -25,13 +27,16 @@ async def read_body(request: Request) -> Fields:
 
 
 def parse_body(data: bytes) -> Any:
-    """The JSON value of a body. Raises ApiError 400; NaN and infinities are no JSON."""
+    """The JSON value of a body. Raises ApiError 400; NaN, infinities and halves of characters are none."""
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number")
 
     try:
-        return json.loads(data.decode(), parse_constant=refuse)
+        value = json.loads(data.decode(), parse_constant=refuse)
+        if ESCAPED_SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a pair, which no answer could hold
+        return value
     except (ValueError, RecursionError) as error:
         said = one_line(error, 100, 60, 30)
         raise ApiError(400, f"the body is not JSON ({said}): send one JSON object in UTF-8") from None
