@@ -75,7 +75,7 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True, control: bool = True) -> list[int]:
         """Ids of a prompt, after BOS where the checkpoint asks for it and `add_bos` allows it; never with EOS."""
         return (self._prefix if add_bos else []) + self._ids(text)
 
