@@ -19,7 +19,7 @@ from teal_fast.server.errors import ApiError
 from teal_fast.server.formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, OWN, format_of, visible_markers
 from teal_fast.server.grammar import Grammars
 from teal_fast.server.tools import plan
-from teal_fast.tests.files.made_tokenizers import train_byte_level
+from teal_fast.tests.files.made_tokenizers import load_real, train_byte_level
 
 pytest.importorskip("llguidance")
 
@@ -121,6 +121,16 @@ def test_templates_render_tools_calls_and_results(speaking, name):
         assert text.count(part) == 1, part
     assert text.index('"Rome"') < text.index("sunny") < text.index("12:00")
     assert '"arguments": "' not in text and "toolu" not in text  # an object, not JSON in a string
+
+
+@pytest.mark.parametrize("name, format", [("llama", LLAMA), ("mistral", MISTRAL), ("qwen", HERMES)])
+def test_templates_of_real_models(name, format):
+    tokenizer = load_real(name)
+    assert format_of(tokenizer.chat_template) == format
+    chat = [*CALLED, {"role": "assistant", "content": "Sunny."}, *ASKED]
+    text = tokenizer.decode(plan(Chat(chat, TOOLS), tokenizer, Grammars(tokenizer, tokenizer.vocab_size)).ids)
+    for part in ("The weather of a city.", f'"{format.key}": {{"city": "Rome"}}', "sunny", "12:00", "Be brief."):
+        assert part in text
 
 
 def test_own_words_for_a_template_that_knows_no_tools(demo_tokenizer):
