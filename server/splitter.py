@@ -175,7 +175,9 @@ class Splitter:
             if self.ended:
                 self._take(len(self.held))
             return False
-        white = len(self.held) - len(text)
+        white, following = len(self.held) - len(text), text.lstrip("; \t\r\n")
+        if self.format.bare and not following and not self.ended:
+            return False
         self.state = self._in_text
         if self.listed and text[0] == ",":
             return self._begin(Call(), self._take(white + 1))
@@ -184,7 +186,7 @@ class Splitter:
             self.listed = False
         elif end and text.startswith(end):
             self._take(white + len(end))
-        elif self.format.bare and (following := text.lstrip("; \t\r\n")).startswith("{"):
+        elif self.format.bare and following.startswith("{"):
             return self._begin(Call(self.names), self._take(len(self.held) - len(following)))
         return True
 

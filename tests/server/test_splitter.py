@@ -186,6 +186,12 @@ def test_llama_calls_only_known_tools_without_a_marker():
     assert split(['Sure: {"name": "f", "parameters": {}}'], LLAMA) == ("", 'Sure: {"name": "f", "parameters": {}}', [])
 
 
+def test_llama_calls_cut_at_their_separator():
+    call = '{"name": "f", "parameters": {}}'
+    assert split([f"{call};", f" {call}"], LLAMA) == ("", "", [("f", "{}")] * 2)
+    assert split([f"{call};", " done"], LLAMA) == ("", "; done", [("f", "{}")])
+
+
 def test_mistrals_own_id_is_kept():
     splitter = Splitter(MISTRAL_NAMED)
     call, _ = splitter.push("[TOOL_CALLS]f[CALL_ID]abcDEF123[ARGS]{}")
