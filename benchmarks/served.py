@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from teal_fast.files.paths import DATA
+from teal_fast.files.paths import DATA, ROOT
 from teal_fast.files.store import parse_json
 from teal_fast.files.tokenizer import Tokenizer
 
@@ -123,7 +123,7 @@ class Generated(Row):
     def generate(self, prompt: str, new_tokens: int) -> dict:
         """The record that it prints."""
         words = ["--prompt", prompt, "--max_new_tokens", str(new_tokens), "--temperature", "0", "--json"]
-        command = [sys.executable, "-m", "teal_fast", "generate", *self.words, *words]
+        command = [sys.executable, str(ROOT / "generate.py"), *self.words, *words]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             raise ValueError(f"generate.py failed: {done.stderr.decode(errors='replace').strip()[-500:]}")

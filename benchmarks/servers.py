@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from teal_fast.benchmarks.http_client import Exchange
+from teal_fast.files.paths import ROOT
 
 START = 300.0  # seconds that loading may take
 STOP = 30.0
@@ -84,7 +85,7 @@ class Server:
 
 def ours(checkpoint: str | Path, *words: str) -> list[str]:
     """The command of our own server."""
-    return [sys.executable, "-m", "teal_fast", "serve", "--checkpoint", str(checkpoint), *words]
+    return [sys.executable, str(ROOT / "serve.py"), "--checkpoint", str(checkpoint), *words]
 
 
 def free_port() -> int:

@@ -44,6 +44,8 @@ class Grammars:
         """Made when it is first needed: it takes a second for a large vocabulary."""
         shown = {id: text.encode() for id, text in visible_markers(self._tokenizer).items()}
         pieces, ends = {**self._tokenizer.pieces, **shown}, sorted(self._tokenizer.eos_ids)
+        if not ends:
+            raise ApiError(400, "this checkpoint names no token that ends an answer: no schema or call can be enforced")
         words = [b"" if id in ends else pieces.get(id, b"") for id in range(self._vocab_size)]
         return LLTokenizer(TokenizerWrapper(_Vocabulary(words, ends, self._tokenizer)), self._vocab_size, ends)
 

@@ -82,7 +82,8 @@ class Service:
         if self.grammars is None:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
         made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
-        made.ids += self.tokenizer.encode(chat.begun, add_bos=False) if chat.begun else []
+        if chat.begun:
+            made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False))
         return made
 
     def begin_text(

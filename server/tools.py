@@ -124,7 +124,9 @@ class _Grammar:
         if format is None:
             return grammars.begin(json_grammar(answer, must) + end, "response_format") if answer else None
         forced = chat.tool_choice in ("required", "named")
-        single = not chat.parallel_tool_calls or chat.tool_choice == "named"  # a named one is called once, as by OpenAI
+        single = (
+            not chat.parallel_tool_calls or chat.tool_choice == "named"
+        )  # a named one is called once, as OpenAI does
         rules = _rules(chat, grammars, forced)
         if forced or answer:
             return grammars.begin(forced_calls(format, rules, must, single, answer) + end, "tools")

@@ -125,6 +125,14 @@ def test_a_longer_tail_replaces_a_shorter_one():
     check_fetch(store, [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], 0, 3, 10)
 
 
+def test_a_tail_that_grows_keeps_what_was_made_densely():
+    store = PrefixStore(10**6, 8)
+    put(store, [1, 2, 3], [0.0, 0.0, 0.5])
+    put(store, [1, 2, 3, 4, 5], [0.0, 0.3, 0.3, 0.3, 0.5])
+    assert [store.known([1, 2, 3, 4, 5, 6], sparsity) for sparsity in (0.0, 0.3, 0.5)] == [2, 4, 5]
+    check_fetch(store, [1, 2, 3, 4, 5, 6], 0.5, 0, 5)
+
+
 @pytest.mark.parametrize("first, second", [(0.5, 0.0), (0.0, 0.5)])
 def test_dense_replaces_sparse_and_children_keep_their_own(first, second):
     store = PrefixStore(10**6, 4)

@@ -2,8 +2,8 @@
 
     python -m teal_fast.tests.server.load --checkpoint demo
 
-Starts serve.py on the loopback and counts what becomes of each request. A client's marker is three numbers, which the
-model continues; what each is answered was written down before, from a server with nothing else to do, so that text of
+Starts serve.py on the loopback and counts what becomes of each request. Each client has a marker
+for its prompt; what each is answered was written down before, from a server with nothing else to do, so that text of
 another stream is seen. First all come at once to a queue that holds them, then to the default one. Then memory and
 threads are watched over many requests, and at last SIGTERM must let a running answer end. Prints what was found as one
 JSON line; whatever is not as it should be is named, and the exit code is 1.
@@ -17,7 +17,7 @@ import time
 from teal_fast.benchmarks.http_client import Exchange
 from teal_fast.benchmarks.servers import Server
 from teal_fast.cli import positive_int, run, sparsity
-from teal_fast.tests.server.clients import WORKERS, Load, ask, expect, fates, mixed_up, steady, storm
+from teal_fast.tests.server.clients import Load, ask, expect, fates, mixed_up, steady, storm
 
 CACHE_BYTES = 20_000_000  # of prefixes: full after the first requests, so that memory is level from then on
 
@@ -63,50 +63,39 @@ def settled_threads(server: Server, at_most: int) -> int:
     return server.threads()
 
 
-def crowd(load: Load, seed: int, *words: str) -> tuple[dict, list[str]]:
-    """A storm on a server with these flags: what was found, and what is wrong."""
-    with load.server(*words) as server:
-        expected = expect(load, server.port)
-        outcomes = storm(load, server.port, seed)
-        stayed = outcomes[::2]
-        wrong = mixed_up(outcomes, expected, exactly=True)
-        wrong += [f"a client that stayed: {o.fate} {o.said}" for o in stayed if o.fate not in ("answered", "refused")]
-        wrong += [f"a client that left: {o.fate} {o.said}" for o in outcomes[1::2] if o.fate in ("broken", "silent")]
-        after = ask(load, server.port, load.body(0, cache=False))
-        if after.text != expected[0]:
-            wrong.append(
-                f"afterwards the server answers {after.text!r}, not {expected[0]!r}: {after.fate} {after.said}"
-            )
-    return {"stayed": fates(stayed), "left": fates(outcomes[1::2])}, wrong
+def crowd(load: Load, server: Server, expected: list[str], seed: int) -> tuple[dict, list[str]]:
+    """A storm: what became of the clients, and what is wrong."""
+    outcomes = storm(load, server.port, seed)
+    stayed, left = outcomes[::2], outcomes[1::2]
+    wrong = mixed_up(outcomes, expected, exactly=True)
+    wrong += [f"a client that stayed: {o.fate} {o.said}" for o in stayed if o.fate not in ("answered", "refused")]
+    wrong += [f"a client that left: {o.fate} {o.said}" for o in left if o.fate in ("broken", "silent")]
+    after = ask(load, server.port, load.body(0, cache=False))
+    if after.text != expected[0]:
+        wrong.append(f"afterwards the server answers {after.text!r}, not {expected[0]!r}: {after.fate} {after.said}")
+    return {"stayed": fates(stayed), "left": fates(left)}, wrong
 
 
-def endure(load: Load) -> tuple[dict, list[str]]:
-    """Many requests to one server, whose memory and threads stay as they are; then SIGTERM."""
-    with load.server("--cache_bytes", str(CACHE_BYTES)) as server:
-        expected = expect(load, server.port)
-        steady(load, server.port, max(load.requests // 5, 4 * WORKERS))  # warms up
-        time.sleep(1)
-        memory, threads = server.memory(), server.threads()
-        outcomes = steady(load, server.port, load.requests)
-        time.sleep(1)
-        grown, left = server.memory() / memory - 1, settled_threads(server, threads)
-        wrong = mixed_up(outcomes, expected, exactly=False)
-        wrong += [
-            f"request {i}: {o.fate} {o.said}" for i, o in enumerate(outcomes) if o.fate not in ("answered", "left")
-        ]
-        drained = drain(load, server)
-    found = {"requests": fates(outcomes), "memory": memory, "growth": grown, "threads": [threads, left]}
-    return found | {"drained": drained}, wrong
+def endure(load: Load, server: Server, expected: list[str]) -> tuple[dict, list[str]]:
+    """Many requests, over which memory and threads stay as they are."""
+    steady(load, server.port, load.requests)  # warms up: what is kept of the last requests is kept from then on
+    time.sleep(1)
+    memory, threads = server.memory(), server.threads()
+    outcomes = steady(load, server.port, load.requests)
+    time.sleep(1)
+    grown, left = server.memory() / memory - 1, settled_threads(server, threads)
+    wrong = mixed_up(outcomes, expected, exactly=False)
+    wrong += [f"request {i}: {o.fate} {o.said}" for i, o in enumerate(outcomes) if o.fate not in ("answered", "left")]
+    return {"requests": fates(outcomes), "memory": memory, "growth": grown, "threads": [threads, left]}, wrong
 
 
-def verdict(load: Load, held: dict, default: dict, lasting: dict) -> list[str]:
+def verdict(load: Load, found: dict) -> list[str]:
     """What is wrong with the numbers."""
-    wrong, drained = [], lasting["drained"]
-    staying = (load.clients + 1) // 2
-    if held["stayed"].get("answered", 0) < 0.8 * staying:
-        wrong.append(f"a queue for all: {held['stayed']}, expected at least 80 % answered")
-    if not default["stayed"].get("answered"):
-        wrong.append(f"the default queue: {default['stayed']}, expected some answered")
+    wrong, lasting, drained = [], found["lasting"], found["drained"]
+    if found["queue_for_all"]["stayed"].get("answered", 0) < 0.8 * len(range(0, load.clients, 2)):
+        wrong.append(f"a queue for all: {found['queue_for_all']}, expected at least 80 % of who stays answered")
+    if not found["default_queue"]["stayed"].get("answered"):
+        wrong.append(f"the default queue: {found['default_queue']}, expected some answered")
     if lasting["growth"] >= 0.02:
         wrong.append(f"memory grew by {lasting['growth']:.1%}, expected less than 2 %")
     if lasting["threads"][1] > lasting["threads"][0]:
@@ -118,13 +107,17 @@ def verdict(load: Load, held: dict, default: dict, lasting: dict) -> list[str]:
     return wrong
 
 
-def try_server(load: Load, queue: int | None = None) -> tuple[dict, list[str]]:
-    """Everything: what was found, and what is wrong. queue: a smaller one than the default, for few clients."""
-    held, of_held = crowd(load, 0, "--max_queue", str(load.clients))
-    default, of_default = crowd(load, 1, *(() if queue is None else ("--max_queue", str(queue))))
-    lasting, of_lasting = endure(load)
-    found = {"queue_for_all": held, "default_queue": default, "lasting": lasting}
-    return found, of_held + of_default + of_lasting + verdict(load, held, default, lasting)
+def try_server(load: Load, *words: str) -> tuple[dict, list[str]]:
+    """Everything: what was found, and what is wrong. words: more flags of the server whose queue is too short."""
+    found = {}
+    with load.server("--max_queue", str(load.clients)) as server:
+        expected = expect(load, server.port)
+        found["queue_for_all"], of_held = crowd(load, server, expected, 0)
+    with load.server("--cache_bytes", str(CACHE_BYTES), *words) as server:
+        found["default_queue"], of_default = crowd(load, server, expected, 1)
+        found["lasting"], of_lasting = endure(load, server, expected)
+        found["drained"] = drain(load, server)
+    return found, of_held + of_default + of_lasting + verdict(load, found)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""A small load on the real server with the demo model; what clients.py can see is tested on made outcomes."""
+"""A small load on the real server with a tiny model; what clients.py can see is tested on made outcomes."""
 
 import pytest
 
-from teal_fast.tests.server.clients import Load, Outcome, mixed_up, owner
+from teal_fast.tests.server.clients import Load, Outcome, is_own, mixed_up
 from teal_fast.tests.server.load import try_server
 
 EXPECTED = [" 1003, 1004", " 1040, 1041", " 1077, 1078"]
@@ -31,11 +31,14 @@ def test_two_answers_with_one_id_are_seen():
 
 
 def test_an_answer_belongs_to_whom_it_goes_along_with_the_farthest():
-    assert [owner(text, EXPECTED) for text in (" 1003, 9", " 1041", " 1077, 1078, 1")] == [0, 1, 2]
+    texts = (" 1003, 9", " 1041", " 1077, 1078, 1", " 10", "")
+    assert [[is_own(text, client, EXPECTED) for client in range(3)] for text in texts] == [
+        [True, False, False], [False, True, False], [False, False, True], [True] * 3, [True] * 3
+    ]  # fmt: skip
 
 
-def test_who_stays_is_answered_and_the_server_is_as_before(demo):
-    load = Load(demo, clients=12, requests=48, new_tokens=8, timeout=60)
-    found, wrong = try_server(load, queue=3)
+def test_who_stays_is_answered_and_the_server_is_as_before(calibrated):
+    load = Load(calibrated, clients=20, requests=60, new_tokens=12, timeout=60)
+    found, wrong = try_server(load, "--max_queue", "8")
     assert not wrong, found
     assert found["default_queue"]["stayed"]["refused"] > 0
