@@ -9,7 +9,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from teal_fast.engine.engine import Engine
-from teal_fast.engine.request import Request
+from teal_fast.engine.request import Request, Token
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.text import TextStream
 from teal_fast.files.load import load_model
@@ -89,6 +89,11 @@ def demo_tokenizer(demo) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
+def demo_grammars(demo_tokenizer) -> Grammars:
+    return Grammars(demo_tokenizer, demo_tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
 def speaking(tmp_path_factory):
     """Makes a small tokenizer with a template, and its grammars."""
 
@@ -133,16 +138,16 @@ def test_templates_of_real_models(name, format):
         assert part in text
 
 
-def test_own_words_for_a_template_that_knows_no_tools(demo_tokenizer):
-    made = plan(Chat(CALLED, TOOLS), demo_tokenizer, Grammars(demo_tokenizer, 49152))
+def test_own_words_for_a_template_that_knows_no_tools(demo_tokenizer, demo_grammars):
+    made = plan(Chat(CALLED, TOOLS), demo_tokenizer, demo_grammars)
     text = demo_tokenizer.decode(made.ids)
     assert text.count("system\n") == 1 and "Be brief.\n\nYou can call tools." in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>' in text
     assert "user\n<tool_response>\nsunny\n</tool_response>\n<tool_response>\n12:00\n</tool_response>" in text
 
 
-def test_a_chat_without_tools_is_rendered_as_ever(demo_tokenizer):
-    made = plan(Chat(ASKED), demo_tokenizer, Grammars(demo_tokenizer, 49152))
+def test_a_chat_without_tools_is_rendered_as_ever(demo_tokenizer, demo_grammars):
+    made = plan(Chat(ASKED), demo_tokenizer, demo_grammars)
     assert made.ids == demo_tokenizer.encode_chat(ASKED) and made.constraint is None
     assert made.splitter().push("Hello <tool_call>") == [Text("Hello <tool_call>")]
 
@@ -171,20 +176,19 @@ def test_a_template_that_fails_is_the_requests_error(speaking):
     ],
     ids=["no tools", "unknown name", "schema", "bad schema"],
 )
-def test_what_is_refused(demo_tokenizer, chat, status, said):
+def test_what_is_refused(demo_tokenizer, demo_grammars, chat, status, said):
     with pytest.raises(ApiError, match=said) as refused:
-        plan(chat, demo_tokenizer, Grammars(demo_tokenizer, 49152))
+        plan(chat, demo_tokenizer, demo_grammars)
     assert refused.value.status == status
 
 
-def test_a_tool_that_cannot_be_enforced(demo_tokenizer):
-    grammars = Grammars(demo_tokenizer, 49152)
+def test_a_tool_that_cannot_be_enforced(demo_tokenizer, demo_grammars):
     odd = {"type": "object", "properties": {"a": {"type": "strng"}}}
     skipped = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
 
     def made(parameters, choice, strict):
         function = {"name": "f", "parameters": parameters, "strict": strict}
-        return plan(Chat(ASKED, [{"type": "function", "function": function}], choice), demo_tokenizer, grammars)
+        return plan(Chat(ASKED, [{"type": "function", "function": function}], choice), demo_tokenizer, demo_grammars)
 
     assert made(odd, "auto", False).constraint and made(skipped, "required", False).constraint
     for parameters, choice, strict in [(odd, "auto", True), (odd, "required", False), (skipped, "auto", True)]:
@@ -320,8 +324,8 @@ def test_thinking_that_the_prompt_begins_or_ends(speaking):
     assert splitter.push("<think>hm</think>Hi") == [Text("<think>hm</think>Hi")]
 
 
-def test_an_answer_that_the_client_has_begun(demo_tokenizer):
-    made = plan(Chat(ASKED, begun="It is"), demo_tokenizer, Grammars(demo_tokenizer, 49152))
+def test_an_answer_that_the_client_has_begun(demo_tokenizer, demo_grammars):
+    made = plan(Chat(ASKED, begun="It is"), demo_tokenizer, demo_grammars)
     assert demo_tokenizer.decode(made.ids).endswith("assistant\nIt is")
 
 
@@ -332,6 +336,7 @@ def test_markers_that_are_special_tokens_are_seen(speaking):
     id = tokenizer.added_id("[TOOL_CALLS]")
     assert tokenizer.stream((), visible).push(id) == "[TOOL_CALLS]" and tokenizer.decode([id]) == ""
     assert tokenizer.stream((), visible).push(tokenizer.added_id("[ARGS]")) == ""
+    assert TextStream(tokenizer, (), (), visible).push(Token(id, None, 0.0, None)) == "[TOOL_CALLS]"
 
 
 def test_ids_of_mistrals_calls_fit_their_results(speaking):
@@ -341,10 +346,8 @@ def test_ids_of_mistrals_calls_fit_their_results(speaking):
     assert f"sunny, {id}" in text
 
 
-def test_the_demo_model_calls_a_tool_that_it_must_call(demo, demo_tokenizer):
-    made = plan(
-        Chat(ASKED, TOOLS, "required", parallel_tool_calls=False), demo_tokenizer, Grammars(demo_tokenizer, 49152)
-    )
+def test_the_demo_model_calls_a_tool_that_it_must_call(demo, demo_tokenizer, demo_grammars):
+    made = plan(Chat(ASKED, TOOLS, "required", parallel_tool_calls=False), demo_tokenizer, demo_grammars)
     engine = Engine(load_model(demo, "cpu"), stop=demo_tokenizer.eos_ids, context=512)
     request = Request(made.ids, Sampling(temperature=0), max_new_tokens=60, constraint=made.constraint)
     text, splitter, events = TextStream(demo_tokenizer, made.ids, (), made.visible), made.splitter(), []
