@@ -7,6 +7,7 @@ with every request.
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
@@ -69,8 +70,13 @@ class Grammars:
 
 
 def _refusal(reason: str, param: str) -> ApiError:
-    reason = one_line(reason.replace("<non-verbose/>", ""))
-    return ApiError(400, f"{param} can't be enforced ({reason}): simplify it or leave it out", param)
+    return ApiError(400, f"{param} can't be enforced ({_said(reason)}): simplify it or leave it out", param)
+
+
+def _said(error: str) -> str:
+    """What the library says, without the place in a grammar that the client has not written."""
+    error = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", error.replace("<non-verbose/>", ""))
+    return one_line(re.sub(r"\n *\d+ \|.*", "", error, flags=re.DOTALL))
 
 
 def json_rule(schema: dict[str, Any], strict: bool, param: str) -> str:
@@ -131,5 +137,5 @@ class _Constraint:
 
     def _check(self, possible: bool = True) -> None:
         if self.matcher.is_error() or not possible:
-            reason = one_line(self.matcher.get_error().replace("<non-verbose/>", "")) or "no token may come next"
+            reason = _said(self.matcher.get_error()) or "no token may come next"
             raise ApiError(400, f"the answer can't be held to the schema or tools ({reason}): simplify them")

@@ -65,7 +65,7 @@ def plan(chat: Chat, tokenizer: Tokenizer, grammars: Grammars) -> Plan:
     return Plan(
         ids,
         grammar.constraint(chat, expected, grammars),
-        lambda: Splitter(expected, names, thoughts, begun, chat.split_thinking),
+        lambda: Splitter(expected, names, thoughts, begun, chat.split_thinking, trim=chat.schema is not None),
         visible,
     )
 

@@ -111,6 +111,11 @@ def test_thoughts_with_other_markers():
     assert split(["[THINK]hm[/THINK]Hi"], thoughts=Thoughts("[THINK]", "[/THINK]")) == ("hm", "Hi", [])
 
 
+def test_white_space_before_json_is_dropped():
+    assert split(["\n", " {}\n"], None, trim=True) == ("", "{}\n", [])
+    assert split(["\n", " {}\n"], None) == ("", "\n {}\n", [])
+
+
 def test_thoughts_that_stay_in_the_text():
     text = "<think>\nhm <tool_call>\n</think>\n\nHi"
     assert split([text], split=False) == ("", text, [])
