@@ -25,7 +25,7 @@ class Load:
     checkpoint: str | Path
     clients: int = 200
     requests: int = 2000
-    new_tokens: int = 16
+    new_tokens: int = 8
     sparsity: float = 0.5
     timeout: float = 600.0
 

@@ -11,6 +11,7 @@ JSON line; whatever is not as it should be is named, and the exit code is 1.
 
 import argparse
 import json
+import sys
 import threading
 import time
 
@@ -78,7 +79,7 @@ def crowd(load: Load, server: Server, expected: list[str], seed: int) -> tuple[d
 
 def endure(load: Load, server: Server, expected: list[str]) -> tuple[dict, list[str]]:
     """Many requests, over which memory and threads stay as they are."""
-    steady(load, server.port, load.requests)  # warms up: what is kept of the last requests is kept from then on
+    steady(load, server.port, load.requests // 2)  # warms up: what is kept of the last requests is kept from then on
     time.sleep(1)
     memory, threads = server.memory(), server.threads()
     outcomes = steady(load, server.port, load.requests)
@@ -113,9 +114,12 @@ def try_server(load: Load, *words: str) -> tuple[dict, list[str]]:
     with load.server("--max_queue", str(load.clients)) as server:
         expected = expect(load, server.port)
         found["queue_for_all"], of_held = crowd(load, server, expected, 0)
+    print(f"a queue for all: {found['queue_for_all']}", file=sys.stderr, flush=True)
     with load.server("--cache_bytes", str(CACHE_BYTES), *words) as server:
         found["default_queue"], of_default = crowd(load, server, expected, 1)
+        print(f"the default queue: {found['default_queue']}", file=sys.stderr, flush=True)
         found["lasting"], of_lasting = endure(load, server, expected)
+        print(f"lasting: {found['lasting']}", file=sys.stderr, flush=True)
         found["drained"] = drain(load, server)
     return found, of_held + of_default + of_lasting + verdict(load, found)
 
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="demo", help="(default: %(default)s)")
     parser.add_argument("--clients", type=positive_int, default=200, help="at once (default: %(default)s)")
     parser.add_argument("--requests", type=positive_int, default=2000, help="for memory (default: %(default)s)")
-    parser.add_argument("--new_tokens", type=positive_int, default=16, help="of an answer (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=positive_int, default=8, help="of an answer (default: %(default)s)")
     parser.add_argument("--sparsity", type=sparsity, default=0.5, help="(default: %(default)s)")
     parser.add_argument("--timeout", type=positive_int, default=600, help="seconds a request (default: %(default)s)")
     options = parser.parse_args()
