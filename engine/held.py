@@ -4,11 +4,13 @@ A prefix counts only as far as its keys and values were made at no higher sparsi
 of it was made densely.
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
+from teal_fast.files.memory import explain_memory
 from teal_fast.model import KVCache
 
 
@@ -46,8 +48,15 @@ class Held:
 
     def keep(self) -> None:
         """Gives what the cache holds to the store before it is overwritten, if it may be used again."""
-        if self.store is not None and self.ids and not self.private:
+        if self.store is None or self.private or not self.ids:
+            return
+        try:
             self.store.put(self.ids, self.made, self.cache)
+        except (RuntimeError, MemoryError) as error:
+            if (said := explain_memory(error)) is None:
+                raise
+            print(f"the prefix cache is emptied, for lack of memory ({said}): lower its budget", file=sys.stderr)
+            self.store.clear()
 
     def reuse(self, request: Request) -> int:
         """Makes the cache hold what is known of the request's prompt, and nothing else; how many tokens that is."""

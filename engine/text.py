@@ -1,6 +1,6 @@
 """Text of an answer whose tokens arrive one by one: streamed detokenizing and stop strings, one for all clients."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from teal_fast.engine.request import Token
 from teal_fast.files.tokenizer import Tokenizer
@@ -9,16 +9,23 @@ from teal_fast.files.tokenizer import Tokenizer
 class TextStream:
     """Turns tokens into pieces of text that are certain; joined they are the text up to the first stop string.
 
-    prompt: the ids that the tokens follow, which decide whether a leading space belongs to the text.
+    prompt: the ids that the tokens follow, which decide whether a leading space belongs to the text. visible: special
+    tokens that are shown as text, by id.
     What may be the beginning of a stop string is held back until it is certain that it is none. `stopped_at` is the
     stop string that was met, None as long as none was: what comes after it is dropped, and the stream of tokens can be
     closed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Iterable[int],
+        stop: Sequence[str] = (),
+        visible: Mapping[int, str] | None = None,
+    ):
         if not all(stop):
             raise ValueError("a stop string is empty: give some text")
-        self.pieces, self.stop = tokenizer.stream(prompt), tuple(stop)
+        self.pieces, self.stop = tokenizer.stream(prompt, visible), tuple(stop)
         self.held, self.stopped_at = "", None
 
     @property
@@ -37,7 +44,7 @@ class TextStream:
         if self.stopped:
             return ""
         text, self.held = self.held + text, ""
-        begun = len(text) - (0 if ended else max((_overlap(text, stop) for stop in self.stop), default=0))
+        begun = len(text) - (0 if ended else max((overlap(text, stop) for stop in self.stop), default=0))
         found = ((place, stop) for stop in self.stop if (place := text.find(stop)) >= 0)
         end, stop = min(found, default=(None, None))
         if end is not None and end <= begun:  # else another one has begun before it, which may yet be the first
@@ -47,7 +54,7 @@ class TextStream:
         return text[:begun]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of the text that is a beginning of the stop string, but not all of it."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 

@@ -7,9 +7,10 @@ that computes for longer than SECONDS, and one whose text or part of it is longe
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime
-from functools import wraps
+from functools import lru_cache, wraps
+from types import CodeType
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError, nodes
@@ -21,8 +22,10 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from teal_fast.files.store import one_line
+from teal_fast.files.vocabulary import NAMED_TOKENS
 
 SECONDS = 5  # a template takes milliseconds
+RESERVED = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now", *NAMED_TOKENS}
 MOST = 2**24  # characters or items of a repeated text or list, bits of a number
 
 
@@ -123,12 +126,41 @@ class _Generation(Extension):
         return caller()
 
 
-def render_chat(template: str, messages: list[dict[str, str]], names: dict[str, str]) -> str:
+def render_chat(
+    template: str,
+    messages: Sequence[dict[str, Any]],
+    names: Mapping[str, str],
+    tools: Sequence[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    marks: Mapping[str, str] | None = None,
+) -> str:
     """The text that asks the model for its next answer to `messages` (each a role and a content).
 
-    `names` holds bos_token, eos_token and the like. Raises ValueError when the template fails or reaches too far.
+    names: bos_token, eos_token and the like. variables: what else the template may use, documents and enable_thinking
+    for example. marks: what is written instead of a text where the template itself writes it, and not a message.
+    Raises ValueError when the template fails or reaches too far.
     """
+    marks, variables = marks or {}, variables or {}
+    if taken := sorted(RESERVED & variables.keys()):
+        raise ValueError(f"{taken[0]!r} cannot be set as a variable of the chat template: leave it out")
+    own = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
+    own |= {name: marks.get(text, text) for name, text in names.items()}
+    sandbox = _sandbox()
+    try:
+        code = _compiled(template, tuple(marks.items()))
+        program = sandbox.template_class.from_code(sandbox, code, sandbox.make_globals(None))
+        sandbox.deadline = time.thread_time() + SECONDS
+        return program.render({"documents": None, **variables, **own})
+    except Exception as error:  # a template is a foreign program: it can raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(
+            f"the chat template failed ({reason}): check the messages, correct the checkpoint's chat template, or drop "
+            "--chat"
+        ) from error
 
+
+def _sandbox() -> _Sandbox:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
@@ -140,14 +172,19 @@ def render_chat(template: str, messages: list[dict[str, str]], names: dict[str, 
     sandbox.filters["tojson"] = sandbox.bounded(tojson)
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
-    try:
-        program = sandbox.from_string(template)
-        sandbox.deadline = time.thread_time() + SECONDS
-        return program.render(given | names)
-    except Exception as error:  # a template is a foreign program: it can raise anything
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(
-            f"the chat template failed ({reason}): check the messages, correct the checkpoint's chat template, or drop "
-            "--chat"
-        ) from error
+    return sandbox
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str, marks: tuple[tuple[str, str], ...]) -> CodeType:
+    """A template's code, which takes up to half a second to make. It holds no state: each call has its own sandbox."""
+    sandbox, marked = _sandbox(), dict(marks)
+    tree = sandbox.parse(template)
+    if marked:
+        # The longest first, as where a text is split at its added tokens.
+        pattern = re.compile("|".join(map(re.escape, sorted(marked, key=len, reverse=True))))
+        for node in tree.find_all((nodes.TemplateData, nodes.Const)):
+            field = "data" if isinstance(node, nodes.TemplateData) else "value"
+            if isinstance(text := getattr(node, field), str):
+                setattr(node, field, pattern.sub(lambda match: marked[match[0]], text))
+    return sandbox.compile(tree)

@@ -5,7 +5,7 @@ One table from id to bytes serves a text that is streamed and one that is decode
 
 import codecs
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from teal_fast.files.store import short
@@ -21,7 +21,7 @@ class PieceStream:
     prompt: only where the prompt has no text of its own does the first token lose its leading space.
     """
 
-    def __init__(self, pieces: dict[int, bytes], first: First, prompt: Iterable[int] = ()):
+    def __init__(self, pieces: Mapping[int, bytes], first: First, prompt: Iterable[int] = ()):
         self._pieces, self._first, self._begun = pieces, first, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps an unfinished character back
         self._decoder.decode(b"".join(self._bytes(token) for token in prompt))

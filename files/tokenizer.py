@@ -2,15 +2,16 @@
 
 Three libraries stand behind one class: `tokenizers` for tokenizer.json (tokenizer_json.py), `sentencepiece` and
 `tiktoken` for the two formats that are both called tokenizer.model (tokenizer_model.py). They only encode; decoding.py
-decodes. Special tokens written in a text become their ids, in a prompt as in a chat, as transformers does by default.
-Training and truncation are left out.
+decodes. Special tokens written in a prompt become their ids, as in transformers; in a chat only those that its template
+writes do (chat_ids.py). Training and truncation are left out. A tokenizer may be used by several threads at once.
 """
 
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from teal_fast.files.chat import render_chat
+from teal_fast.files.chat_ids import ChatEncoder, chat_of
 from teal_fast.files.decoding import PieceStream
 from teal_fast.files.stop import stop_ids
 from teal_fast.files.store import one_line, read_text, short
@@ -31,14 +32,15 @@ from teal_fast.files.vocabulary import (
 class Tokenizer:
     """Encodes prompts and chats as the checkpoint's own files say, and decodes to text without special tokens.
 
-    eos_ids: all ids that end an answer. eos_id: the one that the files call EOS, None where they call none so.
+    eos_ids: all ids that end an answer. eos_id: the one that the files call EOS, None where they call none so. pieces:
+    the bytes that an id adds to a text, absent for the ids that add none; a first one may lose its leading space.
     """
 
     def __init__(self, vocabulary: Vocabulary, settings: dict[str, Any], ends: dict[str, Any], template: str | None):
         defaults = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos}
         names = {key: content(settings.get(key, defaults.get(key))) for key in NAMED_TOKENS}
-        self._names = {key: name for key, name in names.items() if name is not None}  # the template's variables
-        named = {key: vocabulary.ids.get(name) for key, name in self._names.items()}
+        names = {key: name for key, name in names.items() if name is not None}
+        named = {key: vocabulary.ids.get(name) for key, name in names.items()}
         self.bos_id, self.eos_id = named.get("bos_token"), named.get("eos_token")
         if "bos_token" in named and self.bos_id is None:
             raise ValueError(
@@ -49,7 +51,9 @@ class Tokenizer:
         self.chat_template = template
         self._added = {token.content: i for i, token in vocabulary.added.items()}
         self._encode, self._first = vocabulary.encode, vocabulary.first
-        self._pieces = {token: piece for token, piece in vocabulary.pieces.items() if token not in named.values()}
+        self.pieces = {token: piece for token, piece in vocabulary.pieces.items() if token not in named.values()}
+        self._unshown = {i: name.encode() for name, i in vocabulary.ids.items() if i not in self.pieces}
+        self._chat = None if template is None else ChatEncoder(self._ids, vocabulary.added, template, names)
         self._prefix = vocabulary.prefix
         if self._prefix is None:
             self._prefix = self._bos(settings.get("add_bos_token"))
@@ -74,24 +78,56 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Ids of a prompt, after BOS where the checkpoint asks for it and `add_bos` allows it; never with EOS."""
-        return (self._prefix if add_bos else []) + self._ids(text)
+    def encode(self, text: str, add_bos: bool = True, control: bool = True) -> list[int]:
+        """Ids of a prompt, after BOS where the checkpoint asks for it and `add_bos` allows it; never with EOS.
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a chat up to where the assistant answers; BOS stands where the template writes it, and only there."""
-        if self.chat_template is None:
-            raise ValueError("this checkpoint has no chat template: drop --chat or use an instruct model")
-        return self._ids(render_chat(self.chat_template, messages, self._names))
+        control: whether control tokens written in it become their ids, or are text.
+        """
+        return (self._prefix if add_bos else []) + self._ids(text, control)
+
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Ids of a chat up to where the assistant answers; BOS stands where the template writes it, and only there.
+
+        Control tokens are those that the template writes: in messages, tools and variables they are text. variables:
+        what else the template may use, documents and enable_thinking for example.
+        """
+        return self._chat_encoder().encode(chat_of(messages, tools, variables, add_generation_prompt))
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that encode_chat gives the ids of."""
+        return self._chat_encoder().render(chat_of(messages, tools, variables, add_generation_prompt))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, prompt: Iterable[int] = ()) -> PieceStream:
-        """Start a text that arrives token by token, as what goes on after the prompt's ids."""
-        return PieceStream(self._pieces, self._first, prompt)
+    def stream(self, prompt: Iterable[int] = (), visible: Mapping[int, str] | None = None) -> PieceStream:
+        """Start a text that arrives token by token, as what goes on after the prompt's ids.
+
+        visible: special tokens that are shown nevertheless, as the text that they stand for, by id.
+        """
+        shown = {token: text.encode() for token, text in (visible or {}).items()}
+        return PieceStream(ChainMap(shown, self.pieces) if shown else self.pieces, self._first, prompt)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of an id by itself: what it adds to a text, or the name of a control token; none where it has none.
+
+        Bytes of one token need be no valid UTF-8.
+        """
+        return self.pieces.get(token) or self._unshown.get(token, b"")
 
     def added_id(self, text: str) -> int | None:
         """The id of the control or added token that the text is, None where it is none."""
@@ -102,12 +138,17 @@ class Tokenizer:
             raise ValueError("add_bos_token is true but there is no bos_token: correct tokenizer_config.json")
         return [] if self.bos_id is None or wanted is False else [self.bos_id]
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, control: bool = True, start: bool = True) -> list[int]:
         try:
             text.encode()  # tiktoken would take a lone surrogate, as from an argument that is not UTF-8
-            return self._encode(text)
+            return self._encode(text, control, start)
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"text cannot be tokenized ({one_line(error)}): pass valid Unicode text") from error
+
+    def _chat_encoder(self) -> ChatEncoder:
+        if self._chat is None:
+            raise ValueError("this checkpoint has no chat template: drop --chat or use an instruct model")
+        return self._chat
 
 
 def _ends(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The vocabulary of a tokenizer.json, as the library `tokenizers` reads it."""
 
 from collections.abc import Iterable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
 from teal_fast.files.decoding import json_decoder
 from teal_fast.files.store import parse_json, read_text, short
-from teal_fast.files.vocabulary import Vocabulary, unreadable
+from teal_fast.files.vocabulary import Vocabulary, is_control, unreadable
 
 
 def load_json(path: Path, declared: dict[int, AddedToken], special: Iterable[str]) -> Vocabulary:
@@ -29,8 +31,12 @@ def load_json(path: Path, declared: dict[int, AddedToken], special: Iterable[str
     hidden = {token for token, name in added.items() if name.special}
     prefix = probe.ids[: (*probe.special_tokens_mask, 0).index(0)]
 
-    def encode(text: str) -> list[int]:
-        return library.encode(text, add_special_tokens=False).ids
+    @cache
+    def variant(control: bool, start: bool) -> Tokenizer:
+        return library if control and start else _variant(library, control, start)
+
+    def encode(text: str, control: bool = True, start: bool = True) -> list[int]:
+        return variant(control, start).encode(text, add_special_tokens=False).ids
 
     return Vocabulary(
         encode,
@@ -54,3 +60,24 @@ def _add(library: Tokenizer, declared: dict[int, AddedToken], special: Iterable[
     known = {added.content for added in library.get_added_tokens_decoder().values()}
     named = [name for name in special if name not in known and library.token_to_id(name) is not None]
     library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in named])
+
+
+def _variant(library: Tokenizer, control: bool, start: bool) -> Tokenizer:
+    """The same vocabulary, but without control tokens in texts, or for texts that go on after one."""
+    variant = Tokenizer(library.model)  # shared with the library's, so that this costs no memory to speak of
+    if library.normalizer:
+        variant.normalizer = library.normalizer
+    if library.pre_tokenizer:
+        parts, state = deepcopy(library.pre_tokenizer), library.pre_tokenizer.__getstate__()  # as JSON
+        if not start:  # only Metaspace asks where a text stands
+            state = state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"')
+        parts.__setstate__(state)
+        variant.pre_tokenizer = parts
+    added = dict(sorted(library.get_added_tokens_decoder().items()))
+    for token in added.values():  # copies
+        token.special = is_control(token)
+    variant.add_tokens([*added.values()])
+    if variant.get_added_tokens_decoder().keys() != added.keys():
+        raise ValueError("its added tokens do not follow its vocabulary")
+    variant.encode_special_tokens = not control
+    return variant

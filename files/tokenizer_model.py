@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from teal_fast.files.decoding import piece_bytes, unchanged, without_a_space
 from teal_fast.files.pre_tokenizers import LLAMA3
-from teal_fast.files.vocabulary import Vocabulary, unreadable
+from teal_fast.files.vocabulary import Vocabulary, is_control, unreadable
 
 # Llama 3's reference, https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
 LLAMA3_NAMED = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
@@ -49,11 +49,11 @@ def _tiktoken(data: bytes, declared: dict[int, AddedToken]) -> Vocabulary:
     ids = {token.content: i for i, token in added.items()}
     library = Encoding("llama3", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens={})
 
-    split = _splitter(added)
+    split, split_plain = _splitter(added), _splitter(_no_control(added))
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, control: bool = True, start: bool = True) -> list[int]:
         found = []
-        for part in split(text):  # first, because the chunks' limits know no added tokens
+        for part in (split if control else split_plain)(text):  # first: the chunks' limits know no added tokens
             if isinstance(part, int):
                 found.append(part)
             else:
@@ -82,17 +82,21 @@ def _sentencepiece(
     if spaced and not every_part:
         rest = SentencePieceProcessor()
         rest.LoadFromSerializedProto(data + NO_LEADING_SPACE)
-    split = _splitter(added)
+    split, split_plain = _splitter(added), _splitter(_no_control(added))
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, control: bool = True, start: bool = True) -> list[int]:
         found = []
-        for i, part in enumerate(split(text)):
-            found += [part] if isinstance(part, int) else (rest if i else library).encode(part)
+        for i, part in enumerate((split if control else split_plain)(text)):
+            found += [part] if isinstance(part, int) else (library if start and not i else rest).encode(part)
         return found
 
     ids, eos, bos = {name: i for i, name in names.items()}, library.eos_id(), library.bos_id()  # -1: there is none
     first = without_a_space if spaced else unchanged
     return Vocabulary(encode, ids, pieces, added, first, names.get(bos), names.get(eos))
+
+
+def _no_control(added: dict[int, AddedToken]) -> dict[int, AddedToken]:
+    return {i: token for i, token in added.items() if not is_control(token)}
 
 
 def _splitter(declared: dict[int, AddedToken]) -> Callable[[str], list[str | int]]:

@@ -1,10 +1,9 @@
 """What a tokenizer's file says by itself, and the tokens that the files beside it add or name."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import AddedToken
 
@@ -15,16 +14,25 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token",
 FLAGS = ("lstrip", "rstrip", "single_word")
 
 
+class Encode(Protocol):
+    """control: whether control tokens that are written in the text become their ids, or are text as any other.
+
+    start: whether the text begins here, or goes on after a control token, where some vocabularies put no space first.
+    """
+
+    def __call__(self, text: str, control: bool = True, start: bool = True) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """How text becomes ids and ids become text.
 
-    encode: special tokens parsed, nothing added. pieces: what an id adds to the text, nothing where it is absent.
-    added: the tokens that are found in a text before it is split, control tokens among them. prefix: the ids that go
-    before a prompt, None for BOS.
+    encode: a text's ids, nothing added. pieces: what an id adds to the text, nothing where it is absent. added: the
+    tokens that are found in a text before it is split, control tokens among them. prefix: the ids that go before a
+    prompt, None for BOS.
     """
 
-    encode: Callable[[str], list[int]]
+    encode: Encode
     ids: dict[str, int]
     pieces: dict[int, bytes]
     added: dict[int, AddedToken] = field(default_factory=dict)
@@ -32,6 +40,16 @@ class Vocabulary:
     bos: str | None = None
     eos: str | None = None
     prefix: list[int] | None = None
+
+
+def is_control(token: AddedToken) -> bool:
+    """Whether an added token steers the model and is no text.
+
+    It is called special, or has the form of a control token: DeepSeek's and Qwen's files do not call all of theirs
+    special, and llama.cpp's converter goes by the same form. Other added tokens, as `<think>` and `<tool_call>`, are
+    parsed wherever they stand, as they are by llama.cpp without parse_special (both as in llama-cpp-python 0.3.36).
+    """
+    return token.special or re.fullmatch(r"<\|.*\|>|<\uff5c.*\uff5c>", token.content, re.DOTALL) is not None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -57,6 +57,7 @@ ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/responses", responses.endpoint, methods=["POST"]),
+    Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
     Route("/v1/messages", messages.endpoint, methods=["POST"]),
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
     Route("/v1/requests/{id}", change_request, methods=["PATCH"]),

@@ -20,7 +20,7 @@ from teal_fast.server.fields import Fields
 from teal_fast.server.service import Answer, Service
 from teal_fast.server.settings import read_settings, read_stop
 from teal_fast.server.sse import event_stream, frame, with_pauses
-from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects
+from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects, read_template
 
 CHOICES = {"auto": "auto", "any": "required", "tool": "named", "none": "none"}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -74,6 +74,7 @@ def read_chat(fields: Fields) -> Chat:
         parallel_tool_calls=parallel,
         schema=schema,
         thinking=False if begun else thinking,
+        template=read_template(fields),
         begun=begun,
     )
 

@@ -25,7 +25,7 @@ from teal_fast.server.response_items import Output
 from teal_fast.server.service import Answer, Service
 from teal_fast.server.settings import MOST_TOP, read_settings
 from teal_fast.server.sse import event_stream, frame, with_pauses
-from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects
+from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects, read_template
 
 TEXT = ("text", "input_text", "output_text")
 MEMORY = {  # fields that need what an earlier request left behind
@@ -49,16 +49,22 @@ class Asked(NamedTuple):
 
 
 def parse(fields: Fields, service: Service) -> Asked:
+    chat, names = read_chat(fields)
+    top_logprobs = fields.whole("top_logprobs", 0, 0, MOST_TOP) if LOGPROBS in fields.items("include") else None
+    settings = read_settings(fields, service, fields.whole("max_output_tokens", None, 1), top_logprobs=top_logprobs)
+    _, summary = read_reasoning(fields)
+    return Asked(chat, settings, fields.flag("stream"), echo(fields, settings), names, summary)
+
+
+def read_chat(fields: Fields) -> tuple[Chat, dict[str, tuple[str, str]]]:
+    """The conversation, and namespace and name of each flattened tool."""
     for name, instead in MEMORY.items():
         if fields.given(name):
             raise ApiError(400, f"{name} is not supported, since this server stores nothing: {instead}", name)
     if fields.flag("background"):
-        raise ApiError(
-            400, "background true is not supported, since this server stores nothing: leave it out", "background"
-        )
+        raise fields.error("background", "false: this server stores nothing")
     tools, names = read_tools(fields)
     choice, tool_name, tools = read_choice(fields, tools)
-    thinking, summary = read_reasoning(fields)
     chat = Chat(
         messages=read_input(fields, {parts: flat for flat, parts in names.items()}),
         tools=tools,
@@ -66,11 +72,10 @@ def parse(fields: Fields, service: Service) -> Asked:
         tool_name=tool_name,
         parallel_tool_calls=fields.flag("parallel_tool_calls", True),
         schema=read_format(fields),
-        thinking=thinking,
+        thinking=read_reasoning(fields)[0],
+        template=read_template(fields),
     )
-    top_logprobs = fields.whole("top_logprobs", 0, 0, MOST_TOP) if LOGPROBS in fields.items("include") else None
-    settings = read_settings(fields, service, fields.whole("max_output_tokens", None, 1), top_logprobs=top_logprobs)
-    return Asked(chat, settings, fields.flag("stream"), echo(fields, settings), names, summary)
+    return chat, names
 
 
 def read_input(fields: Fields, flat: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
@@ -226,3 +231,12 @@ async def whole(output: Output, answer: Answer) -> dict[str, Any]:
             for _ in output.push(event):
                 pass
     return output.response
+
+
+async def count_tokens(request: Request) -> Response:
+    """POST /v1/responses/input_tokens: how many tokens a prompt has, by the rendering that answers it."""
+    service: Service = request.app.state.service
+    fields = await read_body(request)
+    service.check_model(fields.text("model"))
+    made = await service.plan(read_chat(fields)[0])
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(made.ids)})

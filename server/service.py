@@ -82,7 +82,8 @@ class Service:
         if self.grammars is None:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
         made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
-        made.ids += self.tokenizer.encode(chat.begun, add_bos=False) if chat.begun else []
+        if chat.begun:
+            made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False))
         return made
 
     def begin_text(
@@ -147,7 +148,7 @@ class Answer:
         self.service, self.settings, self.id, self.prompt_tokens = service, settings, id, len(made.ids)
         loop = asyncio.get_running_loop()
         self.job = Job(work, loop)
-        self.text = TextStream(service.tokenizer, made.ids, settings.stop)
+        self.text = TextStream(service.tokenizer, made.ids, settings.stop, made.visible)
         self.splitter = made.splitter() if made.splitter else None
         self.began = time.monotonic()
         self._expiry = loop.call_later(service.limits.timeout, self._expire)

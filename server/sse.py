@@ -9,10 +9,12 @@ from starlette.responses import StreamingResponse
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # neither kept nor collected by what lies between
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for each frame
+
 
 def frame(data: Any, event: str | None = None) -> bytes:
     """One event: `data` as JSON, with a name where the dialect gives its events names."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = ENCODER.encode(data)
     named = "" if event is None else f"event: {event}\n"
     return f"{named}data: {text}\n\n".encode(errors="replace")
 

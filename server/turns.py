@@ -100,3 +100,8 @@ def function(fields: Fields, parameters: str) -> dict[str, Any]:
     if fields.given("strict"):
         described["strict"] = fields.flag("strict")
     return {"type": "function", "function": described}
+
+
+def read_template(fields: Fields) -> dict[str, Any]:
+    """More variables of the chat template, in the field in which vLLM and llama.cpp take them."""
+    return variables.body if (variables := fields.object("chat_template_kwargs")) else {}

@@ -166,6 +166,8 @@ class Worker:
             finally:
                 with self._changed:
                     job.state, self.running = "ended", None
+            if not self._waiting:  # else the next request would wait for the copy
+                self.loaded.engine.held.keep()
             self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
         self.loaded.close()
         self.stopped(None)

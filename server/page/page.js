@@ -151,7 +151,7 @@ function finish(turn) {
     tokens != null && `${usage?.completion_tokens ?? tokens} tokens`,
     speed && `${live.rate(speed)} tokens/s`,
     usage?.achieved_sparsity != null && `${live.percent(usage.achieved_sparsity)} skipped`,
-    cached > 0 && `${cached} of ${usage.prompt_tokens} prompt tokens cached`,
+    cached > 0 && `${cached} of ${usage.prompt_tokens} prompt cached`,
     finish === "length" && "cut at max tokens",
     finish === "stopped" && "stopped",
   ].filter(Boolean).join(" · ");

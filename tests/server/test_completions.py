@@ -144,5 +144,4 @@ def test_penalties_and_biases_act(live, client):
     plain = complete(client, "One", 30).choices[0].text
     first = live.service.tokenizer.encode("One" + plain)[1]
     assert complete(client, "One", 30, logit_bias={str(first): -100}).choices[0].text[:3] != plain[:3]
-    texts = {complete(client, "One", 30, extra_body=more).choices[0].text for more in PENALTIES} | {plain}
-    assert len(texts) == len(PENALTIES) + 1
+    assert plain not in [complete(client, "One", 30, extra_body=more).choices[0].text for more in PENALTIES]

@@ -1,6 +1,10 @@
+from typing import Literal
+
 import anthropic
+import pydantic
 import pytest
 from anthropic.types import Message
+from hypothesis import given, settings
 
 from teal_fast.server import messages
 from teal_fast.server.asked import End, Live, Reasoning, Text, ToolArguments, ToolCall, Usage
@@ -8,17 +12,20 @@ from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 from teal_fast.server.messages import parse, read_chat
 from teal_fast.tests.server.canned import Canned
+from teal_fast.tests.server.live import serving
+from teal_fast.tests.server.strange import like
 
 USAGE = Usage(12, 7, 5, 2, 0.25)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOL = {"name": "get", "description": "d", "input_schema": SCHEMA}
 FUNCTION = {"type": "function", "function": {"name": "get", "description": "d", "parameters": SCHEMA}}
+SERVICE = Canned()
 HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 ASK = {"model": "m", "max_tokens": 5, "messages": [HI]}
 
 
 def asked(**body):
-    return parse(Fields(ASK | body), Canned())
+    return parse(Fields(ASK | body), SERVICE)
 
 
 def chat(*given, **body):
@@ -36,37 +43,40 @@ def test_system_and_content_are_text_or_blocks():
     cached = {"cache_control": {"type": "ephemeral"}}
     billing = text("x-anthropic-billing-header: cch=1234;")
     system = {"role": "system", "content": "be kind\nand short"}
-    given = chat(
+    read = chat(
         {"role": "user", "content": [text("hi", **cached)]}, system=[billing, text("be kind"), text("and short")]
     )
-    assert given.messages == [system, HI]
+    assert read.messages == [system, HI]
     assert chat(system="be kind\nand short").messages == [system, HI]
     assert chat({"role": "user", "content": [text("a"), text("b")]}).messages == [{"role": "user", "content": "a\nb"}]
 
 
 def test_system_messages_between_turns_join_the_turn_before():
-    given = chat(HI, {"role": "system", "content": [text("skills")]}, HELLO, HI, {"role": "system", "content": "now"})
-    assert [message["content"] for message in given.messages] == ["hi\n\nskills", "hello", "hi\n\nnow"]
+    read = chat(HI, {"role": "system", "content": [text("skills")]}, HELLO, HI, {"role": "system", "content": "now"})
+    assert [message["content"] for message in read.messages] == ["hi\n\nskills", "hello", "hi\n\nnow"]
+
+
+ANSWER = [
+    {"type": "thinking", "thinking": "hm", "signature": "x"},
+    {"type": "redacted_thinking", "data": "x"},
+    text("wait"),
+    {"type": "tool_use", "id": "1", "name": "get", "input": {"a": 1}},
+    {"type": "tool_use", "id": "2", "name": "get", "input": {}},
+]
+RESULTS = [
+    {"type": "tool_result", "tool_use_id": "1", "content": [text("2"), text("3")]},
+    {"type": "tool_result", "tool_use_id": "2", "content": "not there", "is_error": True},
+    text("go on"),
+]
+TURNS = [HI, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": RESULTS}]
 
 
 def test_calls_results_and_thoughts():
-    answer = [
-        {"type": "thinking", "thinking": "hm", "signature": "x"},
-        {"type": "redacted_thinking", "data": "x"},
-        text("wait"),
-        {"type": "tool_use", "id": "1", "name": "get", "input": {"a": 1}},
-        {"type": "tool_use", "id": "2", "name": "get", "input": {}},
-    ]
-    results = [
-        {"type": "tool_result", "tool_use_id": "1", "content": [text("2"), text("3")]},
-        {"type": "tool_result", "tool_use_id": "2", "content": "not there", "is_error": True},
-        text("go on"),
-    ]
     calls = [
         {"id": id, "type": "function", "function": {"name": "get", "arguments": arguments}}
         for id, arguments in (("1", {"a": 1}), ("2", {}))
     ]
-    assert chat(HI, {"role": "assistant", "content": answer}, {"role": "user", "content": results}).messages == [
+    assert chat(*TURNS).messages == [
         HI,
         {"role": "assistant", "content": "wait", "reasoning_content": "hm", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "1", "content": "2\n3"},
@@ -76,20 +86,20 @@ def test_calls_results_and_thoughts():
 
 
 def test_an_assistants_message_at_the_end_is_the_answers_beginning():
-    given = chat(HI, HELLO)
-    assert (given.messages, given.begun, given.thinking) == ([HI], "hello", False)
+    read = chat(HI, HELLO)
+    assert (read.messages, read.begun, read.thinking) == ([HI], "hello", False)
     assert chat(HI, {"role": "assistant", "content": [text("a"), text("b")]}).begun == "ab"
 
 
 def test_tools_and_their_choice():
     server = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
-    given = chat(tools=[TOOL | {"type": "custom"}, server, TOOL | {"name": "set", "strict": True}])
-    assert given.tools[0] == FUNCTION and [tool["function"]["name"] for tool in given.tools] == ["get", "set"]
-    assert given.tools[1]["function"]["strict"] is True
+    read = chat(tools=[TOOL | {"type": "custom"}, server, TOOL | {"name": "set", "strict": True}])
+    assert read.tools[0] == FUNCTION and [tool["function"]["name"] for tool in read.tools] == ["get", "set"]
+    assert read.tools[1]["function"]["strict"] is True
     for kind, choice in {"auto": "auto", "any": "required", "none": "none"}.items():
         assert chat(tools=[TOOL], tool_choice={"type": kind}).tool_choice == choice
-    given = chat(tools=[TOOL], tool_choice={"type": "tool", "name": "get", "disable_parallel_tool_use": True})
-    assert (given.tool_choice, given.tool_name, given.parallel_tool_calls) == ("named", "get", False)
+    read = chat(tools=[TOOL], tool_choice={"type": "tool", "name": "get", "disable_parallel_tool_use": True})
+    assert (read.tool_choice, read.tool_name, read.parallel_tool_calls) == ("named", "get", False)
 
 
 def test_thinking_and_format():
@@ -103,11 +113,26 @@ def test_thinking_and_format():
 
 
 def test_settings():
-    _, settings, stream = asked(temperature=0.5, top_p=0.9, top_k=5, stop_sequences=["x"], sparsity=0.25, stream=True)
-    sampling = settings.sampling
+    _, made, stream = asked(temperature=0.5, top_p=0.9, top_k=5, stop_sequences=["x"], sparsity=0.25, stream=True)
+    sampling = made.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 5)
-    assert (settings.max_new_tokens, settings.stop, settings.sparsity, stream) == (5, ("x",), 0.25, True)
+    assert (made.max_new_tokens, made.stop, made.sparsity, stream) == (5, ("x",), 0.25, True)
     assert asked(metadata={"user_id": "x"}, context_management={}, service_tier="auto")[2] is False
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    body=like(
+        ASK
+        | {"messages": [*TURNS, HELLO], "system": [text("be kind")], "tools": [TOOL], "tool_choice": {"type": "any"}}
+        | {"thinking": {"type": "disabled"}, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    )
+)
+def test_no_body_is_too_strange(body):
+    try:
+        parse(Fields(body), SERVICE)
+    except ApiError as error:
+        assert error.status == 400 and "\n" not in error.message
 
 
 @pytest.mark.parametrize(
@@ -260,3 +285,86 @@ def test_pings_while_the_prompt_is_read(canned, monkeypatch):
         lines = [line for line in response.iter_lines() if line.startswith("event: ")]
     assert 2 < lines.count("event: ping") < 6  # one comes with the start
     assert lines[-1] == "event: message_stop"
+
+
+# --- the real model behind it
+
+
+@pytest.fixture(scope="module")
+def live(demo):
+    with serving(demo, api_key="secret") as server:
+        yield anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
+
+
+GREEDY = {
+    "model": "m",
+    "max_tokens": 8,
+    "messages": [{"role": "user", "content": "Name a colour."}],
+    "extra_body": {"temperature": 0},
+}
+
+
+def test_a_streamed_answer_is_the_plain_one(live):
+    plain = live.messages.create(**GREEDY)
+    with live.messages.stream(**GREEDY) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert plain.content[0].text == text == final.content[0].text != ""
+    assert plain.usage.output_tokens == final.usage.output_tokens == 8
+    assert plain.stop_reason == final.stop_reason == "max_tokens"
+
+
+def test_count_tokens_is_what_an_answer_reads(live):
+    body = {"model": "m", "system": "Be kind.", "messages": [HI, HELLO, HI], "tools": [TOOL]}
+    for sent in (body, body | {"messages": [HI, HELLO]}):  # the second is begun by the assistant
+        usage = live.messages.create(**sent, max_tokens=1).usage
+        counted = live.messages.count_tokens(**sent).input_tokens
+        assert counted == usage.input_tokens + usage.cache_read_input_tokens
+
+
+def test_a_stop_sequence_is_named(live):
+    text = live.messages.create(**GREEDY).content[0].text
+    stop = text[4:7]
+    cut = live.messages.create(**GREEDY, stop_sequences=["unheard of", stop])
+    assert (cut.stop_reason, cut.stop_sequence, cut.content[0].text) == ("stop_sequence", stop, text.partition(stop)[0])
+
+
+def test_an_answer_goes_on_after_its_beginning(live):
+    text = live.messages.create(**GREEDY).content[0].text
+    begun = text[: text.index(" ", 6)]
+    turns = [*GREEDY["messages"], {"role": "assistant", "content": begun}]
+    rest = live.messages.create(**GREEDY | {"messages": turns}).content[0].text
+    assert (begun + rest).startswith(text)
+
+
+def test_a_tool_that_must_be_called_is(live):
+    body = {**GREEDY, "max_tokens": 64, "tools": [TOOL], "tool_choice": {"type": "any"}}
+    with live.messages.stream(**body) as stream:
+        final = stream.get_final_message()
+    call = next(block for block in final.content if block.type == "tool_use")
+    assert (call.name, type(call.input["a"]), final.stop_reason) == ("get", int, "tool_use")
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "blue"}
+    turns = [
+        *GREEDY["messages"],
+        {"role": "assistant", "content": final.content},
+        {"role": "user", "content": [result]},
+    ]
+    assert live.messages.create(**body | {"messages": turns, "tool_choice": {"type": "none"}}).usage.output_tokens > 0
+
+
+def test_json_that_fits_a_schema(live):
+    class Colour(pydantic.BaseModel):
+        name: Literal["red", "blue"]
+
+    parsed = live.messages.parse(**{**GREEDY, "max_tokens": 64}, output_format=Colour)
+    assert parsed.parsed_output.name in ("red", "blue")
+
+
+def test_errors_have_anthropics_shape(live):
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens is 0") as raised:
+        live.messages.create(**GREEDY | {"max_tokens": 0})
+    assert raised.value.body["error"]["type"] == "invalid_request_error"
+    with pytest.raises(anthropic.BadRequestError, match="shorten"):
+        live.messages.create(**GREEDY | {"messages": [{"role": "user", "content": "word " * 4000}]})
+    with pytest.raises(anthropic.AuthenticationError):
+        live.with_options(api_key="wrong").messages.create(**GREEDY)

@@ -233,14 +233,36 @@ def test_regenerate_settings_and_new_chat(open_page):
     assert articles(page) == [] and page.run("document.querySelector('#welcome').checkVisibility()")
 
 
+def answer_with(page, *pieces):
+    """Lets the page receive an answer of these pieces, for what the demo model does not say."""
+    chunks = [{"id": "chatcmpl-0", "choices": [{"index": 0, "delta": piece}]} for piece in pieces]
+    stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    page.run(f"fetch = async () => new Response({json.dumps(stream)})")
+
+
 def test_markup_is_shown_as_text(open_page):
     page = open_page()
-    ask(page, HOSTILE, tokens=4)
+    answer_with(page, {"content": f"{HOSTILE}\n\n- **{HOSTILE}**\n\n```html\n{HOSTILE}\n```\n\n# {HOSTILE}"})
+    ask(page, HOSTILE)
     end(page)
-    assert page.run("document.querySelector('.user .text').textContent") == HOSTILE
-    shown = render(page, f"{HOSTILE}\n\n- **{HOSTILE}**\n\n```html\n{HOSTILE}\n```\n\n# {HOSTILE}")
-    assert shown["text"].count(HOSTILE) == 4 and not {"IMG", "SCRIPT"} & set(shown["tags"])
-    assert page.run("document.title") == "teal-fast" and page.run("document.querySelectorAll('img').length") == 0
+    shown = [page.run(f"document.querySelector('.{name} .text').textContent") for name in ("user", "assistant")]
+    assert shown[0] == HOSTILE and shown[1].count(HOSTILE) == 4
+    assert page.run("document.querySelectorAll('img, main script, main p p').length") == 0
+    assert page.run("document.title") == "teal-fast"
+
+
+def test_thinking_is_shown_apart_and_a_stream_that_breaks_off_is_told(open_page):
+    page = open_page()
+    answer_with(page, {"reasoning_content": "Hm, "}, {"reasoning_content": "so."}, {"content": "Yes."})
+    ask(page, "Is it?")
+    assert end(page) == "Yes."
+    thinking = "document.querySelector('.thinking')"
+    assert page.run(f"[{thinking}.open, {thinking}.lastElementChild.textContent]") == [False, "Hm, so."]
+    assert page.run("document.querySelector('#error').innerText").startswith("The answer was cut off.")
+    ask(page, "And now?")
+    end(page)
+    asked = page.run("document.querySelectorAll('article').length")
+    assert asked == 4 and page.run("document.querySelector('.text').textContent") == "Is it?"
 
 
 def render(page, source):
@@ -260,11 +282,21 @@ def render(page, source):
         ("# Title\ntext", ["H3", "P"]),
         ("text\n- a\n- b\n  more\n\n3. c", ["P", "UL", "LI", "LI", "OL", "LI"]),
         ("```py\nopen", ["DIV", "P", "SPAN", "BUTTON", "PRE", "CODE"]),
+        ("1. a\n   - b", ["OL", "LI", "LI"]),
         ("~~~\n```\n~~~\nafter", ["DIV", "P", "SPAN", "BUTTON", "PRE", "CODE", "P"]),
     ],
 )
 def test_markdown(open_page, source, tags):
     assert render(open_page(), source)["tags"] == tags
+
+
+def test_a_block_that_stays_keeps_its_node(open_page):
+    growing = (
+        "import('./page/markdown.js').then(({ render }) => { const place = document.createElement('div');"
+        "render(place, 'a\\n\\nb'); const first = place.firstChild; render(place, 'a\\n\\nbc\\n\\nd');"
+        "return [first === place.firstChild, place.innerText]; })"
+    )
+    assert open_page().run(growing) == [True, "abcd"]
 
 
 def test_the_reader_who_scrolls_up_is_left_alone(open_page):

@@ -1,7 +1,10 @@
 import json
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
+from hypothesis import given, settings
 from openai.types.responses import Response
 
 from teal_fast.server import responses
@@ -10,6 +13,8 @@ from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 from teal_fast.server.responses import parse
 from teal_fast.tests.server.canned import Canned
+from teal_fast.tests.server.live import serving
+from teal_fast.tests.server.strange import like
 
 USAGE = Usage(12, 7, 5, 2, 0.25)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -18,11 +23,22 @@ INNER = [TOOL | {"name": "find"}, {"type": "custom", "name": "x"}]
 SPACE = {"type": "namespace", "name": "mcp__db", "description": "d", "tools": INNER}
 FUNCTION = {"name": "get", "description": "d", "parameters": SCHEMA, "strict": True}
 CALLED = [ToolCall(0, "call_1", "get"), ToolArguments(0, '{"a"'), ToolArguments(0, ": 1}")]
-HI = {"role": "user", "content": "hi"}
+SERVICE, HI = Canned(), {"role": "user", "content": "hi"}
+ITEMS = [
+    {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "wait"}]},
+    {"type": "function_call", "call_id": "1", "name": "get", "arguments": '{"a": 1}'},
+    {"type": "web_search_call", "id": "ws_1"},
+    {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "2"}]},
+    {"type": "function_call", "call_id": "2", "name": "find", "namespace": "mcp__db", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "2", "output": "3"},
+]
+FORMAT = {"type": "json_schema", "name": "x", "schema": SCHEMA}
+MORE = {"reasoning": {"effort": "low", "summary": "auto"}, "tool_choice": {"type": "function", "name": "get"}}
 
 
 def asked(**body):
-    return parse(Fields({"input": "hi"} | body), Canned())
+    return parse(Fields({"input": "hi"} | body), SERVICE)
 
 
 def messages(*items, **body) -> list[dict]:
@@ -46,18 +62,9 @@ def test_input_is_text_or_messages():
 
 
 def test_items_of_one_answer_are_one_message():
-    items = [
-        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "wait"}]},
-        {"type": "function_call", "call_id": "1", "name": "get", "arguments": '{"a": 1}'},
-        {"type": "web_search_call", "id": "ws_1"},
-        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "2"}]},
-        {"type": "function_call", "call_id": "2", "name": "find", "namespace": "mcp__db", "arguments": "{}"},
-        {"type": "function_call_output", "call_id": "2", "output": "3"},
-    ]
     call = {"id": "1", "type": "function", "function": {"name": "get", "arguments": '{"a": 1}'}}
     found = {"id": "2", "type": "function", "function": {"name": "mcp__db__find", "arguments": "{}"}}
-    assert messages(HI, *items, tools=[SPACE]) == [
+    assert messages(HI, *ITEMS, tools=[SPACE]) == [
         HI,
         {"role": "assistant", "content": "wait", "reasoning_content": "hm", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "2"},
@@ -104,12 +111,21 @@ def test_format_and_thinking():
 
 def test_settings():
     taken = asked(max_output_tokens=5, temperature=0.5, sparsity=0.25, stop="x", seed=3, prefill="full", cache=False)
-    settings = taken.settings
-    assert (settings.max_new_tokens, settings.sampling.temperature, settings.sparsity) == (5, 0.5, 0.25)
-    assert (settings.stop, settings.seed, settings.prefill, settings.cache) == (("x",), 3, "full", False)
+    made = taken.settings
+    assert (made.max_new_tokens, made.sampling.temperature, made.sparsity) == (5, 0.5, 0.25)
+    assert (made.stop, made.seed, made.prefill, made.cache) == (("x",), 3, "full", False)
     assert asked(top_logprobs=3).settings.top_logprobs is None  # OpenAI's field says only how many
     assert asked(top_logprobs=3, include=["message.output_text.logprobs"]).settings.top_logprobs == 3
     assert asked(include=["message.output_text.logprobs", "reasoning.encrypted_content"]).settings.top_logprobs == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=like({"input": [HI, *ITEMS], "tools": [TOOL, SPACE], "stream": True, "text": {"format": FORMAT}} | MORE))
+def test_no_body_is_too_strange(body):
+    try:
+        parse(Fields(body), SERVICE)
+    except ApiError as error:
+        assert error.status == 400 and "\n" not in error.message
 
 
 @pytest.mark.parametrize(
@@ -284,3 +300,72 @@ def test_while_the_prompt_is_read_an_event_is_repeated(canned, monkeypatch):
     events, _ = streamed(canned, Text("Hello"), End("stop", None, USAGE))
     assert 2 < [event.type for event in events].count("response.in_progress") < 6
     assert events[-1].response.output_text == "Hello"
+
+
+# --- the real model behind it
+
+
+@pytest.fixture(scope="module")
+def live(demo):
+    with serving(demo) as server:
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+
+
+GREEDY = {"model": "m", "input": "Name a colour.", "max_output_tokens": 8, "temperature": 0}
+
+
+def test_a_streamed_answer_is_the_plain_one(live):
+    plain = live.responses.create(**GREEDY)
+    with live.responses.stream(**GREEDY) as stream:
+        events = list(stream)
+    deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert plain.output_text == deltas == events[-1].response.output_text != ""
+    assert plain.usage.output_tokens == events[-1].response.usage.output_tokens == 8
+    assert (plain.status, plain.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    counted = live.responses.input_tokens.count(model="m", input=GREEDY["input"])
+    assert counted.input_tokens == plain.usage.input_tokens
+
+
+def test_the_next_turn_finds_its_prefix_in_the_cache(live):
+    first = live.responses.create(**GREEDY)
+    items = [{"role": "user", "content": GREEDY["input"]}, *first.to_dict()["output"], HI]
+    second = live.responses.create(**GREEDY | {"input": items})
+    assert second.usage.input_tokens_details.cached_tokens > first.usage.input_tokens
+
+
+def test_logprobs(live):
+    wanted = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    plain = live.responses.create(**GREEDY, **wanted).output[0].content[0]
+    assert "".join(token.token for token in plain.logprobs).startswith(plain.text)
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in plain.logprobs)
+    with live.responses.stream(**GREEDY, **wanted) as stream:
+        deltas = [event for event in stream if event.type == "response.output_text.delta"]
+    assert [token.token for event in deltas for token in event.logprobs] == [token.token for token in plain.logprobs]
+
+
+def test_a_tool_that_must_be_called_is(live):
+    body = GREEDY | {"max_output_tokens": 64, "tools": [TOOL], "tool_choice": "required"}
+    with live.responses.stream(**body) as stream:
+        final = stream.get_final_response()
+    call = next(item for item in final.output if item.type == "function_call")
+    assert call.name == "get" and isinstance(json.loads(call.arguments)["a"], int)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "blue"}
+    items = [{"role": "user", "content": "hi"}, *final.to_dict()["output"], result]
+    assert live.responses.create(**GREEDY | {"input": items, "tools": [TOOL]}).usage.output_tokens > 0
+
+
+def test_json_that_fits_a_schema(live):
+    class Colour(pydantic.BaseModel):
+        name: Literal["red", "blue"]
+
+    parsed = live.responses.parse(**GREEDY | {"max_output_tokens": 64}, text_format=Colour)
+    assert parsed.output_parsed.name in ("red", "blue")
+
+
+def test_errors_have_openais_shape(live):
+    with pytest.raises(openai.BadRequestError) as raised:
+        live.responses.create(**GREEDY, previous_response_id="resp_1")
+    assert (raised.value.param, raised.value.type) == ("previous_response_id", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError) as raised:
+        live.responses.create(**GREEDY | {"input": "word " * 4000})
+    assert raised.value.code == "context_length_exceeded"

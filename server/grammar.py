@@ -1,0 +1,130 @@
+"""Constraints on an answer: grammars in llguidance's form of Lark, and JSON of a schema, as masks over the vocabulary.
+
+llguidance either enforces what a schema says or refuses it, and depends on nothing; docs/server-tools.md compares it
+with xgrammar. Schemas are foreign: their size is bounded before they are compiled, and the library bounds the work of
+compiling and of each mask by its own limits (LIMITS). What has been compiled is kept, since agents send the same tools
+with every request.
+"""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from torch import Tensor
+
+from teal_fast.engine.request import Constraint
+from teal_fast.files.store import one_line
+from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.server.errors import ApiError
+from teal_fast.server.formats import SPACE, visible_markers
+
+LIMITS = LLParserLimits(initial_lexer_fuel=500_000, max_grammar_size=50_000, verbose_errors=False)
+MOST_TEXT = 2**20  # characters of a schema
+MOST_WORK = 2**20  # of compiling a schema, see _work; it takes up to 2 s on one core
+
+
+class Grammars:
+    """What answers of one tokenizer may be held to.
+
+    vocab_size: of the model, which may know more ids than its tokenizer. Special tokens that mark calls and thoughts
+    count as the text that they stand for.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+        shown = {id: text.encode() for id, text in visible_markers(tokenizer).items()}
+        pieces = {**tokenizer.pieces, **shown}
+        words = [b"" if id in tokenizer.eos_ids else pieces.get(id, b"") for id in range(vocab_size)]
+        vocabulary = _Vocabulary(words, sorted(tokenizer.eos_ids), tokenizer)
+        self._library = LLTokenizer(TokenizerWrapper(vocabulary), vocab_size, vocabulary.eos_token_ids)
+        self._compiled = lru_cache(maxsize=64)(self._compile)
+        self._refused = lru_cache(maxsize=1024)(self._refuse)
+
+    def begin(self, grammar: str, param: str) -> Callable[[], Constraint]:
+        """What begins a constraint to the grammar, for one answer each. Raises ApiError 400 with the reason."""
+        matcher = self._compiled(grammar)
+        if matcher.is_error():
+            raise _refusal(matcher.get_error(), param)
+        return lambda: _Constraint(matcher.deep_copy())
+
+    def check(self, rule: str, param: str) -> None:
+        """Raises ApiError 400 on a rule of json_rule that can't be enforced."""
+        if reason := self._refused(rule):
+            raise _refusal(reason, param)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        return LLMatcher(self._library, grammar, log_level=0, limits=LIMITS)
+
+    def _refuse(self, rule: str) -> str:
+        return LLMatcher(self._library, f"start: {rule}", log_level=0, limits=LIMITS).get_error()
+
+
+def _refusal(reason: str, param: str) -> ApiError:
+    reason = one_line(reason.replace("<non-verbose/>", ""))
+    return ApiError(400, f"{param} can't be enforced ({reason}): simplify it or leave it out", param)
+
+
+def json_rule(schema: dict[str, Any], strict: bool, param: str) -> str:
+    """JSON that fits the schema, as a part of a grammar; strict: refuse keywords that can't be enforced, not skip them.
+
+    Raises ApiError 400 on a schema that is too large.
+    """
+    try:
+        text = json.dumps(schema | {"x-guidance": {"whitespace_pattern": SPACE, "lenient": not strict}})
+    except RecursionError:
+        text = ""
+    if not text or len(text) > MOST_TEXT or _work(schema) > MOST_WORK:
+        raise ApiError(400, f"{param} is too large or too deep to be enforced: shorten it", param)
+    return f"%json {text}"
+
+
+def _work(schema: Any) -> int:
+    """How much work a schema is. Optional properties of one object are compared with each other, items are not."""
+    work, parts = 0, [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            work += len(part) ** 2
+            parts += part.values()
+        elif isinstance(part, list):
+            work += 20 * len(part)
+            parts += part
+    return work
+
+
+class _Vocabulary:
+    """A tokenizer as the library wants to see it."""
+
+    bos_token_id = None
+
+    def __init__(self, words: list[bytes], ends: list[int], tokenizer: Tokenizer):
+        self.tokens, self.eos_token_ids, self.tokenizer = words, ends, tokenizer
+        self.eos_token_id = ends[0]
+        self.special_token_ids = [id for id, word in enumerate(words) if not word]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self.tokenizer.encode(text.decode(), add_bos=False)
+
+
+class _Constraint:
+    """One answer's state within a grammar."""
+
+    def __init__(self, matcher: LLMatcher):
+        self.matcher = matcher
+
+    def mask(self) -> Tensor:
+        allowed = np.frombuffer(self.matcher.compute_logit_bias(), dtype=np.uint8) != 0
+        self._check(bool(allowed.any()))
+        return torch.from_numpy(allowed)
+
+    def accept(self, id: int) -> None:
+        self.matcher.consume_token(id)
+        self._check()
+
+    def _check(self, possible: bool = True) -> None:
+        if self.matcher.is_error() or not possible:
+            reason = one_line(self.matcher.get_error().replace("<non-verbose/>", "")) or "no token may come next"
+            raise ApiError(400, f"the answer can't be held to the schema or tools ({reason}): simplify them")
