@@ -110,9 +110,10 @@ class Tokenizer:
         """The text that encode_chat gives the ids of."""
         return self._chat_encoder().render(chat_of(messages, tools, variables, add_generation_prompt))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
-        stream = self.stream()
+    def decode(self, ids: Iterable[int], control: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. control: control tokens by name, else without them."""
+        pieces = ChainMap(self.pieces, self._unshown) if control else self.pieces
+        stream = PieceStream(pieces, self._first)
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def stream(self, prompt: Iterable[int] = (), visible: Mapping[int, str] | None = None) -> PieceStream:
