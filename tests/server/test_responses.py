@@ -302,6 +302,14 @@ def test_while_the_prompt_is_read_an_event_is_repeated(canned, monkeypatch):
     assert events[-1].response.output_text == "Hello"
 
 
+def test_a_client_that_goes_while_the_prompt_is_read_closes_the_answer(canned, monkeypatch):
+    monkeypatch.setattr(canned, "reading", 60.0)
+    with canned.client.responses.create(model="m", input="hi", stream=True) as stream:
+        assert next(stream).type == "response.created"
+        assert not canned.answer.closed.is_set()
+    assert canned.answer.closed.wait(10)
+
+
 # --- the real model behind it
 
 
