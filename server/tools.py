@@ -54,8 +54,6 @@ def plan(chat: Chat, tokenizer: Tokenizer, grammars: Grammars) -> Plan:
     template = tokenizer.chat_template or ""
     format, thoughts, visible = format_of(template), thoughts_of(template), visible_markers(tokenizer)
     ids = _render(chat, tokenizer, format)
-    if chat.begun:
-        ids = ids + tokenizer.encode(chat.begun, add_bos=False, control=False)
     stream = tokenizer.stream(visible=visible)
     tail = ("".join(map(stream.push, ids[-TAIL:])) + stream.flush()).rstrip()
     begun, over = tail.endswith(thoughts.begin), tail.endswith(thoughts.end)

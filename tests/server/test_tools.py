@@ -324,11 +324,6 @@ def test_thinking_that_the_prompt_begins_or_ends(speaking):
     assert splitter.push("<think>hm</think>Hi") == [Text("<think>hm</think>Hi")]
 
 
-def test_an_answer_that_the_client_has_begun(demo_tokenizer, demo_grammars):
-    made = plan(Chat(ASKED, begun="It is"), demo_tokenizer, demo_grammars)
-    assert demo_tokenizer.decode(made.ids).endswith("assistant\nIt is")
-
-
 def test_markers_that_are_special_tokens_are_seen(speaking):
     tokenizer, _ = speaking(NEMO, SPECIAL)
     visible = visible_markers(tokenizer)
