@@ -78,12 +78,13 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 
-    def encode(self, text: str, add_bos: bool = True, control: bool = True) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True, control: bool = True, start: bool = True) -> list[int]:
         """Ids of a prompt, after BOS where the checkpoint asks for it and `add_bos` allows it; never with EOS.
 
-        control: whether control tokens written in it become their ids, or are text.
+        control: whether control tokens written in it become their ids, or are text. start: whether nothing comes before
+        it but BOS: SentencePiece puts a space before a text's beginning.
         """
-        return (self._prefix if add_bos else []) + self._ids(text, control)
+        return (self._prefix if add_bos else []) + self._ids(text, control, start)
 
     def encode_chat(
         self,
@@ -109,9 +110,10 @@ class Tokenizer:
         """The text that encode_chat gives the ids of."""
         return self._chat_encoder().render(chat_of(messages, tools, variables, add_generation_prompt))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
-        stream = self.stream()
+    def decode(self, ids: Iterable[int], control: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. control: control tokens by name, else without them."""
+        pieces = ChainMap(self.pieces, self._unshown) if control else self.pieces
+        stream = PieceStream(pieces, self._first)
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def stream(self, prompt: Iterable[int] = (), visible: Mapping[int, str] | None = None) -> PieceStream:

@@ -17,12 +17,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from teal_fast.server import messages, responses
+from teal_fast.server import messages, responses, texts
 from teal_fast.server.body import read_body
 from teal_fast.server.chat_completions import chat_completions
 from teal_fast.server.chat_page import PAGE
 from teal_fast.server.completions import completions
 from teal_fast.server.errors import ApiError, anthropic_shape, openai_shape
+from teal_fast.server.openapi import openapi
 from teal_fast.server.service import Limits, Service
 from teal_fast.server.settings import MAX_SPARSITY
 
@@ -60,6 +61,14 @@ ROUTES = [
     Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
     Route("/v1/messages", messages.endpoint, methods=["POST"]),
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+    Route("/v1/models", texts.models),
+    Route("/v1/models/{name:path}", texts.model),
+    Route("/tokenize", texts.tokenize, methods=["POST"]),
+    Route("/detokenize", texts.detokenize, methods=["POST"]),
+    Route("/apply-template", texts.apply_template, methods=["POST"]),
+    Route("/version", texts.version),
+    Route("/props", texts.props),
+    Route("/openapi.json", openapi),
     Route("/v1/requests/{id}", change_request, methods=["PATCH"]),
 ]
 

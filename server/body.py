@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Coroutine
 from typing import Any
 
@@ -25,13 +26,22 @@ async def read_body(request: Request) -> Fields:
 
 
 def parse_body(data: bytes) -> Any:
-    """The JSON value of a body. Raises ApiError 400; NaN and infinities are no JSON."""
+    """The JSON value of a body. Raises ApiError 400; what an answer could not repeat as JSON in UTF-8 is none.
+
+    That is NaN and infinities, which Python reads also from 1e999, and halves of surrogate pairs.
+    """
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number")
 
+    def number(word: str) -> float:
+        return value if math.isfinite(value := float(word)) else refuse(word[:20])
+
     try:
-        return json.loads(data.decode(), parse_constant=refuse)
+        value = json.loads(data.decode(), parse_constant=refuse, parse_float=number)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         said = one_line(error, 100, 60, 30)
         raise ApiError(400, f"the body is not JSON ({said}): send one JSON object in UTF-8") from None

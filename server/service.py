@@ -83,7 +83,7 @@ class Service:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
         made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
         if chat.begun:
-            made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False))
+            made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False, control=False, start=False))
         return made
 
     def begin_text(

@@ -9,7 +9,7 @@ from teal_fast.server.fields import Fields
 from teal_fast.server.service import Service
 
 MAX_SPARSITY = 0.95
-MOST_STOPS, MOST_ANSWERS, MOST_TOP = 16, 16, 20
+MOST_STOPS, MOST_ANSWERS, MOST_TOP, MOST_BIAS = 16, 16, 20, 1024
 
 
 def read_settings(
@@ -69,8 +69,8 @@ def read_stop(fields: Fields, name: str) -> tuple[str, ...]:
 def read_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
     """logit_bias: an object from token ids to numbers from -100 to 100."""
     given: dict[str, Any] = getattr(fields.object("logit_bias"), "body", {})
-    if len(given) > 1024:
-        raise fields.error("logit_bias", "at most 1024 tokens")
+    if len(given) > MOST_BIAS:
+        raise fields.error("logit_bias", f"at most {MOST_BIAS} tokens")
     pairs = []
     for key, value in given.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
