@@ -121,8 +121,12 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         answer = Answer(self, made, settings, Work(request, score, decode), id)
-        self.worker.submit(answer.job)
         self._jobs.setdefault(id, []).append(answer.job)
+        try:
+            self.worker.submit(answer.job)
+        except ApiError:
+            answer.close()
+            raise
         return answer
 
     def check_sparsity(self, sparsity: float) -> None:
