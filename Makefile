@@ -2,9 +2,10 @@
 VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
+SERVED := tests/server tests/test_serve.py tests/benchmarks/test_serve.py
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo smoke test test-docs test-package test-fuzz lint bench table report results findings
+.PHONY: demo smoke test test-serve test-docs test-package test-fuzz lint bench table report results findings
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -20,7 +21,11 @@ smoke: $(READY)
 # The long parts have targets of their own, which .ci/run calls as well. A file's tests share a worker and its fixtures.
 test: lint
 	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile \
-		--ignore=tests/test_readme.py --ignore=tests/test_package.py --ignore=tests/fuzz
+		--ignore=tests/test_readme.py --ignore=tests/test_package.py --ignore=tests/fuzz $(SERVED:%=--ignore=%)
+
+# Real clients against live servers, the chat page in Chromium if it is installed, load, malformed requests.
+test-serve: $(READY)
+	$(PYTHON) -m pytest -n auto --maxprocesses 2 --dist loadfile $(SERVED)
 
 # Every command and example of README.md and docs/usage.md.
 test-docs: $(READY)

@@ -2,10 +2,10 @@
 
 import sys
 
-from teal_fast import calibrate, eval, generate, quantize
+from teal_fast import calibrate, eval, generate, quantize, serve
 from teal_fast.cli import run
 
-COMMANDS = {"generate": generate, "calibrate": calibrate, "quantize": quantize, "eval": eval}
+COMMANDS = {"generate": generate, "calibrate": calibrate, "quantize": quantize, "eval": eval, "serve": serve}
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from teal_fast.cli import (
     ModelChoice,
     add_model_arguments,
-    fail,
     open_checkpoint,
     open_model,
     parse_with_model,
@@ -38,8 +37,10 @@ try:
     from teal_fast.server.app import make_app
     from teal_fast.server.service import Limits, Service
     from teal_fast.server.worker import Loaded, Worker
-except ImportError as error:
-    fail(f"the server's packages are missing ({error}): pip install 'teal-fast[serve]'")
+except ImportError as error:  # the packages of the extra `serve`, without which the other commands go on
+    MISSING: ImportError | None = error
+else:
+    MISSING = None
 
 PREFIXES = "prefixes.safetensors"
 LONGEST = 32_768  # tokens of a context where none is named: agents send 10,000 to 40,000 of tools alone
@@ -68,7 +69,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     return parse_with_model(parser)
 
 
-def load(options: argparse.Namespace, choice: ModelChoice) -> Loaded:
+def load(options: argparse.Namespace, choice: ModelChoice) -> "Loaded":
     """The model and its engine. Without a calibration only sparsity 0 is served, which is said."""
     open_checkpoint(choice.checkpoint, not choice.no_prepare)
     try:
@@ -101,6 +102,7 @@ def listen(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(2048)  # at once: who comes while packages start waits instead of being refused
     except OSError as error:
         sock.close()
         raise OSError(
@@ -111,6 +113,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     options, choice = parse_arguments()
+    if MISSING is not None:
+        raise ValueError(f"the server's packages are missing ({MISSING}): pip install 'teal-fast[serve]'")
     key = options.api_key or os.environ.get("TEAL_API_KEY") or None
     limits = Limits(
         tuple(options.served_model_name), options.sparsity, options.request_timeout, key, tuple(options.allowed_origin)

@@ -78,12 +78,13 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 
-    def encode(self, text: str, add_bos: bool = True, control: bool = True) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True, control: bool = True, start: bool = True) -> list[int]:
         """Ids of a prompt, after BOS where the checkpoint asks for it and `add_bos` allows it; never with EOS.
 
-        control: whether control tokens written in it become their ids, or are text.
+        control: whether control tokens written in it become their ids, or are text. start: whether nothing comes before
+        it but BOS: SentencePiece puts a space before a text's beginning.
         """
-        return (self._prefix if add_bos else []) + self._ids(text, control)
+        return (self._prefix if add_bos else []) + self._ids(text, control, start)
 
     def encode_chat(
         self,

@@ -143,8 +143,8 @@ def serve_section(records: list[Record]) -> Section:
     first, second = about["turns_prompt_tokens"]
     lengths = [
         f"after {about['first_token_prompt_tokens']:,} tokens",
-        f"first turn, {first:,}",
-        f"second turn, {second:,}",
+        f"of turn 1 of {first:,}",
+        f"of turn 2 of {second:,}",
     ]
     head = ["", "achieved", "tokens/s", *(f"first token {length}, ms" for length in lengths), "second turn of first"]
     tables = [markdown(head, rows)]

@@ -7,8 +7,9 @@ with every request.
 """
 
 import json
+import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,19 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
-        shown = {id: text.encode() for id, text in visible_markers(tokenizer).items()}
-        pieces = {**tokenizer.pieces, **shown}
-        words = [b"" if id in tokenizer.eos_ids else pieces.get(id, b"") for id in range(vocab_size)]
-        vocabulary = _Vocabulary(words, sorted(tokenizer.eos_ids), tokenizer)
-        self._library = LLTokenizer(TokenizerWrapper(vocabulary), vocab_size, vocabulary.eos_token_ids)
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._compiled = lru_cache(maxsize=64)(self._compile)
         self._refused = lru_cache(maxsize=1024)(self._refuse)
+
+    @cached_property
+    def _library(self) -> LLTokenizer:
+        """Made when it is first needed: it takes a second for a large vocabulary."""
+        shown = {id: text.encode() for id, text in visible_markers(self._tokenizer).items()}
+        pieces, ends = {**self._tokenizer.pieces, **shown}, sorted(self._tokenizer.eos_ids)
+        if not ends:
+            raise ApiError(400, "this checkpoint names no token that ends an answer: no schema or call can be enforced")
+        words = [b"" if id in ends else pieces.get(id, b"") for id in range(self._vocab_size)]
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(words, ends, self._tokenizer)), self._vocab_size, ends)
 
     def begin(self, grammar: str, param: str) -> Callable[[], Constraint]:
         """What begins a constraint to the grammar, for one answer each. Raises ApiError 400 with the reason."""
@@ -63,8 +70,13 @@ class Grammars:
 
 
 def _refusal(reason: str, param: str) -> ApiError:
-    reason = one_line(reason.replace("<non-verbose/>", ""))
-    return ApiError(400, f"{param} can't be enforced ({reason}): simplify it or leave it out", param)
+    return ApiError(400, f"{param} can't be enforced ({_said(reason)}): simplify it or leave it out", param)
+
+
+def _said(error: str) -> str:
+    """What the library says, without the place in a grammar that the client has not written."""
+    error = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", error.replace("<non-verbose/>", ""))
+    return one_line(re.sub(r"\n *\d+ \|.*", "", error, flags=re.DOTALL))
 
 
 def json_rule(schema: dict[str, Any], strict: bool, param: str) -> str:
@@ -101,8 +113,7 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, words: list[bytes], ends: list[int], tokenizer: Tokenizer):
-        self.tokens, self.eos_token_ids, self.tokenizer = words, ends, tokenizer
-        self.eos_token_id = ends[0]
+        self.tokens, self.eos_token_id, self.tokenizer = words, ends[0], tokenizer
         self.special_token_ids = [id for id, word in enumerate(words) if not word]
 
     def __call__(self, text: bytes) -> list[int]:
@@ -126,5 +137,5 @@ class _Constraint:
 
     def _check(self, possible: bool = True) -> None:
         if self.matcher.is_error() or not possible:
-            reason = one_line(self.matcher.get_error().replace("<non-verbose/>", "")) or "no token may come next"
+            reason = _said(self.matcher.get_error()) or "no token may come next"
             raise ApiError(400, f"the answer can't be held to the schema or tools ({reason}): simplify them")

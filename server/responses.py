@@ -190,7 +190,7 @@ def echo(fields: Fields, settings: Settings) -> dict[str, Any]:
         "top_logprobs": settings.top_logprobs or 0,
         "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
         "truncation": "disabled",  # a prompt that is too long is refused
-        "user": body.get("user"),
+        "user": fields.text("user"),
         "background": False,
         "previous_response_id": None,
         "store": False,

@@ -13,6 +13,7 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.scoring import Scored
 from teal_fast.engine.text import TextStream
+from teal_fast.files.store import short
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.server.asked import Begun, Chat, End, Event, Live, Reasoning, Settings, Text, Usage
 from teal_fast.server.errors import ApiError
@@ -41,7 +42,8 @@ class Service:
         self.worker, self.limits = worker, limits
         self.metrics = Metrics(self)
         self.grammars: Grammars | None = None
-        self._answers: OrderedDict[str, list[Answer]] = OrderedDict()
+        self._jobs: dict[str, list[Job]] = {}  # of the requests under way
+        self._ended: OrderedDict[str, None] = OrderedDict()
 
     @property
     def loaded(self) -> Loaded:
@@ -83,7 +85,7 @@ class Service:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
         made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
         if chat.begun:
-            made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False))
+            made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False, control=False, start=False))
         return made
 
     def begin_text(
@@ -119,13 +121,12 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         answer = Answer(self, made, settings, Work(request, score, decode), id)
-        self.worker.submit(answer.job)
-        self._answers.setdefault(id, []).append(answer)
-        while len(self._answers) > REMEMBERED + len(self._answers.get(id, ())):
-            oldest, found = next(iter(self._answers.items()))
-            if any(one.job.state != "ended" for one in found):
-                break
-            del self._answers[oldest]
+        self._jobs.setdefault(id, []).append(answer.job)
+        try:
+            self.worker.submit(answer.job)
+        except ApiError:
+            answer.close()
+            raise
         return answer
 
     def check_sparsity(self, sparsity: float) -> None:
@@ -135,10 +136,22 @@ class Service:
 
     def set_sparsity(self, id: str, sparsity: float) -> None:
         """Changes the answers of a request from their next token on. Raises ApiError 404 or 409."""
-        if id not in self._answers:
-            raise ApiError(404, f"request {id[:100]!r} is not known", code="not_found")
-        if not any([self.worker.set_sparsity(answer.job, sparsity) for answer in self._answers[id]]):
-            raise ApiError(409, f"request {id[:100]!r} has ended", code="ended")
+        jobs = self._jobs.get(id, [])
+        if any([self.worker.set_sparsity(job, sparsity) for job in jobs]):
+            return
+        if jobs or id in self._ended:
+            raise ApiError(409, f"request {short(id)} has ended", code="ended")
+        raise ApiError(404, f"request {short(id)} is not known", code="not_found")
+
+    def ended(self, id: str, job: Job) -> None:
+        """Forgets an answer's job; of so many requests it is known for a while that they were."""
+        jobs = self._jobs[id]
+        jobs.remove(job)
+        if not jobs:
+            del self._jobs[id]
+            self._ended[id] = None
+            if len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
 
 
 class Answer:
@@ -167,6 +180,7 @@ class Answer:
             self._closed = True
             self._expiry.cancel()
             self.service.worker.cancel(self.job)
+            self.service.ended(self.id, self.job)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Yields Begun, pieces as they become certain, End."""

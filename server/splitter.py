@@ -19,7 +19,8 @@ class Splitter:
     """format: how calls are written, None where none are expected. names: of the tools.
 
     begun: whether the prompt has begun the thoughts. split: whether thoughts are events of their own, or text with
-    their markers. The states are methods: each takes from `held` what is certain and says whether the next may go on.
+    their markers. trim: whether white space before the text is dropped, as where it is JSON. The states are methods:
+    each takes from `held` what is certain and says whether the next may go on.
     """
 
     def __init__(
@@ -29,7 +30,9 @@ class Splitter:
         thoughts: Thoughts = Thoughts(),  # noqa: B008, it is immutable
         begun: bool = False,
         split: bool = True,
+        trim: bool = False,
     ):
+        self.trim = trim
         self.format, self.names, self.thoughts, self.split = format, names, thoughts, split
         self.held, self.ended, self.events = "", False, []
         self.state = self._in_thoughts if begun else self._start
@@ -80,7 +83,7 @@ class Splitter:
                 self.events.append(Text(taken))
             self.state = self._in_thoughts
         elif self.ended or not begin.startswith(text):
-            self.state, self.new = self._in_text, False
+            self.state, self.new = self._in_text, self.trim
         else:
             return False
         return True
@@ -175,7 +178,9 @@ class Splitter:
             if self.ended:
                 self._take(len(self.held))
             return False
-        white = len(self.held) - len(text)
+        white, following = len(self.held) - len(text), text.lstrip("; \t\r\n")
+        if self.format.bare and not following and not self.ended:
+            return False
         self.state = self._in_text
         if self.listed and text[0] == ",":
             return self._begin(Call(), self._take(white + 1))
@@ -184,7 +189,7 @@ class Splitter:
             self.listed = False
         elif end and text.startswith(end):
             self._take(white + len(end))
-        elif self.format.bare and (following := text.lstrip("; \t\r\n")).startswith("{"):
+        elif self.format.bare and following.startswith("{"):
             return self._begin(Call(self.names), self._take(len(self.held) - len(following)))
         return True
 

@@ -63,7 +63,7 @@ def plan(chat: Chat, tokenizer: Tokenizer, grammars: Grammars) -> Plan:
     return Plan(
         ids,
         grammar.constraint(chat, expected, grammars),
-        lambda: Splitter(expected, names, thoughts, begun, chat.split_thinking),
+        lambda: Splitter(expected, names, thoughts, begun, chat.split_thinking, trim=chat.schema is not None),
         visible,
     )
 
@@ -121,7 +121,10 @@ class _Grammar:
             grammars.check(answer, "response_format")
         if format is None:
             return grammars.begin(json_grammar(answer, must) + end, "response_format") if answer else None
-        forced, single = chat.tool_choice in ("required", "named"), not chat.parallel_tool_calls
+        forced = chat.tool_choice in ("required", "named")
+        single = (
+            not chat.parallel_tool_calls or chat.tool_choice == "named"
+        )  # a named one is called once, as OpenAI does
         rules = _rules(chat, grammars, forced)
         if forced or answer:
             return grammars.begin(forced_calls(format, rules, must, single, answer) + end, "tools")

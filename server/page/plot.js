@@ -34,8 +34,8 @@ export class Plot {
     if (tokens === 1) nominal = null;
     const start = this.points.findLast((point) => now - point.now > WINDOW) ?? this.points[0];
     const speed = start && now > start.now ? (1000 * (tokens - start.tokens)) / (now - start.now) : null;
-    const recent = this.points.slice(-7).map((point) => point.raw);
-    const known = [...recent, achieved].filter((value) => value != null);
+    const recent = this.points.slice(-7).filter((point) => point.nominal === nominal); // since the dial was turned
+    const known = [...recent.map((point) => point.raw), achieved].filter((value) => value != null);
     const mean = known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null; // of eight tokens
     const settled = start && now - start.now > WINDOW / 2 ? speed : null;
     this.points.push({ now, tokens, nominal, raw: achieved, achieved: mean, speed: settled });

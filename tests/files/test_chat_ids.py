@@ -211,6 +211,15 @@ def test_tools_that_are_nested_without_end(tokenizer):
 # --- plain text, without the control tokens, as the libraries encode it
 
 
+# A tokenizer.json that prepends its space as a normalizer does so after every control token: sentencepiece_json
+@pytest.mark.parametrize("kind", ["sentencepiece_model", "metaspace_json", "byte_level_json"])
+def test_text_that_goes_on_has_no_space_before_it(request, tmp_path, kind):
+    tokenizer = load(tmp_path, request, kind)
+    before, after = "the whale,", "the sea"
+    ids = tokenizer.encode(before, add_bos=False) + tokenizer.encode(after, add_bos=False, start=False)
+    assert tokenizer.decode(ids) == before + after
+
+
 @pytest.mark.parametrize("text", [*TEXTS, INJECTED, "<s> a", "</s>b <s>"])
 def test_text_without_control_tokens(request, tmp_path, sentencepiece_model, tiktoken_ranks, text):
     sp = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)

@@ -98,7 +98,7 @@ def test_the_server_stands_beside_what_it_is_compared_with():
         ["serve.py, 50 %", "generate.py", "0.98", ""],
     ]
     assert cells(page, "generate.py, 50 %")[0][2:] == ["41.0 (41.0)", "700", "", "", ""]
-    assert "llama-server bf16 7." in page and "first token second turn, 3,040" in page
+    assert "llama-server bf16 7." in page and "first token of turn 2 of 3,040, ms" in page
 
 
 def test_uncommitted_trees_are_marked():

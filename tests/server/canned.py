@@ -21,18 +21,22 @@ class Answer:
 
     def __init__(self, id: str, reading: float, said: Sequence[Event | Exception]):
         self.id, self.reading, self.said = id, reading, said
+        self.closed = threading.Event()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        await asyncio.sleep(self.reading)
-        yield Begun(5, [])
-        for event in self.said:
-            if isinstance(event, Exception):
-                raise event
-            yield event
+        try:
+            await asyncio.sleep(self.reading)
+            yield Begun(5, [])
+            for event in self.said:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            self.closed.set()
 
 
 class Canned(Service):
-    """said: what the next answers say. reading: how many seconds a prompt takes. chat: the last one."""
+    """said: what the next answers say. reading: how many seconds a prompt takes. answer: the last one."""
 
     vocab_size, reading = 100, 0.0
 
@@ -40,11 +44,11 @@ class Canned(Service):
         loaded = SimpleNamespace(tokenizer=tokenizer, name="canned", close=lambda: None)
         super().__init__(Worker(lambda: loaded, 1, lambda error: None), Limits())
         self.said: Sequence[Event | Exception] = ()
-        self.chat: Chat | None = None
+        self.answer: Answer | None = None
 
     async def begin_chat(self, chat: Chat, settings: Settings, id: str | None = None) -> Answer:
-        self.chat = chat
-        return Answer(id, self.reading, self.said)
+        self.answer = Answer(id, self.reading, self.said)
+        return self.answer
 
     @contextmanager
     def serving(self) -> Iterator[str]:

@@ -6,10 +6,11 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from teal_fast.benchmarks.http_client import Exchange, piece
 from teal_fast.benchmarks.servers import Server, ours
@@ -25,7 +26,7 @@ class Load:
     checkpoint: str | Path
     clients: int = 200
     requests: int = 2000
-    new_tokens: int = 16
+    new_tokens: int = 8
     sparsity: float = 0.5
     timeout: float = 600.0
 
@@ -80,8 +81,14 @@ def ask(load: Load, port: int, body: dict, leaving: Leaving | None = None) -> Ou
     return found
 
 
-def follow(exchange: Exchange, found: Outcome, deadline: float, pieces: int | None) -> None:
-    """Reads an answer into `found`, to its end or to so many pieces of text."""
+def follow(
+    exchange: Exchange,
+    found: Outcome,
+    deadline: float,
+    pieces: int | None = None,
+    began: Callable[[], Any] = lambda: None,
+) -> None:
+    """Reads an answer into `found`, to its end or to so many pieces of text. began: called at every event."""
     status, reason = exchange.answered(), None
     if status != 200:
         found.said = f"{status}: {exchange.read()}"
@@ -93,6 +100,7 @@ def follow(exchange: Exchange, found: Outcome, deadline: float, pieces: int | No
         if data == b"[DONE]":
             found.fate = "answered" if reason == "length" else "broken"
             return
+        began()
         event = json.loads(data)
         if "error" in event:
             found.said = str(event["error"])

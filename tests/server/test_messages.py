@@ -287,6 +287,14 @@ def test_pings_while_the_prompt_is_read(canned, monkeypatch):
     assert lines[-1] == "event: message_stop"
 
 
+def test_a_client_that_goes_while_the_prompt_is_read_closes_the_answer(canned, monkeypatch):
+    monkeypatch.setattr(canned, "reading", 60.0)
+    with canned.client.messages.create(**ASK, stream=True) as stream:
+        assert next(stream).type == "message_start"
+        assert not canned.answer.closed.is_set()
+    assert canned.answer.closed.wait(10)
+
+
 # --- the real model behind it
 
 
@@ -349,7 +357,12 @@ def test_a_tool_that_must_be_called_is(live):
         {"role": "assistant", "content": final.content},
         {"role": "user", "content": [result]},
     ]
-    assert live.messages.create(**body | {"messages": turns, "tool_choice": {"type": "none"}}).usage.output_tokens > 0
+    assert (
+        live.messages.create(
+            **body | {"messages": turns, "max_tokens": 1, "tool_choice": {"type": "none"}}
+        ).usage.output_tokens
+        > 0
+    )
 
 
 def test_json_that_fits_a_schema(live):

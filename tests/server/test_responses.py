@@ -302,6 +302,14 @@ def test_while_the_prompt_is_read_an_event_is_repeated(canned, monkeypatch):
     assert events[-1].response.output_text == "Hello"
 
 
+def test_a_client_that_goes_while_the_prompt_is_read_closes_the_answer(canned, monkeypatch):
+    monkeypatch.setattr(canned, "reading", 60.0)
+    with canned.client.responses.create(model="m", input="hi", stream=True) as stream:
+        assert next(stream).type == "response.created"
+        assert not canned.answer.closed.is_set()
+    assert canned.answer.closed.wait(10)
+
+
 # --- the real model behind it
 
 
@@ -351,7 +359,10 @@ def test_a_tool_that_must_be_called_is(live):
     assert call.name == "get" and isinstance(json.loads(call.arguments)["a"], int)
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "blue"}
     items = [{"role": "user", "content": "hi"}, *final.to_dict()["output"], result]
-    assert live.responses.create(**GREEDY | {"input": items, "tools": [TOOL]}).usage.output_tokens > 0
+    assert (
+        live.responses.create(**GREEDY | {"input": items, "tools": [TOOL], "max_output_tokens": 1}).usage.output_tokens
+        > 0
+    )
 
 
 def test_json_that_fits_a_schema(live):

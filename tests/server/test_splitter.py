@@ -111,6 +111,11 @@ def test_thoughts_with_other_markers():
     assert split(["[THINK]hm[/THINK]Hi"], thoughts=Thoughts("[THINK]", "[/THINK]")) == ("hm", "Hi", [])
 
 
+def test_white_space_before_json_is_dropped():
+    assert split(["\n", " {}\n"], None, trim=True) == ("", "{}\n", [])
+    assert split(["\n", " {}\n"], None) == ("", "\n {}\n", [])
+
+
 def test_thoughts_that_stay_in_the_text():
     text = "<think>\nhm <tool_call>\n</think>\n\nHi"
     assert split([text], split=False) == ("", text, [])
@@ -184,6 +189,12 @@ def test_llama_calls_only_known_tools_without_a_marker():
     assert split(['{"name": "f", "parameters": {}}'], LLAMA) == ("", "", [("f", "{}")])
     assert split(['{"name": "Bob", "parameters": {}}'], LLAMA) == ("", '{"name": "Bob", "parameters": {}}', [])
     assert split(['Sure: {"name": "f", "parameters": {}}'], LLAMA) == ("", 'Sure: {"name": "f", "parameters": {}}', [])
+
+
+def test_llama_calls_cut_at_their_separator():
+    call = '{"name": "f", "parameters": {}}'
+    assert split([f"{call};", f" {call}"], LLAMA) == ("", "", [("f", "{}")] * 2)
+    assert split([f"{call};", " done"], LLAMA) == ("", "; done", [("f", "{}")])
 
 
 def test_mistrals_own_id_is_kept():

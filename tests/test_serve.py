@@ -1,0 +1,76 @@
+"""The command: what is refused before and while it loads, its end by a signal, the prefix cache over a restart."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+
+from teal_fast.files.paths import ROOT
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["--port", "65536"], 2, "expected a port from 0"),
+        (["--max_queue", "0"], 2, "expected a whole number of at least 1"),
+        (["--request_timeout", "0"], 2, "expected a number above 0"),
+        (["--cache_bytes", "-1"], 2, "expected a number of bytes"),
+        (["--sparsity", "1"], 2, "expected a fraction from 0"),
+        (["--host", "192.0.2.1"], 1, "192.0.2.1:8000 can't be listened at"),
+        (["--host", "no.such.host.invalid", "--port", "0"], 1, "can't be listened at"),
+        (["--checkpoint", "absent", "--port", "0"], 1, "absent"),
+    ],
+)
+def test_one_line_and_an_exit_code(command, arguments, code, said):
+    found = command("serve", *arguments, timeout=120)
+    assert found.returncode == code and said in found.stderr and "Traceback" not in found.stderr, found.stderr
+
+
+def test_a_port_that_is_taken(command):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        found = command("serve", "--port", taken.getsockname()[1], timeout=120)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1 and "in use" in found.stderr
+
+
+@contextmanager
+def serve(folder, *arguments):
+    """The command in a process of its own, and its address once it answers; it must end with exit code 0."""
+    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", folder, "--port", "0", *arguments]
+    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        url = re.match(r"(http://\S+) ", process.stderr.readline())[1]
+        while ask(f"{url}/health")[0] == 503:
+            assert process.poll() is None
+        yield url, process
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0 and said == "", said
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(url, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_prefixes_outlive_a_restart(calibrated, tmp_path):
+    body = {"prompt": [(7 * i) % 40_000 + 3 for i in range(300)], "max_tokens": 4, "temperature": 0}
+    found = []
+    for _ in range(2):
+        with serve(calibrated, "--cache_dir", tmp_path / "cache", "--max_seq_length", 512) as (url, _):
+            found.append(ask(f"{url}/v1/completions", body)[1])
+    first, second = (answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in found)
+    assert (first, second) == (0, 299) and found[0]["choices"][0]["text"] == found[1]["choices"][0]["text"]
