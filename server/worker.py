@@ -158,6 +158,8 @@ class Worker:
                 self._serve(self.loaded.engine, job)
             except Cancelled:
                 pass
+            except ApiError as error:  # a grammar's
+                job.put(error)
             except (ValueError, OutOfMemoryError) as error:
                 job.put(ApiError(400 if isinstance(error, ValueError) else 503, str(error)))
             except Exception:

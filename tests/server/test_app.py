@@ -71,6 +71,7 @@ def test_names_of_models(live):
 
 
 BODIES = [(b"", "not JSON"), (b"{", "not JSON"), (b'{"prompt": NaN}', "NaN is no number"), (b"\xff", "not JSON")]
+BODIES += [(b'{"model": "\\ud800"}', "surrogates"), (b'{"\\uDFFF\\ud83d": 1}', "surrogates")]
 BODIES += [(b"[" * 100_000, "not JSON"), (b"[1]", "expected a JSON object"), (b'"a"', "expected a JSON object")]
 BODIES += [(b'{"user": 1e999}', "1e999 is no number"), (b'{"prompt": "\\ud800"}', "surrogates not allowed")]
 
