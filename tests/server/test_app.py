@@ -171,6 +171,7 @@ def test_a_full_queue_and_a_request_that_takes_too_long(demo):
 
 def test_metrics_count(live):
     ask(live, "POST", "/v1/completions", LONG | {"max_tokens": 7, "sparsity": 0.5})
+    until(lambda: live.service.worker.running is None, 5)
     _, headers, text = ask(live, "GET", "/metrics")
     assert headers["content-type"].startswith("text/plain")
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
