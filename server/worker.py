@@ -193,7 +193,7 @@ class Worker:
         between()
         if work.score is not None:
             dense = 1 if request.sparse_prompt else len(request.prompt)
-            scored = engine.score(request.prompt, request.sparsity, dense, work.score, between)
+            scored = engine.score(request.prompt, request.sparsity, dense, work.score, between, request.cache)
         if not work.decode:
             job.put(Read(0, scored))
             job.put(Done(None))

@@ -7,6 +7,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.load import load
+from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 
@@ -139,6 +140,17 @@ def test_what_a_private_request_leaves_is_not_used(calibrated):
     assert [token.id for token in engine.stream(open_request)] == first and engine.reused == 0
     list(engine.stream(open_request))
     assert engine.reused == len(PROMPT) - 1
+
+
+def test_what_a_private_score_leaves_is_not_used(calibrated):
+    engine: Engine = load(calibrated, context=128)[0]
+    engine.held.store = PrefixStore(10**7)
+    engine.score(PROMPT, 0.0, len(PROMPT), cache=False)
+    engine.held.keep()
+    assert engine.held.known([*PROMPT, 1], 0.0) == engine.held.store.known([*PROMPT, 1], 0.0) == 0
+    engine.score(PROMPT, 0.0, len(PROMPT))
+    engine.held.keep()
+    assert engine.held.known([*PROMPT, 1], 0.0) == engine.held.store.known([*PROMPT, 1], 0.0) == len(PROMPT)
 
 
 def test_each_token_says_what_its_step_skipped(calibrated):
