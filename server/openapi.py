@@ -62,6 +62,9 @@ def answers() -> dict[str, Any]:
         "/v1/chat/completions": post("Answers a chat", schemas.CHAT, OBJECT, streams=True),
         "/v1/completions": post("Continues or scores texts", schemas.COMPLETION, OBJECT, streams=True),
         "/v1/responses": post("Answers a chat, as OpenAI's newer API", schemas.RESPONSE, OBJECT, streams=True),
+        "/v1/responses/input_tokens": post(
+            "Counts a chat's tokens", schemas.COUNT_INPUT, fields("input_tokens", input_tokens=COUNT)
+        ),
         "/v1/messages": post("Answers a chat, as Anthropic's API", schemas.MESSAGES, OBJECT, True, "AnthropicError"),
         "/v1/messages/count_tokens": post(
             "Counts a chat's tokens",

@@ -153,16 +153,19 @@ ITEM = fields(
     role=text("user", "assistant", "system", "developer"),
     content=either(TEXT, items(fields("type", "text", type=text("input_text", "output_text", "text"), text=TEXT))),
 )
+INPUT = {
+    "input": either(WORD, {"type": "array", "items": ITEM, "minItems": 1}),
+    "instructions": TEXT,
+    "tools": items(fields("type", "name", type=text("function"), name=TEXT, description=TEXT, parameters=ANY)),
+    "tool_choice": text("auto", "none", "required"),
+    "parallel_tool_calls": FLAG,
+    "reasoning": maybe("object", properties={"effort": TEXT, "summary": TEXT}),
+    "text": maybe("object", properties={"format": maybe("object", properties={"type": text("text", "json_object")})}),
+}
 RESPONSE = fields(
     "input",
-    input=either(WORD, {"type": "array", "items": ITEM, "minItems": 1}),
-    instructions=TEXT,
-    tools=items(fields("type", "name", type=text("function"), name=TEXT, description=TEXT, parameters=ANY)),
-    tool_choice=text("auto", "none", "required"),
-    parallel_tool_calls=FLAG,
+    **INPUT,
     max_output_tokens=whole(1),
-    reasoning=maybe("object", properties={"effort": TEXT, "summary": TEXT}),
-    text=maybe("object", properties={"format": maybe("object", properties={"type": text("text", "json_object")})}),
     include=items(WORD),
     metadata=ANY,
     truncation=text("auto", "disabled"),
@@ -171,6 +174,7 @@ RESPONSE = fields(
     **SAMPLING,
     **OURS,
 )
+COUNT_INPUT = fields("input", model=TEXT, **INPUT)
 TURN = fields("role", "content", role=text("user", "assistant"), content=CONTENT)
 ASKED = {
     "system": CONTENT,

@@ -71,6 +71,7 @@ def test_names_of_models(live):
 
 
 BODIES = [(b"", "not JSON"), (b"{", "not JSON"), (b'{"prompt": NaN}', "NaN is no number"), (b"\xff", "not JSON")]
+BODIES += [(b'{"model": "\\ud800"}', "surrogates"), (b'{"\\uDFFF\\ud83d": 1}', "surrogates")]
 BODIES += [(b"[" * 100_000, "not JSON"), (b"[1]", "expected a JSON object"), (b'"a"', "expected a JSON object")]
 BODIES += [(b'{"user": 1e999}', "1e999 is no number"), (b'{"prompt": "\\ud800"}', "surrogates not allowed")]
 
@@ -171,6 +172,7 @@ def test_a_full_queue_and_a_request_that_takes_too_long(demo):
 
 def test_metrics_count(live):
     ask(live, "POST", "/v1/completions", LONG | {"max_tokens": 7, "sparsity": 0.5})
+    until(lambda: live.service.worker.running is None, 5)
     _, headers, text = ask(live, "GET", "/metrics")
     assert headers["content-type"].startswith("text/plain")
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
