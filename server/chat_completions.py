@@ -13,9 +13,9 @@ from teal_fast.server.body import read_body, unless_gone
 from teal_fast.server.errors import ApiError, openai_shape
 from teal_fast.server.fields import Fields
 from teal_fast.server.logprobs import chat_logprobs
-from teal_fast.server.service import Answer, Service, new_id, numbered
+from teal_fast.server.service import Answer, Service, close_all, new_id
 from teal_fast.server.settings import MOST_ANSWERS, MOST_TOP, read_settings
-from teal_fast.server.sse import event_stream, frame
+from teal_fast.server.sse import EventStream, frame
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MOST_MESSAGES = 10_000
@@ -27,17 +27,11 @@ async def chat_completions(request: Request) -> Response:
     model = service.check_model(fields.text("model"))
     chat, settings = read_chat(fields), read_chat_settings(fields, service)
     options = fields.object("stream_options") or Fields({})
-    usage, live = options.flag("include_usage"), options.flag("sparsity")
+    stream, usage, live = fields.flag("stream"), options.flag("include_usage"), options.flag("sparsity")
     begun = Begin(new_id("chatcmpl"), "chat.completion", model)
-    answers: list[Answer] = []
-    try:
-        for index in range(settings.n):
-            answers.append(await service.begin_chat(chat, numbered(settings, index), begun.id))
-    except BaseException:
-        close_all(answers)
-        raise
-    if fields.flag("stream"):
-        return event_stream(chunks(begun, answers, service, usage, live))
+    answers = await service.begin_chat(chat, settings, begun.id)
+    if stream:
+        return EventStream(chunks(begun, answers, service, usage, live), answers)
     return JSONResponse(await unless_gone(request, whole(begun, answers, service)))
 
 
@@ -50,11 +44,6 @@ class Begin:
     def object(self, choices: list[dict], kind: str = "", **more: Any) -> dict[str, Any]:
         named = {"id": self.id, "object": self.kind + kind, "created": self.created, "model": self.model}
         return named | {"choices": choices} | more
-
-
-def close_all(answers: list[Answer]) -> None:
-    for answer in answers:
-        answer.close()
 
 
 # --- what comes in
@@ -242,8 +231,6 @@ async def chunks(
             yield frame(begun.object([], ".chunk", usage=usage_object(found)))
     except ApiError as error:
         yield frame(openai_shape(error))
-    finally:
-        close_all(answers)
     yield b"data: [DONE]\n\n"
 
 

@@ -19,7 +19,7 @@ from teal_fast.server.errors import ApiError, anthropic_shape
 from teal_fast.server.fields import Fields
 from teal_fast.server.service import Answer, Service
 from teal_fast.server.settings import read_settings, read_stop
-from teal_fast.server.sse import event_stream, frame, with_pauses
+from teal_fast.server.sse import EventStream, frame, with_pauses
 from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects, read_template
 
 CHOICES = {"auto": "auto", "any": "required", "tool": "named", "none": "none"}
@@ -234,10 +234,10 @@ async def endpoint(request: Request) -> Response:
     fields = await read_body(request)
     model = service.check_model(fields.text("model"))
     chat, settings, stream = parse(fields, service)
-    answer = await service.begin_chat(chat, settings, f"msg_{uuid.uuid4().hex}")
+    (answer,) = await service.begin_chat(chat, settings, f"msg_{uuid.uuid4().hex}")
     content = Content(answer.id, model, answer.prompt_tokens)
     if stream:
-        return event_stream(frames(content, answer))
+        return EventStream(frames(content, answer), [answer])
     return JSONResponse(await unless_gone(request, whole(content, answer)))
 
 
