@@ -1,18 +1,23 @@
-"""Penalties against transformers', biases, and an answer that is held to a constraint."""
+"""Penalties against transformers', biases, constraints, prompts in chunks, scores, what steps skipped."""
 
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
 
 from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.engine import Engine
-from teal_fast.engine.load import load
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
+from teal_fast.tests.engine.random_models import DEVICE, PROMPT, make
+from teal_fast.tests.models import TINY
 
-PROMPT = [504, 2217, 282, 260]
 CPU = torch.device("cpu")
+
+
+def fresh(context: int) -> Engine:
+    """An engine of its own over the same random model, on the GPU where there is one."""
+    model, _, calibration = make(TINY, torch.float32, 0)
+    return Engine(model, calibration, context=context)
 
 
 def adjusted(sampling: Sampling, said: list[int], prompt=(1, 2), vocab_size: int = 50):
@@ -30,7 +35,8 @@ def test_nothing_to_change_changes_nothing():
 
 def test_the_repetition_penalty_is_transformers_over_prompt_and_answer():
     logits, found = adjusted(Sampling(0.0, repetition_penalty=1.3), [3, 4, 4])
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[1, 2, 3, 4, 4]]), logits[None].clone())[0]
+    processor = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(1.3)
+    expected = processor(torch.tensor([[1, 2, 3, 4, 4]]), logits[None].clone())[0]
     assert torch.equal(found, expected) and not torch.equal(found, logits)
 
 
@@ -69,8 +75,8 @@ class Alternating:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.5, top_k=40), Sampling(1.0, top_p=0.5)])
-def test_an_answer_keeps_to_its_constraint(calibrated, sampling):
-    engine = load(calibrated, context=128)[0]
+def test_an_answer_keeps_to_its_constraint(sampling):
+    engine = fresh(128)
     begun = []
 
     def constraint():
@@ -84,10 +90,10 @@ def test_an_answer_keeps_to_its_constraint(calibrated, sampling):
     assert len(begun) == 2
 
 
-def test_a_prompt_in_chunks_gives_the_same_answer_and_hears_of_an_end_between_them(calibrated):
-    whole, parts = (load(calibrated, context=256)[0] for _ in range(2))
+def test_a_prompt_in_chunks_gives_the_same_answer_and_hears_of_an_end_between_them():
+    whole, parts = (fresh(256) for _ in range(2))
     parts.chunk = 30
-    prompt, seen = [(7 * i) % 40_000 + 3 for i in range(100)], []
+    prompt, seen = [(7 * i) % 199 + 3 for i in range(100)], []
     request = Request(prompt, Sampling(0.0), 0.5, 12, stop=(), top_logprobs=3)
     expected = list(whole.stream(request))
     found = list(parts.stream(request, lambda: seen.append(len(parts.held.ids))))
@@ -104,8 +110,8 @@ def test_a_prompt_in_chunks_gives_the_same_answer_and_hears_of_an_end_between_th
     assert [token.id for token in parts.stream(request)] == [token.id for token in expected]
 
 
-def test_likeliest_tokens_are_the_models_own(calibrated):
-    engine = load(calibrated, context=128)[0]
+def test_likeliest_tokens_are_the_models_own():
+    engine = fresh(128)
     sampling = Sampling(1.0, top_k=2, logit_bias=((5, 3.0),))
     for token in engine.stream(Request(PROMPT, sampling, 0.5, 6, stop=(), seed=2, top_logprobs=4)):
         logprobs = [value for _, value in token.top]
@@ -114,9 +120,9 @@ def test_likeliest_tokens_are_the_models_own(calibrated):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_scores_are_those_of_one_pass(calibrated, sparse):
-    engine = load(calibrated, context=256)[0]
-    text, dense = [(11 * i) % 40_000 + 3 for i in range(90)], 1 if sparse else 90
+def test_scores_are_those_of_one_pass(sparse):
+    engine = fresh(256)
+    text, dense = [(11 * i) % 199 + 3 for i in range(90)], 1 if sparse else 90
     whole = engine.score(text, 0.5, dense, 2)
     engine.chunk = 16
     found = engine.score(text, 0.5, dense, 2)
@@ -126,11 +132,11 @@ def test_scores_are_those_of_one_pass(calibrated, sparse):
     request = Request(text, Sampling(0.0), 0.5, 4, stop=(), sparse_prompt=sparse)
     answer = [token.id for token in engine.stream(request)]
     assert engine.reused == len(text) - 1
-    assert answer == [token.id for token in load(calibrated, context=256)[0].stream(request)]
+    assert answer == [token.id for token in fresh(256).stream(request)]
 
 
-def test_what_a_private_request_leaves_is_not_used(calibrated):
-    engine: Engine = load(calibrated, context=128)[0]
+def test_what_a_private_request_leaves_is_not_used():
+    engine: Engine = fresh(128)
     request = Request(PROMPT, Sampling(0.0), 0.5, 6, stop=(), cache=False)
     first = [token.id for token in engine.stream(request)]
     assert engine.held.known([*PROMPT, 1], 0.5) == 0
@@ -142,8 +148,8 @@ def test_what_a_private_request_leaves_is_not_used(calibrated):
     assert engine.reused == len(PROMPT) - 1
 
 
-def test_what_a_private_score_leaves_is_not_used(calibrated):
-    engine: Engine = load(calibrated, context=128)[0]
+def test_what_a_private_score_leaves_is_not_used():
+    engine = fresh(128)
     engine.held.store = PrefixStore(10**7)
     engine.score(PROMPT, 0.0, len(PROMPT), cache=False)
     engine.held.keep()
@@ -153,8 +159,9 @@ def test_what_a_private_score_leaves_is_not_used(calibrated):
     assert engine.held.known([*PROMPT, 1], 0.0) == engine.held.store.known([*PROMPT, 1], 0.0) == len(PROMPT)
 
 
-def test_each_token_says_what_its_step_skipped(calibrated):
-    engine = load(calibrated, context=128)[0]
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's step does not count")
+def test_each_token_says_what_its_step_skipped():
+    engine = fresh(128)
     tokens = list(engine.stream(Request(PROMPT, Sampling(0.0), 0.5, 12, stop=())))
     assert tokens[0].achieved is None
     counted = sum(token.achieved for token in tokens[1:]) / 11
@@ -163,13 +170,14 @@ def test_each_token_says_what_its_step_skipped(calibrated):
     assert [token.achieved for token in dense[1:]] == [0.0] * 3
 
 
-def test_a_change_within_an_answer_is_counted_as_it_was(calibrated):
-    engine = load(calibrated, context=128)[0]
+def test_a_change_within_an_answer_is_counted_as_it_was():
+    engine = fresh(128)
     stream = engine.stream(Request(PROMPT, Sampling(0.0), 0.0, 21, stop=()))
     tokens = [next(stream) for _ in range(11)]
     engine.set_sparsity(0.9)
     tokens += list(stream)
     assert [token.sparsity for token in tokens] == [0.0] * 11 + [0.9] * 10
-    expected = sum(token.achieved for token in tokens[1:]) / 20
-    assert engine.achieved_sparsity()["all"] == pytest.approx(expected, abs=2e-3)
-    assert engine.sparsity == 0.9
+    found = engine.achieved_sparsity()["all"]
+    assert 0.35 < found < 0.5 and engine.sparsity == 0.9  # half of the tokens were dense
+    if DEVICE == "cpu":
+        assert found == pytest.approx(sum(token.achieved for token in tokens[1:]) / 20, abs=2e-3)
