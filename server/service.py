@@ -109,8 +109,10 @@ class Service:
     def _begin_one(self, made: Plan, settings: Settings, id: str, score: int | None, decode: bool) -> "Answer":
         engine = self.engine
         room = engine.context - len(made.ids)
-        if room < (1 if decode else 0):
-            said = f"the prompt has {len(made.ids)} tokens, the context {engine.context} with the answer: shorten it"
+        if room < decode:  # an answer needs one token
+            most = engine.context - decode
+            # Anthropic's words, which Claude Code knows (as in its issue 16644).
+            said = f"prompt is too long: {len(made.ids)} tokens > {most} maximum: shorten it"
             raise ApiError(400, said, code="context_length_exceeded")
         try:
             request = Request(

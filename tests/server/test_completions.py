@@ -143,7 +143,7 @@ def test_a_refused_flag_leaves_the_engine_alone(live, client):
         ({"prompt": "a", "prefill": "half"}, 400, "prefill is 'half', expected 'dense' or 'full'"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"prompt": "a", "stop": [""]}, 400, "stop"),
-        ({"prompt": [5] * 300}, 400, "the prompt has 300 tokens, the context 256"),
+        ({"prompt": [5] * 300}, 400, "prompt is too long: 300 tokens > 255 maximum"),
         ([], 400, "the body is []"),
     ],
 )
