@@ -40,21 +40,7 @@ def read_chat(fields: Fields) -> Chat:
     turns = Turns()
     if system := read_system(fields, "system"):
         turns.system(system)
-    fields.required("messages")
-    begun = ""
-    messages = objects(fields, "messages")
-    for number, message in enumerate(messages):
-        role = message.text("role", among=("user", "assistant", "system"))
-        message.required("role")
-        message.required("content")
-        if role == "system":
-            turns.system(read_system(message, "content"))
-        elif role == "user":
-            read_user(turns, message)
-        elif number == len(messages) - 1:
-            begun = "".join(block_text(block, ("text",)) for block in blocks(message, "content"))
-        else:
-            read_assistant(turns, message)
+    begun = read_messages(turns, fields)
     if not any(message["role"] != "system" for message in turns.messages):
         raise fields.error("messages", "at least one message of a user's")
     tools = [
@@ -77,6 +63,25 @@ def read_chat(fields: Fields) -> Chat:
         template=read_template(fields),
         begun=begun,
     )
+
+
+def read_messages(turns: Turns, fields: Fields) -> str:
+    """Adds the messages to the turns, but for an assistant's at the end: the answer begins with its text."""
+    fields.required("messages")
+    begun, messages = "", objects(fields, "messages")
+    for number, message in enumerate(messages):
+        role = message.text("role", among=("user", "assistant", "system"))
+        message.required("role")
+        message.required("content")
+        if role == "system":
+            turns.system(read_system(message, "content"))
+        elif role == "user":
+            read_user(turns, message)
+        elif number == len(messages) - 1:
+            begun = "".join(block_text(block, ("text",)) for block in blocks(message, "content"))
+        else:
+            read_assistant(turns, message)
+    return begun
 
 
 def read_system(fields: Fields, name: str) -> str:
