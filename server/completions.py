@@ -42,7 +42,8 @@ async def completions(request: Request) -> Response:
     begun = Begin(new_id("cmpl"), "text_completion", model)
     score = top if echo and top is not None else None
     stream, usage = fields.flag("stream"), options.flag("include_usage")
-    echoed = [service.tokenizer.decode(prompt) if echo else "" for prompt in prompts for _ in range(n)]
+    texts = [await run_in_threadpool(service.tokenizer.decode, prompt) if echo else "" for prompt in prompts]
+    echoed = [text for text in texts for _ in range(n)]
     ids = [prompt for prompt in prompts for _ in range(n)]
     answers = service.begin_texts(prompts, settings, begun.id, score, most > 0)
     if stream:
@@ -131,7 +132,7 @@ async def chunks(
 
             async with aclosing(aiter(answer)) as events:
                 async for event in events:
-                    if isinstance(event, Begun) and start:
+                    if isinstance(event, Begun) and (start or event.scored):
                         yield choice(start, prompt_tokens(answer, prompt, event.scored))
                     elif isinstance(event, Text):
                         yield choice(event.text, event.tokens, at=offset)
