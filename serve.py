@@ -119,9 +119,9 @@ def main() -> None:
     limits = Limits(
         tuple(options.served_model_name), options.sparsity, options.request_timeout, key, tuple(options.allowed_origin)
     )
-    failed: list[Exception] = []
+    failed: list[BaseException] = []
 
-    def stopped(error: Exception | None) -> None:
+    def stopped(error: BaseException | None) -> None:
         failed.extend([error] if error else [])
         server.should_exit = True
 

@@ -92,11 +92,13 @@ class Engine:
         dense_tokens: int,
         top: int = 0,
         between: Callable[[], None] = lambda: None,
+        cache: bool = True,
     ) -> list[Scored]:
         """Log-probabilities of all tokens of a text but its first. Nothing is taken from the cache, which is filled.
 
         dense_tokens: how many of its first tokens are dense, the others being sparse; top: of how many of the likeliest
-        tokens in each place. between: as `stream` has it. Raises ValueError on what can't be served.
+        tokens in each place. between: as `stream` has it. cache: whether the text may stay in the cache for others.
+        Raises ValueError on what can't be served.
         """
         if len(text) > self.context:
             raise ValueError(f"{len(text)} tokens do not fit the context of {self.context}: shorten the text")
@@ -113,6 +115,7 @@ class Engine:
             self._apply(sparsity)
             self.held.keep()
             self._clear()
+            self.held.private = not cache
             return score(self.model, self.cache, text, dense_tokens, top, self.chunk, done)
 
     def set_sparsity(self, sparsity: float) -> None:
@@ -142,9 +145,7 @@ class Engine:
                 found.append((end - begin, recount(self.model, self.cache, begin, self.held.ids[begin:end])))
                 begin = end
             self._apply(last)
-            kinds = (
-                found[0][1] if found else ()
-            )  # each token meets each layer once, so that spans count by their tokens
+            kinds = found[0][1] if found else ()  # each token meets each layer once: spans count by their tokens
             return {kind: sum(n * by[kind] for n, by in found) / len(self._decoded) for kind in kinds}
 
     def _check_sparsity(self, sparsity: float) -> None:
@@ -225,11 +226,9 @@ class Engine:
                     self._apply(pending)
                 with self._on_device():
                     logits = self.step(last.token.view(1, 1), position)
-                    last, position = (
-                        drawn_from(logits, self.sparsity, getattr(self.step, "achieved", None)),
-                        position + 1,
-                    )
+                    last = drawn_from(logits, self.sparsity, getattr(self.step, "achieved", None))
                     drawn.append(last)
+                    position = position + 1
                 launched += 1
             found = drawn.popleft()
             id, sound, logprob, top = found.wait()

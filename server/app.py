@@ -27,8 +27,6 @@ from teal_fast.server.openapi import openapi
 from teal_fast.server.service import Limits, Service
 from teal_fast.server.settings import MAX_SPARSITY
 
-OPEN = ("/health",)  # what needs no key
-
 
 async def health(request: Request) -> Response:
     request.app.state.service.loaded  # noqa: B018 (503 while it loads)
@@ -113,7 +111,7 @@ class Guard:
         if origin is not None and not self._is_ours(origin.decode("latin-1"), headers.get(b"host", b"")):
             return ApiError(403, "pages of this origin may not ask: name it with --allowed_origin", code="origin")
         key = self.limits.api_key
-        if key is None or path in OPEN or not path_needs_key(path):
+        if key is None or is_open(path):
             return None
         bearer = headers.get(b"authorization", b"")
         given = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
@@ -133,9 +131,9 @@ class Guard:
             return False
 
 
-def path_needs_key(path: str) -> bool:
-    """The page and its files are open: they ask for the key themselves."""
-    return path != "/" and not path.startswith("/page/")
+def is_open(path: str) -> bool:
+    """What needs no key. The page and its files ask for it themselves."""
+    return path in ("/", "/health") or path.startswith("/page/")
 
 
 # --- errors

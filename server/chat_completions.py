@@ -13,12 +13,13 @@ from teal_fast.server.body import read_body, unless_gone
 from teal_fast.server.errors import ApiError, openai_shape
 from teal_fast.server.fields import Fields
 from teal_fast.server.logprobs import chat_logprobs
-from teal_fast.server.service import Answer, Service, new_id, numbered
+from teal_fast.server.service import Answer, Service, close_all, new_id
 from teal_fast.server.settings import MOST_ANSWERS, MOST_TOP, read_settings
-from teal_fast.server.sse import event_stream, frame
+from teal_fast.server.sse import EventStream, frame
+from teal_fast.server.turns import call, function, needed, objects, read_template
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-MOST_MESSAGES = 10_000
+MOST_MESSAGES, MOST_TOOLS = 10_000, 1000
 
 
 async def chat_completions(request: Request) -> Response:
@@ -27,17 +28,11 @@ async def chat_completions(request: Request) -> Response:
     model = service.check_model(fields.text("model"))
     chat, settings = read_chat(fields), read_chat_settings(fields, service)
     options = fields.object("stream_options") or Fields({})
-    usage, live = options.flag("include_usage"), options.flag("sparsity")
+    stream, usage, live = fields.flag("stream"), options.flag("include_usage"), options.flag("sparsity")
     begun = Begin(new_id("chatcmpl"), "chat.completion", model)
-    answers: list[Answer] = []
-    try:
-        for index in range(settings.n):
-            answers.append(await service.begin_chat(chat, numbered(settings, index), begun.id))
-    except BaseException:
-        close_all(answers)
-        raise
-    if fields.flag("stream"):
-        return event_stream(chunks(begun, answers, service, usage, live))
+    answers = await service.begin_chat(chat, settings, begun.id)
+    if stream:
+        return EventStream(chunks(begun, answers, service, usage, live), answers)
     return JSONResponse(await unless_gone(request, whole(begun, answers, service)))
 
 
@@ -52,20 +47,14 @@ class Begin:
         return named | {"choices": choices} | more
 
 
-def close_all(answers: list[Answer]) -> None:
-    for answer in answers:
-        answer.close()
-
-
 # --- what comes in
 
 
 def read_chat(fields: Fields) -> Chat:
     fields.required("messages")
-    messages = fields.items("messages", most=MOST_MESSAGES)
-    if not messages:
+    if not fields.items("messages"):
         raise fields.error("messages", "at least one message")
-    template = getattr(fields.object("chat_template_kwargs"), "body", {})
+    template = read_template(fields)
     thinking = template.get("enable_thinking")
     if thinking is not None and not isinstance(thinking, bool):
         raise ApiError(400, "chat_template_kwargs.enable_thinking: expected true or false", "chat_template_kwargs")
@@ -73,8 +62,8 @@ def read_chat(fields: Fields) -> Chat:
         thinking = False
     choice, name = read_tool_choice(fields)
     return Chat(
-        [read_message(Fields(message, f"messages[{i}]")) for i, message in enumerate(messages)],
-        [read_tool(Fields(tool, f"tools[{i}]")) for i, tool in enumerate(fields.items("tools", most=1000))],
+        [read_message(message) for message in objects(fields, "messages", MOST_MESSAGES)],
+        [read_tool(tool) for tool in objects(fields, "tools", MOST_TOOLS)],
         choice,
         name,
         fields.flag("parallel_tool_calls", True),
@@ -89,7 +78,7 @@ def read_message(fields: Fields) -> dict[str, Any]:
     fields.required("role")
     role = fields.text("role", among=ROLES)
     message: dict[str, Any] = {"role": {"developer": "system", "function": "tool"}.get(role, role)}
-    calls = fields.items("tool_calls")
+    calls = objects(fields, "tool_calls")
     if calls and role != "assistant":
         raise fields.error("tool_calls", "none, as only an assistant calls tools")
     if not calls:
@@ -99,8 +88,7 @@ def read_message(fields: Fields) -> dict[str, Any]:
         if fields.given(name):
             message[name] = fields.text(name)
     if calls:
-        place = f"{fields.place}tool_calls"
-        message["tool_calls"] = [read_call(Fields(call, f"{place}[{i}]")) for i, call in enumerate(calls)]
+        message["tool_calls"] = [read_call(one) for one in calls]
     return message
 
 
@@ -110,8 +98,7 @@ def read_content(fields: Fields) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     texts = []
-    for i, part in enumerate(fields.items("content")):
-        part = Fields(part, f"{fields.place}content[{i}]")
+    for part in objects(fields, "content"):
         if part.text("type") not in ("text", "refusal"):
             raise part.error("type", "'text': this model reads nothing else")
         part.required(part.text("type"))
@@ -120,27 +107,18 @@ def read_content(fields: Fields) -> str:
 
 
 def read_call(fields: Fields) -> dict[str, Any]:
-    function = fields.object("function")
-    if function is None:
-        raise ApiError(400, f"{fields.place}function is missing", f"{fields.place}function")
-    function.required("name")
-    arguments = function.body.get("arguments")
+    fields.required("function")
+    called = fields.object("function")
+    name, arguments = needed(called, "name"), called.body.get("arguments")
     if not isinstance(arguments, str | dict | None):
-        raise function.error("arguments", "JSON as text, or an object")
-    called = {"name": function.text("name"), "arguments": arguments or {}}
-    return {"id": fields.text("id", ""), "type": "function", "function": called}
+        raise called.error("arguments", "JSON as text, or an object")
+    return call(fields.text("id", ""), name, arguments or {})
 
 
 def read_tool(fields: Fields) -> dict[str, Any]:
-    if fields.text("type", "function") != "function":
-        raise fields.error("type", "'function'")
-    function = fields.object("function")
-    if function is None:
-        raise ApiError(400, f"{fields.place}function is missing", f"{fields.place}function")
-    function.required("name")
-    found = {"name": function.text("name"), "description": function.text("description", "")}
-    found |= {"parameters": getattr(function.object("parameters"), "body", {"type": "object", "properties": {}})}
-    return {"type": "function", "function": found | ({"strict": True} if function.flag("strict") else {})}
+    fields.text("type", among=("function",))
+    fields.required("function")
+    return function(fields.object("function"), "parameters")
 
 
 def read_tool_choice(fields: Fields) -> tuple[str, str | None]:
@@ -242,8 +220,6 @@ async def chunks(
             yield frame(begun.object([], ".chunk", usage=usage_object(found)))
     except ApiError as error:
         yield frame(openai_shape(error))
-    finally:
-        close_all(answers)
     yield b"data: [DONE]\n\n"
 
 

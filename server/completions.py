@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 from teal_fast.engine.scoring import Scored
 from teal_fast.server.asked import Begun, End, Text, Usage
 from teal_fast.server.body import read_body, unless_gone
-from teal_fast.server.chat_completions import Begin, close_all, usage_object
+from teal_fast.server.chat_completions import Begin, usage_object
 from teal_fast.server.errors import ApiError, openai_shape
 from teal_fast.server.fields import Fields
 from teal_fast.server.logprobs import completion_logprobs
-from teal_fast.server.service import Answer, Service, new_id, numbered
+from teal_fast.server.service import Answer, Service, close_all, new_id
 from teal_fast.server.settings import MOST_ANSWERS, MOST_TOP, read_settings
-from teal_fast.server.sse import event_stream, frame
+from teal_fast.server.sse import EventStream, frame
 
 NEW_TOKENS = 16  # where none are named, as OpenAI's API has it
 MOST_PROMPTS = 64
@@ -41,18 +41,13 @@ async def completions(request: Request) -> Response:
     options = fields.object("stream_options") or Fields({})
     begun = Begin(new_id("cmpl"), "text_completion", model)
     score = top if echo and top is not None else None
-    answers: list[Answer] = []
-    try:
-        for prompt in prompts:
-            for index in range(n):
-                answers.append(service.begin_text(prompt, numbered(settings, index), begun.id, score, most > 0))
-    except BaseException:
-        close_all(answers)
-        raise
-    echoed = [service.tokenizer.decode(prompt) if echo else "" for prompt in prompts for _ in range(n)]
+    stream, usage = fields.flag("stream"), options.flag("include_usage")
+    texts = [await run_in_threadpool(service.tokenizer.decode, prompt) if echo else "" for prompt in prompts]
+    echoed = [text for text in texts for _ in range(n)]
     ids = [prompt for prompt in prompts for _ in range(n)]
-    if fields.flag("stream"):
-        return event_stream(chunks(begun, answers, ids, echoed, service, options.flag("include_usage")))
+    answers = service.begin_texts(prompts, settings, begun.id, score, most > 0)
+    if stream:
+        return EventStream(chunks(begun, answers, ids, echoed, service, usage), answers)
     return JSONResponse(await unless_gone(request, whole(begun, answers, ids, echoed, service)))
 
 
@@ -89,7 +84,7 @@ async def whole(
             async with aclosing(aiter(answer)) as events:
                 async for event in events:
                     if isinstance(event, Begun):
-                        tokens += prompt_tokens(prompt, event.scored)
+                        tokens += prompt_tokens(answer, prompt, event.scored)
                     elif isinstance(event, Text):
                         text.append(event.text)
                         tokens += event.tokens
@@ -106,9 +101,9 @@ async def whole(
     return begun.object(choices, usage=usage_of(found, answers))
 
 
-def prompt_tokens(ids: list[int], scored: list[Scored]) -> list[Scored]:
-    """An echoed prompt's tokens: nothing says how likely the first is."""
-    return [Scored(ids[0], math.nan, ()), *scored] if scored or len(ids) == 1 else []
+def prompt_tokens(answer: Answer, ids: list[int], scored: list[Scored]) -> list[Scored]:
+    """An echoed prompt's tokens where they are scored: nothing says how likely the first is."""
+    return [] if answer.job.work.score is None else [Scored(ids[0], math.nan, ()), *scored]
 
 
 def usage_of(found: list[Usage], answers: list[Answer]) -> dict[str, Any]:
@@ -137,8 +132,8 @@ async def chunks(
 
             async with aclosing(aiter(answer)) as events:
                 async for event in events:
-                    if isinstance(event, Begun) and start:
-                        yield choice(start, prompt_tokens(prompt, event.scored))
+                    if isinstance(event, Begun) and (start or event.scored):
+                        yield choice(start, prompt_tokens(answer, prompt, event.scored))
                     elif isinstance(event, Text):
                         yield choice(event.text, event.tokens, at=offset)
                         offset += len(event.text)
@@ -149,6 +144,4 @@ async def chunks(
             yield frame(begun.object([], usage=usage_of(found, answers)))
     except ApiError as error:
         yield frame(openai_shape(error))
-    finally:
-        close_all(answers)
     yield b"data: [DONE]\n\n"

@@ -19,7 +19,7 @@ from teal_fast.server.errors import ApiError, anthropic_shape
 from teal_fast.server.fields import Fields
 from teal_fast.server.service import Answer, Service
 from teal_fast.server.settings import read_settings, read_stop
-from teal_fast.server.sse import event_stream, frame, with_pauses
+from teal_fast.server.sse import EventStream, frame, with_pauses
 from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects, read_template
 
 CHOICES = {"auto": "auto", "any": "required", "tool": "named", "none": "none"}
@@ -40,21 +40,7 @@ def read_chat(fields: Fields) -> Chat:
     turns = Turns()
     if system := read_system(fields, "system"):
         turns.system(system)
-    fields.required("messages")
-    begun = ""
-    messages = objects(fields, "messages")
-    for number, message in enumerate(messages):
-        role = message.text("role", among=("user", "assistant", "system"))
-        message.required("role")
-        message.required("content")
-        if role == "system":
-            turns.system(read_system(message, "content"))
-        elif role == "user":
-            read_user(turns, message)
-        elif number == len(messages) - 1:
-            begun = "".join(block_text(block, ("text",)) for block in blocks(message, "content"))
-        else:
-            read_assistant(turns, message)
+    begun = read_messages(turns, fields)
     if not any(message["role"] != "system" for message in turns.messages):
         raise fields.error("messages", "at least one message of a user's")
     tools = [
@@ -77,6 +63,25 @@ def read_chat(fields: Fields) -> Chat:
         template=read_template(fields),
         begun=begun,
     )
+
+
+def read_messages(turns: Turns, fields: Fields) -> str:
+    """Adds the messages to the turns, but for an assistant's at the end: the answer begins with its text."""
+    fields.required("messages")
+    begun, messages = "", objects(fields, "messages")
+    for number, message in enumerate(messages):
+        role = message.text("role", among=("user", "assistant", "system"))
+        message.required("role")
+        message.required("content")
+        if role == "system":
+            turns.system(read_system(message, "content"))
+        elif role == "user":
+            read_user(turns, message)
+        elif number == len(messages) - 1:
+            begun = "".join(block_text(block, ("text",)) for block in blocks(message, "content"))
+        else:
+            read_assistant(turns, message)
+    return begun
 
 
 def read_system(fields: Fields, name: str) -> str:
@@ -234,10 +239,10 @@ async def endpoint(request: Request) -> Response:
     fields = await read_body(request)
     model = service.check_model(fields.text("model"))
     chat, settings, stream = parse(fields, service)
-    answer = await service.begin_chat(chat, settings, f"msg_{uuid.uuid4().hex}")
+    (answer,) = await service.begin_chat(chat, settings, f"msg_{uuid.uuid4().hex}")
     content = Content(answer.id, model, answer.prompt_tokens)
     if stream:
-        return event_stream(frames(content, answer))
+        return EventStream(frames(content, answer), [answer])
     return JSONResponse(await unless_gone(request, whole(content, answer)))
 
 

@@ -24,7 +24,7 @@ from teal_fast.server.logprobs import chat_logprobs
 from teal_fast.server.response_items import Output
 from teal_fast.server.service import Answer, Service
 from teal_fast.server.settings import MOST_TOP, read_settings
-from teal_fast.server.sse import event_stream, frame, with_pauses
+from teal_fast.server.sse import EventStream, frame, with_pauses
 from teal_fast.server.turns import Turns, block_text, blocks, function, needed, objects, read_template
 
 TEXT = ("text", "input_text", "output_text")
@@ -202,11 +202,11 @@ async def endpoint(request: Request) -> Response:
     fields = await read_body(request)
     model = service.check_model(fields.text("model"))
     asked = parse(fields, service)
-    answer = await service.begin_chat(asked.chat, asked.settings, f"resp_{uuid.uuid4().hex}")
+    (answer,) = await service.begin_chat(asked.chat, asked.settings, f"resp_{uuid.uuid4().hex}")
     response = {"id": answer.id, "object": "response", "created_at": int(time.time()), "model": model, **asked.echo}
     output = Output(response, asked.names, asked.summary, partial(chat_logprobs, tokenizer=service.tokenizer))
     if asked.stream:
-        return event_stream(frames(output, answer))
+        return EventStream(frames(output, answer), [answer])
     return JSONResponse(await unless_gone(request, whole(output, answer)))
 
 

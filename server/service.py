@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 
 from starlette.concurrency import run_in_threadpool
@@ -74,10 +74,9 @@ class Service:
             raise ApiError(404, said, "model", "model_not_found")
         return name or names[0]
 
-    async def begin_chat(self, chat: Chat, settings: Settings, id: str | None = None) -> "Answer":
-        """Queues a chat's answer. Raises ApiError: 400 for what can't be served, 429 where too many wait."""
-        made = await self.plan(chat)
-        return self._begin(made, settings, id or new_id("req"))
+    async def begin_chat(self, chat: Chat, settings: Settings, id: str) -> "list[Answer]":
+        """Queues a chat's n answers. Raises ApiError: 400 for what can't be served, 429 where too many wait."""
+        return self._begin([await self.plan(chat)], settings, id)
 
     async def plan(self, chat: Chat) -> Plan:
         """A chat's prompt, and how its answer is made and read. Templates and long texts take time: in a thread."""
@@ -88,19 +87,32 @@ class Service:
             made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False, control=False, start=False))
         return made
 
-    def begin_text(
-        self, prompt: Sequence[int], settings: Settings, id: str, score: int | None = None, decode: bool = True
-    ) -> "Answer":
-        """Queues a text's continuation. score: log-probabilities of the prompt, see `Work`."""
-        return self._begin(Plan(list(prompt)), settings, id, score, decode)
+    def begin_texts(
+        self, prompts: Iterable[list[int]], settings: Settings, id: str, score: int | None = None, decode: bool = True
+    ) -> "list[Answer]":
+        """Queues the n continuations of each text. score: log-probabilities of the prompt, see `Work`."""
+        return self._begin(map(Plan, prompts), settings, id, score, decode)
 
     def _begin(
-        self, made: Plan, settings: Settings, id: str, score: int | None = None, decode: bool = True
-    ) -> "Answer":
+        self, plans: Iterable[Plan], settings: Settings, id: str, score: int | None = None, decode: bool = True
+    ) -> "list[Answer]":
+        answers: list[Answer] = []
+        try:
+            for made in plans:
+                for index in range(settings.n):
+                    answers.append(self._begin_one(made, numbered(settings, index), id, score, decode))
+        except BaseException:
+            close_all(answers)
+            raise
+        return answers
+
+    def _begin_one(self, made: Plan, settings: Settings, id: str, score: int | None, decode: bool) -> "Answer":
         engine = self.engine
         room = engine.context - len(made.ids)
-        if room < (1 if decode else 0):
-            said = f"the prompt has {len(made.ids)} tokens, the context {engine.context} with the answer: shorten it"
+        if room < decode:  # an answer needs one token
+            most = engine.context - decode
+            # Anthropic's words, which Claude Code knows (as in its issue 16644).
+            said = f"prompt is too long: {len(made.ids)} tokens > {most} maximum: shorten it"
             raise ApiError(400, said, code="context_length_exceeded")
         try:
             request = Request(
@@ -209,6 +221,8 @@ class Answer:
                     achieved = item.achieved
             for event in self._split(self.text.flush()) + (self.splitter.flush() if self.splitter else []):
                 yield self._with_tokens(event)
+            if self._pending and self.splitter is None:  # scores of tokens without text, as the one that ends it
+                yield self._with_tokens(Text(""))
             if achieved is None:
                 achieved = sum(skipped) / len(skipped) if skipped else 0.0
             if self.splitter is not None and self.splitter.called and reason == "stop":
@@ -239,6 +253,11 @@ class Answer:
             return event
         tokens, self._pending = tuple(self._pending), []
         return event._replace(tokens=tokens)
+
+
+def close_all(answers: "Iterable[Answer]") -> None:
+    for answer in answers:
+        answer.close()
 
 
 def new_id(kind: str) -> str:

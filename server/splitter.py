@@ -44,8 +44,8 @@ class Splitter:
 
     @property
     def called(self) -> bool:
-        """Whether the answer calls a tool."""
-        return self.index >= 0
+        """Whether the answer calls a tool: its last call is whole, and not cut by a stop string."""
+        return self.announced is not None and self.announced.done
 
     def push(self, text: str) -> list[Event]:
         """The events that became certain with this piece of text."""

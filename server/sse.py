@@ -2,10 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from teal_fast.server.service import Answer, close_all
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # neither kept nor collected by what lies between
 
@@ -19,9 +23,19 @@ def frame(data: Any, event: str | None = None) -> bytes:
     return f"{named}data: {text}\n\n".encode(errors="replace")
 
 
-def event_stream(frames: AsyncIterator[bytes]) -> StreamingResponse:
-    """The response. When its client goes away, the frames' generator is closed at the place where it waits."""
-    return StreamingResponse(frames, media_type="text/event-stream", headers=HEADERS)
+class EventStream(StreamingResponse):
+    """The response. Its frames and answers are closed whatever becomes of it, such as a client that never reads."""
+
+    def __init__(self, frames: AsyncGenerator[bytes], answers: Sequence[Answer]):
+        super().__init__(frames, media_type="text/event-stream", headers=HEADERS)
+        self.frames, self.answers = frames, answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self.frames):
+                await super().__call__(scope, receive, send)
+        finally:
+            close_all(self.answers)  # frames that never began have closed nothing
 
 
 async def with_pauses(events: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:

@@ -52,8 +52,7 @@ class Turns:
 
     def call(self, id: str, name: str, arguments: Any) -> None:
         """A call of the assistant's; arguments: an object, or text where a model wrote what is none."""
-        function = {"name": name, "arguments": arguments}
-        self.assistant().setdefault("tool_calls", []).append({"id": id, "type": "function", "function": function})
+        self.assistant().setdefault("tool_calls", []).append(call(id, name, arguments))
 
     def result(self, id: str, text: str) -> None:
         """What a call gave. It follows calls and other results at once: a note that came between goes after it."""
@@ -63,9 +62,10 @@ class Turns:
         self.messages.insert(len(self.messages) - between, message)
 
 
-def objects(fields: Fields, name: str) -> list[Fields]:
+def objects(fields: Fields, name: str, most: int | None = None) -> list[Fields]:
     """A list of objects, each with its place for errors."""
-    return [Fields(item, f"{fields.place}{name}[{number}]") for number, item in enumerate(fields.items(name))]
+    items = fields.items(name, most=most)
+    return [Fields(item, f"{fields.place}{name}[{number}]") for number, item in enumerate(items)]
 
 
 def blocks(fields: Fields, name: str) -> list[Fields]:
@@ -88,6 +88,11 @@ def block_text(block: Fields, kinds: Sequence[str]) -> str:
 def needed(fields: Fields, name: str) -> str:
     fields.required(name)
     return fields.text(name)
+
+
+def call(id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A tool's call as chat completions write it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def function(fields: Fields, parameters: str) -> dict[str, Any]:

@@ -92,10 +92,10 @@ class Job:
 class Worker:
     """A bounded queue of jobs and the thread that serves them.
 
-    load: makes the engine, in that thread. stopped: called there when it ends, with the error of a load that failed.
+    load: makes the engine, in that thread. stopped: called there when it ends, with the error that ended it.
     """
 
-    def __init__(self, load: Callable[[], Loaded], max_queue: int, stopped: Callable[[Exception | None], None]):
+    def __init__(self, load: Callable[[], Loaded], max_queue: int, stopped: Callable[[BaseException | None], None]):
         self.load, self.max_queue, self.stopped = load, max_queue, stopped
         self.loaded: Loaded | None = None
         self.running: Job | None = None
@@ -147,32 +147,44 @@ class Worker:
             self.thread.join()
 
     def _run(self) -> None:
+        failure: BaseException | None = None
         try:
             self.loaded = self.load()
-        except BaseException as error:
-            self.stopped(error)
-            return
-        while (job := self._next()) is not None:
-            began = time.monotonic()
-            try:
-                self._serve(self.loaded.engine, job)
-            except Cancelled:
-                pass
-            except ApiError as error:  # a grammar's
-                job.put(error)
-            except (ValueError, OutOfMemoryError) as error:
-                job.put(ApiError(400 if isinstance(error, ValueError) else 503, str(error)))
-            except Exception:
-                log.exception("a request failed")
-                job.put(ApiError(500, "the server failed on this request: its log says how"))
-            finally:
-                with self._changed:
-                    job.state, self.running = "ended", None
-            if not self._waiting:  # else the next request would wait for the copy
-                self.loaded.engine.held.keep()
-            self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
-        self.loaded.close()
-        self.stopped(None)
+            while (job := self._next()) is not None:
+                began = time.monotonic()
+                self._answer(job)
+                if not self._waiting:  # else the next request would wait for the copy
+                    self.loaded.engine.held.keep()
+                self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
+            self.loaded.close()
+        except BaseException as error:  # without this thread nobody would be answered: the server is to end
+            failure = error
+            self._refuse_waiting()
+        self.stopped(failure)
+
+    def _refuse_waiting(self) -> None:
+        with self._changed:
+            self._closing = True
+            while self._waiting:
+                job = self._waiting.popleft()
+                job.state = "ended"
+                job.put(ApiError(503, "the server is stopping: try again later", retry_after=5))
+
+    def _answer(self, job: Job) -> None:
+        try:
+            self._serve(self.loaded.engine, job)
+        except Cancelled:
+            pass
+        except ApiError as error:  # of a constraint
+            job.put(error)
+        except (ValueError, OutOfMemoryError) as error:
+            job.put(ApiError(400 if isinstance(error, ValueError) else 503, str(error)))
+        except Exception:
+            log.exception("a request failed")
+            job.put(ApiError(500, "the server failed on this request: its log says how"))
+        finally:
+            with self._changed:
+                job.state, self.running = "ended", None
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -195,7 +207,7 @@ class Worker:
         between()
         if work.score is not None:
             dense = 1 if request.sparse_prompt else len(request.prompt)
-            scored = engine.score(request.prompt, request.sparsity, dense, work.score, between)
+            scored = engine.score(request.prompt, request.sparsity, dense, work.score, between, request.cache)
         if not work.decode:
             job.put(Read(0, scored))
             job.put(Done(None))
@@ -206,8 +218,9 @@ class Worker:
                 if not begun:
                     begun = True
                     job.put(Read(0 if scored else engine.reused, scored))
-                    if job.sparsity != request.sparsity:  # changed while the prompt was read or before
-                        engine.set_sparsity(job.sparsity)
+                    with self._changed:  # changed while the prompt was read or before
+                        if job.sparsity != request.sparsity:
+                            engine.set_sparsity(job.sparsity)
                 job.put(token)
                 if job.cancelled or job.finished:
                     break

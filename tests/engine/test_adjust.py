@@ -5,6 +5,7 @@ import torch
 
 from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.engine import Engine
+from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.tests.engine.random_models import DEVICE, PROMPT, make
@@ -145,6 +146,17 @@ def test_what_a_private_request_leaves_is_not_used():
     assert [token.id for token in engine.stream(open_request)] == first and engine.reused == 0
     list(engine.stream(open_request))
     assert engine.reused == len(PROMPT) - 1
+
+
+def test_what_a_private_score_leaves_is_not_used():
+    engine = fresh(128)
+    engine.held.store = PrefixStore(10**7)
+    engine.score(PROMPT, 0.0, len(PROMPT), cache=False)
+    engine.held.keep()
+    assert engine.held.known([*PROMPT, 1], 0.0) == engine.held.store.known([*PROMPT, 1], 0.0) == 0
+    engine.score(PROMPT, 0.0, len(PROMPT))
+    engine.held.keep()
+    assert engine.held.known([*PROMPT, 1], 0.0) == engine.held.store.known([*PROMPT, 1], 0.0) == len(PROMPT)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's step does not count")

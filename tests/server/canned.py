@@ -32,7 +32,10 @@ class Answer:
                     raise event
                 yield event
         finally:
-            self.closed.set()
+            self.close()
+
+    def close(self) -> None:
+        self.closed.set()
 
 
 class Canned(Service):
@@ -46,9 +49,9 @@ class Canned(Service):
         self.said: Sequence[Event | Exception] = ()
         self.answer: Answer | None = None
 
-    async def begin_chat(self, chat: Chat, settings: Settings, id: str | None = None) -> Answer:
+    async def begin_chat(self, chat: Chat, settings: Settings, id: str) -> list[Answer]:
         self.answer = Answer(id, self.reading, self.said)
-        return self.answer
+        return [self.answer]
 
     @contextmanager
     def serving(self) -> Iterator[str]:

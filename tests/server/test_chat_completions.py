@@ -77,6 +77,13 @@ def test_a_stop_string_ends_the_answer(client):
     assert found.choices[0].finish_reason == "stop" and found.usage.completion_tokens < 16
 
 
+def test_a_call_that_a_stop_string_cuts_is_not_said_to_be_one(client):
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    settings = {"tools": tools, "tool_choice": "required", "tokens": 40}
+    assert ask(client, stop="city", **settings).choices[0].finish_reason == "stop"
+
+
 def test_the_dial_turns_within_an_answer(live, client):
     seen, changed = [], None
     with ask(client, tokens=200, stream=True, extra_body={"stream_options": {"sparsity": True}}) as stream:

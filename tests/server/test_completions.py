@@ -18,6 +18,7 @@ from teal_fast.files.calibration import set_sparsity
 from teal_fast.tests.server.live import serving
 
 PENALTIES = ({"repetition_penalty": 1.5}, {"presence_penalty": 2}, {"frequency_penalty": 2})
+EOS = {"ignore_eos": False}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,27 @@ def test_a_harness_asks_for_one_token_with_the_prompts_scores(client):
         assert (token in top) == (max(top.values()) == logprob)
 
 
+def test_every_token_has_its_place_in_the_scores(live, client):
+    """lm-evaluation-harness takes a prompt's scores up to the last but one, whatever token was drawn."""
+    end = live.service.tokenizer.eos_id
+    for stream in (False, True):
+        found = complete(
+            client, [504, 2217], 1, echo=True, logprobs=1, stream=stream, logit_bias={str(end): 100}, extra_body=EOS
+        )
+        parts = [part for chunk in (found if stream else [found]) for part in chunk.choices]
+        tokens = [token for part in parts if part.logprobs for token in part.logprobs.tokens]
+        assert parts[-1].finish_reason == "stop" and len(tokens) == 3
+    alone = complete(client, [504], 3, logprobs=1).choices[0].logprobs
+    assert len(alone.tokens) == 3 and None not in alone.token_logprobs
+    assert complete(client, [504], 3, echo=True).choices[0].logprobs is None
+
+
+def test_a_refused_flag_leaves_the_engine_alone(live, client):
+    with pytest.raises(openai.BadRequestError):
+        complete(client, "One", 200, extra_body={"stream": "yes"})
+    assert live.service.worker.running is None and live.service.worker.waiting == 0
+
+
 @pytest.mark.parametrize(
     "body, status, said",
     [
@@ -121,7 +143,7 @@ def test_a_harness_asks_for_one_token_with_the_prompts_scores(client):
         ({"prompt": "a", "prefill": "half"}, 400, "prefill is 'half', expected 'dense' or 'full'"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"prompt": "a", "stop": [""]}, 400, "stop"),
-        ({"prompt": [5] * 300}, 400, "the prompt has 300 tokens, the context 256"),
+        ({"prompt": [5] * 300}, 400, "prompt is too long: 300 tokens > 255 maximum"),
         ([], 400, "the body is []"),
     ],
 )
