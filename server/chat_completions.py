@@ -27,7 +27,7 @@ async def chat_completions(request: Request) -> Response:
     model = service.check_model(fields.text("model"))
     chat, settings = read_chat(fields), read_chat_settings(fields, service)
     options = fields.object("stream_options") or Fields({})
-    usage, live = options.flag("include_usage"), options.flag("sparsity")
+    stream, usage, live = fields.flag("stream"), options.flag("include_usage"), options.flag("sparsity")
     begun = Begin(new_id("chatcmpl"), "chat.completion", model)
     answers: list[Answer] = []
     try:
@@ -36,7 +36,7 @@ async def chat_completions(request: Request) -> Response:
     except BaseException:
         close_all(answers)
         raise
-    if fields.flag("stream"):
+    if stream:
         return event_stream(chunks(begun, answers, service, usage, live))
     return JSONResponse(await unless_gone(request, whole(begun, answers, service)))
 

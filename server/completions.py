@@ -39,6 +39,7 @@ async def completions(request: Request) -> Response:
     n = fields.whole("n", 1, 1, MOST_ANSWERS)
     settings = read_settings(fields, service, most or 1, top_logprobs=top, n=n)
     options = fields.object("stream_options") or Fields({})
+    stream, usage = fields.flag("stream"), options.flag("include_usage")
     begun = Begin(new_id("cmpl"), "text_completion", model)
     score = top if echo and top is not None else None
     answers: list[Answer] = []
@@ -49,10 +50,10 @@ async def completions(request: Request) -> Response:
     except BaseException:
         close_all(answers)
         raise
-    echoed = [service.tokenizer.decode(prompt) if echo else "" for prompt in prompts for _ in range(n)]
+    echoed = [text for prompt in prompts for text in [service.tokenizer.decode(prompt) if echo else ""] * n]
     ids = [prompt for prompt in prompts for _ in range(n)]
-    if fields.flag("stream"):
-        return event_stream(chunks(begun, answers, ids, echoed, service, options.flag("include_usage")))
+    if stream:
+        return event_stream(chunks(begun, answers, ids, echoed, service, usage))
     return JSONResponse(await unless_gone(request, whole(begun, answers, ids, echoed, service)))
 
 
@@ -67,6 +68,7 @@ async def read_prompts(fields: Fields, service: Service) -> list[list[int]]:
     found = []
     for prompt in given:
         if isinstance(prompt, str):
+            service.check_length(len(prompt))
             try:
                 prompt = await run_in_threadpool(service.tokenizer.encode, prompt)
             except ValueError as error:
@@ -89,7 +91,7 @@ async def whole(
             async with aclosing(aiter(answer)) as events:
                 async for event in events:
                     if isinstance(event, Begun):
-                        tokens += prompt_tokens(prompt, event.scored)
+                        tokens += prompt_tokens(answer, prompt, event.scored)
                     elif isinstance(event, Text):
                         text.append(event.text)
                         tokens += event.tokens
@@ -106,9 +108,9 @@ async def whole(
     return begun.object(choices, usage=usage_of(found, answers))
 
 
-def prompt_tokens(ids: list[int], scored: list[Scored]) -> list[Scored]:
-    """An echoed prompt's tokens: nothing says how likely the first is."""
-    return [Scored(ids[0], math.nan, ()), *scored] if scored or len(ids) == 1 else []
+def prompt_tokens(answer: Answer, ids: list[int], scored: list[Scored]) -> list[Scored]:
+    """A scored prompt's tokens: nothing says how likely the first is."""
+    return [] if answer.job.work.score is None else [Scored(ids[0], math.nan, ()), *scored]
 
 
 def usage_of(found: list[Usage], answers: list[Answer]) -> dict[str, Any]:
@@ -137,8 +139,10 @@ async def chunks(
 
             async with aclosing(aiter(answer)) as events:
                 async for event in events:
-                    if isinstance(event, Begun) and start:
-                        yield choice(start, prompt_tokens(prompt, event.scored))
+                    if isinstance(event, Begun):
+                        tokens = prompt_tokens(answer, prompt, event.scored)
+                        if start or tokens:
+                            yield choice(start, tokens)
                     elif isinstance(event, Text):
                         yield choice(event.text, event.tokens, at=offset)
                         offset += len(event.text)

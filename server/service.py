@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from starlette.concurrency import run_in_threadpool
 
@@ -81,12 +82,23 @@ class Service:
 
     async def plan(self, chat: Chat) -> Plan:
         """A chat's prompt, and how its answer is made and read. Templates and long texts take time: in a thread."""
+        self.check_length(sum(len(message["content"]) for message in chat.messages))
         if self.grammars is None:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
         made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
         if chat.begun:
             made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False, control=False, start=False))
         return made
+
+    @cached_property
+    def _most_characters(self) -> int:
+        return self.engine.context * max(map(len, self.tokenizer.pieces.values()))
+
+    def check_length(self, characters: int) -> None:
+        """Raises ApiError 400 for a text that is too long by whatever tokens: 30 MB would take 10 s and 3 GB first."""
+        if characters > self._most_characters:
+            said = f"the prompt has {characters} characters, too many for the context of {self.engine.context} tokens"
+            raise ApiError(400, f"{said}: shorten it", code="context_length_exceeded")
 
     def begin_text(
         self, prompt: Sequence[int], settings: Settings, id: str, score: int | None = None, decode: bool = True

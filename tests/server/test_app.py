@@ -76,6 +76,13 @@ BODIES += [(b"[" * 100_000, "not JSON"), (b"[1]", "expected a JSON object"), (b'
 BODIES += [(b'{"user": 1e999}', "1e999 is no number"), (b'{"prompt": "\\ud800"}', "surrogates not allowed")]
 
 
+BODIES += [
+    (b'{"x": %b1%b}' % (a * n, b * n), said)
+    for a, b in ((b"[", b"]"), (b'{"a":', b"}"))
+    for n, said in ((199, "prompt is missing"), (201, "within one another"), (900, "within one another"))
+]
+
+
 @pytest.mark.parametrize("body, said", BODIES, ids=lambda value: str(value)[:20])
 def test_bodies_that_are_none(live, body, said):
     status, _, found = ask(live, "POST", "/v1/completions", body)
@@ -135,6 +142,39 @@ def test_a_client_that_leaves_while_the_prompt_is_read(live):
     sock.close()
     until(lambda: worker.running is None, 5)
     assert len(held.ids) < 1900
+
+
+ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
+ASKS = {
+    "/v1/completions": {"prompt": "Once", **ENDLESS},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], **ENDLESS},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], **ENDLESS},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 1500, "ignore_eos": True},
+}
+
+
+@pytest.mark.parametrize("path", ASKS)
+def test_a_refused_request_leaves_nothing_in_the_engine(live, path):
+    for wrong in ({"stream": "yes"}, {"stream_options": 1}, {"n": 1.5}, {"top_logprobs": "a"}, {"metadata": 1}):
+        if ask(live, "POST", path, ASKS[path] | wrong | {"max_tokens": 1, "max_output_tokens": 1})[0] != 200:
+            assert ask(live, "POST", path, ASKS[path] | wrong)[0] == 400
+            assert live.service.worker.running is None and live.service.worker.waiting == 0, wrong
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "a" * 300}] * 10_000}),
+        ("/v1/responses", {"input": [{"role": "user", "content": "a" * 300}] * 10_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 300}] * 10_000}),
+        ("/v1/completions", {"prompt": "a" * 3_000_000}),
+    ],
+)
+def test_texts_that_no_context_holds_are_refused_at_once(live, path, body):
+    began = time.monotonic()
+    status, _, found = ask(live, "POST", path, body)
+    assert status == 400 and "characters" in found["error"]["message"]
+    assert time.monotonic() - began < 3
 
 
 def test_a_client_that_leaves_the_queue(live):
