@@ -37,6 +37,7 @@ async def completions(request: Request) -> Response:
     if not most and not echo:
         raise fields.error("max_tokens", "at least 1, or echo")
     n = fields.whole("n", 1, 1, MOST_ANSWERS)
+    service.check_count(n * len(prompts))
     settings = read_settings(fields, service, most or 1, top_logprobs=top, n=n)
     options = fields.object("stream_options") or Fields({})
     stream, usage = fields.flag("stream"), options.flag("include_usage")

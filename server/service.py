@@ -141,6 +141,11 @@ class Service:
             raise
         return answer
 
+    def check_count(self, answers: int) -> None:
+        """Raises ApiError 400 where one request asks for more answers than may ever wait: to try again won't help."""
+        if answers > (most := self.worker.max_queue):
+            raise ApiError(400, f"{answers} answers are asked for, and {most} may wait: ask for fewer", "n")
+
     def check_sparsity(self, sparsity: float) -> None:
         """Raises ApiError where the model has no thresholds for it."""
         if sparsity and self.engine.calibration is None:

@@ -202,6 +202,9 @@ def test_a_full_queue_and_a_request_that_takes_too_long(demo):
         threads[1].start()
         until(lambda: live.service.worker.waiting == 1, 20)
         status, headers, found = ask(live, "POST", "/v1/completions", LONG)
+        for path in ("/v1/completions", "/v1/chat/completions"):  # which no waiting makes possible
+            refused = ask(live, "POST", path, ASKS[path] | {"n": 2})
+            assert refused[0] == 400 and "2 answers" in refused[2]["error"]["message"]
         assert status == 429 and int(headers["retry-after"]) >= 1 and "--max_queue" in found["error"]["message"]
         for thread in threads:
             thread.join()
