@@ -123,9 +123,14 @@ def main() -> None:
     if options.cache_dir is not None:
         check_writable(options.cache_dir / PREFIXES)
     failed: list[Exception] = []
+    signals: list[int] = []
 
     def stopped(error: Exception | None) -> None:
         failed.extend([error] if error else [])
+        server.should_exit = True
+
+    def stop(number: int, _: object) -> None:
+        signals.append(number)
         server.should_exit = True
 
     worker = Worker(lambda: load(options, choice), options.max_queue, stopped)
@@ -134,12 +139,19 @@ def main() -> None:
     settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(settings)
     sock = listen(options.host, options.port)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own, and raises what came again at its end
+        signal.signal(number, stop)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{sock.getsockname()[1]} serves {options.checkpoint} once it is loaded", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is answered: exit 0, no signal
     server.run(sockets=[sock])
     if failed:
         raise failed[0]
+    code = 130 if signal.SIGINT in signals else 0
+    if code:
+        print("interrupted", file=sys.stderr)
+    if worker.thread.is_alive():  # it loads, or a second Ctrl-C waits for nothing: Python's own end would be an abort
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

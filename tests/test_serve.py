@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -62,6 +63,21 @@ def serve(folder, *arguments):
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0 and said == "", said
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "interrupted\n")])
+@pytest.mark.parametrize("seconds", [0, 0.3])
+def test_a_signal_while_it_loads(tiny, number, code, said, seconds):
+    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", tiny, "--port", "0"]
+    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process.stderr.readline()
+    time.sleep(seconds)
+    process.send_signal(number)
+    try:
+        assert process.communicate(timeout=30)[1] == said and process.returncode == code
     finally:
         process.kill()
         process.wait()
