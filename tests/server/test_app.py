@@ -1,5 +1,6 @@
 """Who may ask, errors by dialect, what a client that goes away leaves, and limits."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -9,6 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from teal_fast.server import body
+from teal_fast.server.app import Guard
+from teal_fast.server.service import Limits
 from teal_fast.tests.server.live import serving
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
@@ -101,6 +105,35 @@ def test_errors_have_the_shape_of_their_dialect(live):
 def test_a_body_beyond_the_limit(live):
     status, _, found = ask(live, "POST", "/v1/completions", b" " * (32 * 2**20 + 1))
     assert status == 413 and "bytes" in found["error"]["message"]
+
+
+def test_a_body_that_stops(live, monkeypatch):
+    monkeypatch.setattr(body, "SILENCE", 0.3)
+    parts = urlsplit(live.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as sock:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer geheim\r\n"
+        sock.sendall(f"{head}Content-Length: 100\r\n\r\n".encode())
+        for _ in range(5):
+            time.sleep(0.1)
+            sock.sendall(b" ")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_that_is_cancelled_is_told_so(begun):
+    sent, start = [], {"type": "http.response.start", "status": 200, "headers": []}
+
+    async def app(scope, receive, send):
+        if begun:
+            await send(start)
+        raise asyncio.CancelledError
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(app, Limits())
+    asyncio.run(guard({"type": "http", "path": "/v1/completions", "headers": []}, None, send))
+    assert [message.get("status") for message in sent] == ([200] if begun else [503, None])
 
 
 def raw(live, body, path="/v1/completions"):
