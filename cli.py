@@ -14,6 +14,7 @@ import torch
 from teal_fast.calibration.make import make_calibration
 from teal_fast.engine.device import find_device
 from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
+from teal_fast.files.chat_ids import SURROGATES
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
 from teal_fast.files.gguf import convert_gguf
@@ -88,6 +89,8 @@ def text(given: str) -> str:
     """argparse type: a text that is not empty."""
     if not given:
         raise argparse.ArgumentTypeError("got an empty text, expected some")
+    if SURROGATES.search(given):  # what Python makes of other bytes; no answer could repeat them
+        raise argparse.ArgumentTypeError("got bytes that are not UTF-8, expected text")
     return given
 
 

@@ -30,6 +30,7 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.prefix_file import identity, load_prefixes, save_prefixes
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.files.calibration import MissingCalibrationError
+from teal_fast.files.store import check_writable
 
 try:
     import uvicorn
@@ -61,7 +62,10 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser.add_argument("--cache_bytes", type=size, default=10**9, help="for prefixes of conversations (default: 1e9)")
     parser.add_argument("--cache_dir", type=Path, help="keeps those prefixes over restarts, in this folder")
     parser.add_argument("--prefill_chunk", type=positive_int, default=128, help="tokens of a prompt read at once")
-    parser.add_argument("--api_key", type=text, help="what clients must send (default: TEAL_API_KEY, else none)")
+    key = os.environ.get("TEAL_API_KEY") or None
+    parser.add_argument(
+        "--api_key", type=text, default=key, help="what clients must send (default: TEAL_API_KEY, else none)"
+    )
     parser.add_argument(
         "--served_model_name", type=text, nargs="+", default=["*"], help="names that may be asked for (default: any)"
     )
@@ -103,11 +107,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         sock.bind((host, port))
         sock.listen(2048)  # at once: who comes while packages start waits instead of being refused
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: of a name that is no host's
         sock.close()
-        raise OSError(
-            f"{host}:{port} can't be listened at ({error.strerror or error}): choose --host and --port"
-        ) from None
+        said = getattr(error, "strerror", None) or error
+        raise OSError(f"{host}:{port} can't be listened at ({said}): choose --host and --port") from None
     return sock
 
 
@@ -115,14 +118,19 @@ def main() -> None:
     options, choice = parse_arguments()
     if MISSING is not None:
         raise ValueError(f"the server's packages are missing ({MISSING}): pip install 'teal-fast[serve]'")
-    key = options.api_key or os.environ.get("TEAL_API_KEY") or None
-    limits = Limits(
-        tuple(options.served_model_name), options.sparsity, options.request_timeout, key, tuple(options.allowed_origin)
-    )
+    names, origins = tuple(options.served_model_name), tuple(options.allowed_origin)
+    limits = Limits(names, options.sparsity, options.request_timeout, options.api_key, origins)
+    if options.cache_dir is not None:
+        check_writable(options.cache_dir / PREFIXES)
     failed: list[BaseException] = []
+    signals: list[int] = []
 
     def stopped(error: BaseException | None) -> None:
         failed.extend([error] if error else [])
+        server.should_exit = True
+
+    def stop(number: int, _: object) -> None:
+        signals.append(number)
         server.should_exit = True
 
     worker = Worker(lambda: load(options, choice), options.max_queue, stopped)
@@ -131,12 +139,19 @@ def main() -> None:
     settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(settings)
     sock = listen(options.host, options.port)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own, and raises what came again at its end
+        signal.signal(number, stop)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{sock.getsockname()[1]} serves {options.checkpoint} once it is loaded", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is answered: exit 0, no signal
     server.run(sockets=[sock])
     if failed:
         raise failed[0]
+    code = 130 if signal.SIGINT in signals else 0
+    if code:
+        print("interrupted", file=sys.stderr)
+    if worker.thread.is_alive():  # it loads, or a second Ctrl-C waits for nothing: Python's own end would be an abort
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

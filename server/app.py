@@ -1,5 +1,6 @@
 """The Starlette application: routes, who may ask, and errors in each dialect's shape."""
 
+import asyncio
 import hmac
 import ipaddress
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teal_fast.server import messages, responses, texts
 from teal_fast.server.body import read_body
@@ -92,7 +93,10 @@ def make_app(service: Service) -> Starlette:
 
 
 class Guard:
-    """Refuses who has no key, and pages of other sites, which a browser would let ask in their user's name."""
+    """Refuses who has no key, and pages of other sites, which a browser would let ask in their user's name.
+
+    A request that is cancelled, as when the server ends without waiting for it any longer, is told so.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits):
         self.app, self.limits = app, limits
@@ -102,9 +106,22 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = {name: value for name, value in scope["headers"]}
         error = self._error(scope["path"], headers)
-        if error is None:
-            return await self.app(scope, receive, send)
-        return await shaped(scope["path"], error)(scope, receive, send)
+        if error is not None:
+            return await shaped(scope["path"], error)(scope, receive, send)
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except asyncio.CancelledError:  # uvicorn cancels nothing else, and would log it as a failure
+            if not begun:
+                await shaped(scope["path"], ApiError(503, "the server has stopped", retry_after=5))(
+                    scope, receive, send
+                )
 
     def _error(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         origin = headers.get(b"origin")

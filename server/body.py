@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Coroutine
+from itertools import chain
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -13,15 +14,22 @@ from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 
 MOST_BYTES = 32 * 2**20  # of a body: a context of a million tokens is 4 MB
+SILENCE = 30  # seconds without a part of a body, after which nobody waits for the rest, nor does SIGTERM
+DEEPEST = 200  # lists and objects within one another: what is read can be copied and written again on any stack
 
 
 async def read_body(request: Request) -> Fields:
-    """The body's fields. Raises ApiError 413 where it is too large, 400 where it is no JSON object."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MOST_BYTES:
-            raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
+    """The body's fields. Raises ApiError 413 where it is too large, 408 where it stops, 400 where it is no object."""
+    data, now = bytearray(), asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(SILENCE) as limit:
+            async for part in request.stream():
+                limit.reschedule(now() + SILENCE)
+                data += part
+                if len(data) > MOST_BYTES:
+                    raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
+    except TimeoutError:
+        raise ApiError(408, f"nothing of the body came for {SILENCE} s: send all of it") from None
     return Fields(parse_body(bytes(data)))
 
 
@@ -41,10 +49,20 @@ def parse_body(data: bytes) -> Any:
         value = json.loads(data.decode(), parse_constant=refuse, parse_float=number)
         if b"\\ud" in data or b"\\uD" in data:
             json.dumps(value, ensure_ascii=False).encode()
-        return value
     except (ValueError, RecursionError) as error:
         said = one_line(error, 100, 60, 30)
         raise ApiError(400, f"the body is not JSON ({said}): send one JSON object in UTF-8") from None
+    if data.count(b"[") + data.count(b"{") > DEEPEST and _is_deep(value):
+        raise ApiError(400, f"the body has more than {DEEPEST} lists and objects within one another: make it flatter")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        parts = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
+        level = list(chain.from_iterable(parts))
+    return any(isinstance(part, dict | list) for part in level)
 
 
 async def unless_gone(request: Request, answer: Coroutine) -> Any:

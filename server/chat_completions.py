@@ -27,6 +27,7 @@ async def chat_completions(request: Request) -> Response:
     fields = await read_body(request)
     model = service.check_model(fields.text("model"))
     chat, settings = read_chat(fields), read_chat_settings(fields, service)
+    service.check_count(settings.n)
     options = fields.object("stream_options") or Fields({})
     stream, usage, live = fields.flag("stream"), options.flag("include_usage"), options.flag("sparsity")
     begun = Begin(new_id("chatcmpl"), "chat.completion", model)

@@ -37,11 +37,12 @@ async def completions(request: Request) -> Response:
     if not most and not echo:
         raise fields.error("max_tokens", "at least 1, or echo")
     n = fields.whole("n", 1, 1, MOST_ANSWERS)
+    service.check_count(n * len(prompts))
     settings = read_settings(fields, service, most or 1, top_logprobs=top, n=n)
     options = fields.object("stream_options") or Fields({})
+    stream, usage = fields.flag("stream"), options.flag("include_usage")
     begun = Begin(new_id("cmpl"), "text_completion", model)
     score = top if echo and top is not None else None
-    stream, usage = fields.flag("stream"), options.flag("include_usage")
     texts = [await run_in_threadpool(service.tokenizer.decode, prompt) if echo else "" for prompt in prompts]
     echoed = [text for text in texts for _ in range(n)]
     ids = [prompt for prompt in prompts for _ in range(n)]
@@ -62,6 +63,7 @@ async def read_prompts(fields: Fields, service: Service) -> list[list[int]]:
     found = []
     for prompt in given:
         if isinstance(prompt, str):
+            service.check_length(len(prompt))
             try:
                 prompt = await run_in_threadpool(service.tokenizer.encode, prompt)
             except ValueError as error:

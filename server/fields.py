@@ -54,7 +54,9 @@ class Fields:
     def items(self, name: str, default: Any = (), most: int | None = None) -> Any:
         value = self._typed(name, (list,), "a list")
         if value is not None and most is not None and len(value) > most:
-            raise self.error(name, f"at most {most} items")
+            raise ApiError(
+                400, f"{self.place}{name} has {len(value)} items, expected at most {most}", self.place + name
+            )
         return default if value is None else value
 
     def object(self, name: str) -> "Fields | None":

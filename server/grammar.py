@@ -48,7 +48,7 @@ class Grammars:
         if not ends:
             raise ApiError(400, "this checkpoint names no token that ends an answer: no schema or call can be enforced")
         words = [b"" if id in ends else pieces.get(id, b"") for id in range(self._vocab_size)]
-        return LLTokenizer(TokenizerWrapper(_Vocabulary(words, ends, self._tokenizer)), self._vocab_size, ends)
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(words, ends, self._tokenizer, shown)), self._vocab_size, ends)
 
     def begin(self, grammar: str, param: str) -> Callable[[], Constraint]:
         """What begins a constraint to the grammar, for one answer each. Raises ApiError 400 with the reason."""
@@ -108,16 +108,25 @@ def _work(schema: Any) -> int:
 
 
 class _Vocabulary:
-    """A tokenizer as the library wants to see it."""
+    """A tokenizer as the library wants to see it, which encodes what it must write: names and constants are text.
+
+    markers: the special tokens that are meant where they are written.
+    """
 
     bos_token_id = None
 
-    def __init__(self, words: list[bytes], ends: list[int], tokenizer: Tokenizer):
+    def __init__(self, words: list[bytes], ends: list[int], tokenizer: Tokenizer, markers: dict[int, bytes]):
         self.tokens, self.eos_token_id, self.tokenizer = words, ends[0], tokenizer
         self.special_token_ids = [id for id, word in enumerate(words) if not word]
+        self._markers = {marker.decode(): id for id, marker in markers.items()}
+        self._any = re.compile(f"({'|'.join(map(re.escape, self._markers)) or '(?!)'})")
 
     def __call__(self, text: bytes) -> list[int]:
-        return self.tokenizer.encode(text.decode(), add_bos=False)
+        ids: list[int] = []
+        for part in self._any.split(text.decode()):
+            marker = self._markers.get(part)
+            ids += self.tokenizer.encode(part, add_bos=False, control=False) if marker is None else [marker]
+        return ids
 
 
 class _Constraint:
@@ -137,5 +146,6 @@ class _Constraint:
 
     def _check(self, possible: bool = True) -> None:
         if self.matcher.is_error() or not possible:
-            reason = _said(self.matcher.get_error()) or "no token may come next"
+            reason = _said(self.matcher.get_error())
+            reason = "nothing fits them" if reason in ("", "NoExtensionBias") else reason
             raise ApiError(400, f"the answer can't be held to the schema or tools ({reason}): simplify them")

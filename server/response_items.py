@@ -56,11 +56,11 @@ class Output:
         self.is_open, self.number = False, 0
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        yield self._frame("response.created", response=copy.deepcopy(self.response))
+        yield self._frame("response.created", response=self.response | {"output": []})
         yield from self.waiting()
 
     def waiting(self) -> Iterator[dict[str, Any]]:
-        yield self._frame("response.in_progress", response=copy.deepcopy(self.response))
+        yield self._frame("response.in_progress", response=self.response | {"output": []})
 
     def push(self, event: Event) -> Iterator[dict[str, Any]]:
         match event:

@@ -89,9 +89,9 @@ def read_input(fields: Fields, flat: dict[tuple[str, str], str]) -> list[dict[st
         return turns.messages
     for item in objects(fields, "input"):
         read_item(turns, item, flat)
-    if not turns.messages:
+    if not (messages := turns.messages):
         raise fields.error("input", "at least one message")
-    return turns.messages
+    return messages
 
 
 def read_item(turns: Turns, item: Fields, flat: dict[tuple[str, str], str]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from starlette.concurrency import run_in_threadpool
 
@@ -80,6 +81,7 @@ class Service:
 
     async def plan(self, chat: Chat) -> Plan:
         """A chat's prompt, and how its answer is made and read. Templates and long texts take time: in a thread."""
+        self.check_length(sum(len(message["content"]) for message in chat.messages))
         if self.grammars is None:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
         made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
@@ -92,6 +94,16 @@ class Service:
     ) -> "list[Answer]":
         """Queues the n continuations of each text. score: log-probabilities of the prompt, see `Work`."""
         return self._begin(map(Plan, prompts), settings, id, score, decode)
+
+    @cached_property
+    def _most_characters(self) -> int:
+        return self.engine.context * max(map(len, self.tokenizer.pieces.values()))
+
+    def check_length(self, characters: int) -> None:
+        """Raises ApiError 400 for a text that is too long by whatever tokens: 30 MB would take 10 s and 3 GB first."""
+        if characters > self._most_characters:
+            said = f"the prompt has {characters} characters, too many for the context of {self.engine.context} tokens"
+            raise ApiError(400, f"{said}: shorten it", code="context_length_exceeded")
 
     def _begin(
         self, plans: Iterable[Plan], settings: Settings, id: str, score: int | None = None, decode: bool = True
@@ -140,6 +152,11 @@ class Service:
             answer.close()
             raise
         return answer
+
+    def check_count(self, answers: int) -> None:
+        """Raises ApiError 400 where one request asks for more answers than may ever wait: to try again won't help."""
+        if answers > (most := self.worker.max_queue):
+            raise ApiError(400, f"{answers} answers are asked for, and {most} may wait: ask for fewer", "n")
 
     def check_sparsity(self, sparsity: float) -> None:
         """Raises ApiError where the model has no thresholds for it."""

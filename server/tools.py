@@ -31,6 +31,7 @@ from teal_fast.server.splitter import Splitter
 from teal_fast.server.transcript import messages_for
 
 ANY_OBJECT = {"type": "object"}
+MOST_NAME = 256  # characters; OpenAI's API takes 64
 TAIL = 32  # ids at a prompt's end in which thoughts begin or end
 
 
@@ -70,6 +71,8 @@ def plan(chat: Chat, tokenizer: Tokenizer, grammars: Grammars) -> Plan:
 
 def _check(chat: Chat) -> None:
     names = [tool["function"]["name"] for tool in chat.tools]
+    if wrong := [name for name in names if not 0 < len(name) <= MOST_NAME]:
+        raise ApiError(400, f"a tool's name is {short(wrong[0])}, expected 1 to {MOST_NAME} characters", "tools")
     if chat.tool_choice not in ("required", "named"):
         return
     if not names:

@@ -12,42 +12,48 @@ from typing import Any
 
 from teal_fast.server.fields import Fields
 
-GAP = "\n\n"  # between messages that become one
+JOINTS = {"content": "\n\n", "reasoning_content": ""}  # between the texts of messages that become one
 
 
 class Turns:
     """Messages in the shape of chat completions, built from pieces in the order in which a dialect has them."""
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self._messages: list[dict[str, Any]] = []  # their texts are lists, joined once: a million may become one
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return [
+            {name: JOINTS[name].join(part) if name in JOINTS else part for name, part in message.items()}
+            for message in self._messages
+        ]
 
     def _last(self, *roles: str) -> dict[str, Any] | None:
-        return self.messages[-1] if self.messages and self.messages[-1]["role"] in roles else None
+        return self._messages[-1] if self._messages and self._messages[-1]["role"] in roles else None
 
-    def _join(self, message: dict[str, Any], text: str) -> None:
-        message["content"] = GAP.join(filter(None, (message["content"], text)))
+    def _add(self, message: dict[str, Any], text: str, name: str = "content") -> None:
+        if text:
+            message.setdefault(name, []).append(text)
+
+    def _new(self, role: str) -> dict[str, Any]:
+        self._messages.append({"role": role, "content": []})
+        return self._messages[-1]
 
     def system(self, text: str) -> None:
-        if not self.messages:
-            self.messages.append({"role": "system", "content": text})
+        if not self._messages:
+            self._add(self._new("system"), text)
         elif message := self._last("system", "user", "tool"):
-            self._join(message, text)
+            self._add(message, text)
         else:
             self.user(text)
 
     def user(self, text: str) -> None:
-        if message := self._last("user"):
-            self._join(message, text)
-        else:
-            self.messages.append({"role": "user", "content": text})
+        self._add(self._last("user") or self._new("user"), text)
 
     def assistant(self, text: str = "", reasoning: str = "") -> dict[str, Any]:
-        if not (message := self._last("assistant")):
-            message = {"role": "assistant", "content": ""}
-            self.messages.append(message)
-        self._join(message, text)
-        if reasoning:
-            message["reasoning_content"] = message.get("reasoning_content", "") + reasoning
+        message = self._last("assistant") or self._new("assistant")
+        self._add(message, text)
+        self._add(message, reasoning, "reasoning_content")
         return message
 
     def call(self, id: str, name: str, arguments: Any) -> None:
@@ -56,10 +62,10 @@ class Turns:
 
     def result(self, id: str, text: str) -> None:
         """What a call gave. It follows calls and other results at once: a note that came between goes after it."""
-        before = self.messages[-2] if len(self.messages) > 1 and self._last("user") else {}
+        before = self._messages[-2] if len(self._messages) > 1 and self._last("user") else {}
         between = "tool_calls" in before or "tool_call_id" in before
-        message = {"role": "tool", "tool_call_id": id, "content": text}
-        self.messages.insert(len(self.messages) - between, message)
+        message = {"role": "tool", "tool_call_id": id, "content": [text] if text else []}
+        self._messages.insert(len(self._messages) - between, message)
 
 
 def objects(fields: Fields, name: str, most: int | None = None) -> list[Fields]:

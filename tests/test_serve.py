@@ -1,11 +1,13 @@
 """The command: what is refused before and while it loads, its end by a signal, the prefix cache over a restart."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -25,12 +27,21 @@ from teal_fast.files.paths import ROOT
         (["--sparsity", "1"], 2, "expected a fraction from 0"),
         (["--host", "192.0.2.1"], 1, "192.0.2.1:8000 can't be listened at"),
         (["--host", "no.such.host.invalid", "--port", "0"], 1, "can't be listened at"),
+        (["--host", "é" * 100, "--port", "0"], 1, "can't be listened at"),
+        (["--served_model_name", "a\udcff"], 2, "not UTF-8"),
+        (["--cache_dir", ROOT / "serve.py", "--port", "0"], 1, "cannot write"),
         (["--checkpoint", "absent", "--port", "0"], 1, "absent"),
     ],
 )
 def test_one_line_and_an_exit_code(command, arguments, code, said):
     found = command("serve", *arguments, timeout=120)
     assert found.returncode == code and said in found.stderr and "Traceback" not in found.stderr, found.stderr
+
+
+def test_a_key_that_no_client_can_send(command):
+    found = command("serve", env=os.environ | {"TEAL_API_KEY": "ge\udcffheim"}, timeout=120)
+    assert found.returncode == 2 and "--api_key: got bytes that are not UTF-8" in found.stderr
+    assert "heim" not in found.stderr
 
 
 def test_a_port_that_is_taken(command):
@@ -52,6 +63,21 @@ def serve(folder, *arguments):
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0 and said == "", said
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "interrupted\n")])
+@pytest.mark.parametrize("seconds", [0, 0.3])
+def test_a_signal_while_it_loads(tiny, number, code, said, seconds):
+    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", tiny, "--port", "0"]
+    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process.stderr.readline()
+    time.sleep(seconds)
+    process.send_signal(number)
+    try:
+        assert process.communicate(timeout=30)[1] == said and process.returncode == code
     finally:
         process.kill()
         process.wait()

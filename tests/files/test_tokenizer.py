@@ -1,6 +1,8 @@
 """The tokenizer on real libraries and on files trained here, against transformers, sentencepiece and tiktoken."""
 
 import random
+import threading
+import time
 
 import pytest
 import sentencepiece
@@ -146,6 +148,25 @@ def test_a_prompt_is_not_cut_or_padded(tmp_path, byte_level_json):
     library.enable_truncation(4)
     library.enable_padding(length=100)
     assert Tokenizer.load(write(tmp_path, {"tokenizer.json": library.to_str()})).encode(TEXTS[1]) == plain
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer):
+    gaps, done = [], threading.Event()
+
+    def watch():
+        last = time.monotonic()
+        while not done.wait(0.001):
+            gaps.append(time.monotonic() - last)
+            last += gaps[-1]
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    began = time.monotonic()
+    tokenizer.encode("The quick brown fox jumps. " * 20_000)
+    seconds = time.monotonic() - began
+    done.set()
+    thread.join()
+    assert max(gaps) < seconds / 2
 
 
 def test_lone_surrogate_is_refused(tokenizer):

@@ -1,5 +1,6 @@
 """Who may ask, errors by dialect, what a client that goes away leaves, and limits."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -9,6 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from teal_fast.server import body
+from teal_fast.server.app import Guard
+from teal_fast.server.service import Limits
 from teal_fast.tests.server.live import serving
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
@@ -75,6 +79,13 @@ BODIES += [(b"[" * 100_000, "not JSON"), (b"[1]", "expected a JSON object"), (b'
 BODIES += [(b'{"user": 1e999}', "1e999 is no number"), (b'{"prompt": "\\ud800"}', "surrogates not allowed")]
 
 
+BODIES += [
+    (b'{"x": %b1%b}' % (a * n, b * n), said)
+    for a, b in ((b"[", b"]"), (b'{"a":', b"}"))
+    for n, said in ((199, "prompt is missing"), (201, "within one another"), (900, "within one another"))
+]
+
+
 @pytest.mark.parametrize("body, said", BODIES, ids=lambda value: str(value)[:20])
 def test_bodies_that_are_none(live, body, said):
     status, _, found = ask(live, "POST", "/v1/completions", body)
@@ -93,6 +104,35 @@ def test_errors_have_the_shape_of_their_dialect(live):
 def test_a_body_beyond_the_limit(live):
     status, _, found = ask(live, "POST", "/v1/completions", b" " * (32 * 2**20 + 1))
     assert status == 413 and "bytes" in found["error"]["message"]
+
+
+def test_a_body_that_stops(live, monkeypatch):
+    monkeypatch.setattr(body, "SILENCE", 0.3)
+    parts = urlsplit(live.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as sock:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer geheim\r\n"
+        sock.sendall(f"{head}Content-Length: 100\r\n\r\n".encode())
+        for _ in range(5):
+            time.sleep(0.1)
+            sock.sendall(b" ")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_that_is_cancelled_is_told_so(begun):
+    sent, start = [], {"type": "http.response.start", "status": 200, "headers": []}
+
+    async def app(scope, receive, send):
+        if begun:
+            await send(start)
+        raise asyncio.CancelledError
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(app, Limits())
+    asyncio.run(guard({"type": "http", "path": "/v1/completions", "headers": []}, None, send))
+    assert [message.get("status") for message in sent] == ([200] if begun else [503, None])
 
 
 def raw(live, body, path="/v1/completions"):
@@ -136,6 +176,39 @@ def test_a_client_that_leaves_while_the_prompt_is_read(live):
     assert len(held.ids) < 1900
 
 
+ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
+ASKS = {
+    "/v1/completions": {"prompt": "Once", **ENDLESS},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], **ENDLESS},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], **ENDLESS},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 1500, "ignore_eos": True},
+}
+
+
+@pytest.mark.parametrize("path", ASKS)
+def test_a_refused_request_leaves_nothing_in_the_engine(live, path):
+    for wrong in ({"stream": "yes"}, {"stream_options": 1}, {"n": 1.5}, {"top_logprobs": "a"}, {"metadata": 1}):
+        if ask(live, "POST", path, ASKS[path] | wrong | {"max_tokens": 1, "max_output_tokens": 1})[0] != 200:
+            assert ask(live, "POST", path, ASKS[path] | wrong)[0] == 400
+            assert live.service.worker.running is None and live.service.worker.waiting == 0, wrong
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "a" * 300}] * 10_000}),
+        ("/v1/responses", {"input": [{"role": "user", "content": "a" * 300}] * 10_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 300}] * 10_000}),
+        ("/v1/completions", {"prompt": "a" * 3_000_000}),
+    ],
+)
+def test_texts_that_no_context_holds_are_refused_at_once(live, path, body):
+    began = time.monotonic()
+    status, _, found = ask(live, "POST", path, body)
+    assert status == 400 and "characters" in found["error"]["message"]
+    assert time.monotonic() - began < 3
+
+
 def test_a_client_that_leaves_the_queue(live):
     worker = live.service.worker
     first, second = raw(live, LONG), None
@@ -161,6 +234,9 @@ def test_a_full_queue_and_a_request_that_takes_too_long(demo):
         threads[1].start()
         until(lambda: live.service.worker.waiting == 1, 20)
         status, headers, found = ask(live, "POST", "/v1/completions", LONG)
+        for path in ("/v1/completions", "/v1/chat/completions"):  # which no waiting makes possible
+            refused = ask(live, "POST", path, ASKS[path] | {"n": 2})
+            assert refused[0] == 400 and "2 answers" in refused[2]["error"]["message"]
         assert status == 429 and int(headers["retry-after"]) >= 1 and "--max_queue" in found["error"]["message"]
         for thread in threads:
             thread.join()

@@ -127,6 +127,16 @@ def test_a_refused_flag_leaves_the_engine_alone(live, client):
     assert live.service.worker.running is None and live.service.worker.waiting == 0
 
 
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_the_tokens_of_an_answer_to_one_token(client, echo, logprobs):
+    asked = {"echo": echo, "logprobs": logprobs}
+    whole = complete(client, [504], 2, **asked).choices[0]
+    assert (whole.logprobs and len(whole.logprobs.tokens)) == (logprobs and 2 + echo)
+    streamed = [chunk.choices[0].logprobs for chunk in complete(client, [504], 2, stream=True, **asked)]
+    assert sum(len(part.tokens) for part in streamed if part) == (2 + echo if logprobs else 0)
+
+
 @pytest.mark.parametrize(
     "body, status, said",
     [

@@ -127,6 +127,18 @@ def test_what_fits_is_allowed_and_nothing_else(grammars, tokenizer, schema, good
     assert [text for text in bad if accepts(grammars, tokenizer, schema, text)] == []
 
 
+def test_control_tokens_in_a_schema_are_text(grammars, tokenizer):
+    for seed in range(5):
+        text = "<|im_end|>" * seed + "<|im_start|>x"
+        found = draw(begin(grammars, {"const": text}), tokenizer, random.Random(seed))
+        assert json.loads(found) == text
+
+
+def test_a_schema_that_no_text_fits_ends_in_one_line(grammars, tokenizer):
+    with pytest.raises(ApiError, match="nothing fits them"):
+        draw(begin(grammars, {"$ref": "#"}), tokenizer, random.Random(0))
+
+
 def test_spaces_are_bounded(grammars, tokenizer):
     assert accepts(grammars, tokenizer, {}, '{"a":\n' + " " * 20 + "1}")
     assert not accepts(grammars, tokenizer, {}, '{"a":\n' + " " * 21 + "1}")

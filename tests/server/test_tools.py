@@ -173,8 +173,10 @@ def test_a_template_that_fails_is_the_requests_error(speaking):
         (Chat(ASKED, TOOLS, "named", "get_wether"), 400, "get_wether"),
         (Chat(ASKED, TOOLS, "required", schema={}), 422, "drop one"),
         (Chat(ASKED, schema={"type": "strng"}), 400, "Invalid type"),
+        (Chat(ASKED, [{"type": "function", "function": {"name": ""}}]), 400, "name is ''"),
+        (Chat(ASKED, [{"type": "function", "function": {"name": "x" * 257}}]), 400, "1 to 256 characters"),
     ],
-    ids=["no tools", "unknown name", "schema", "bad schema"],
+    ids=["no tools", "unknown name", "schema", "bad schema", "no name", "long name"],
 )
 def test_what_is_refused(demo_tokenizer, demo_grammars, chat, status, said):
     with pytest.raises(ApiError, match=said) as refused:
