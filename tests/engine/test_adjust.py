@@ -176,7 +176,8 @@ def test_a_change_within_an_answer_is_counted_as_it_was():
     tokens = [next(stream) for _ in range(11)]
     engine.set_sparsity(0.9)
     tokens += list(stream)
-    assert [token.sparsity for token in tokens] == [0.0] * 11 + [0.9] * 10
+    dense = 12 if DEVICE == "cuda" else 11  # a GPU has one step more on its way by then
+    assert [token.sparsity for token in tokens] == [0.0] * dense + [0.9] * (21 - dense)
     found = engine.achieved_sparsity()["all"]
     assert 0.35 < found < 0.5 and engine.sparsity == 0.9  # half of the tokens were dense
     if DEVICE == "cpu":
