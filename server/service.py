@@ -102,7 +102,7 @@ class Service:
     def check_length(self, characters: int) -> None:
         """Raises ApiError 400 for a text that is too long by whatever tokens: 30 MB would take 10 s and 3 GB first."""
         if characters > self._most_characters:
-            said = f"the prompt has {characters} characters, too many for the context of {self.engine.context} tokens"
+            said = f"prompt is too long: {characters} characters, more than {self.engine.context} tokens can hold"
             raise ApiError(400, f"{said}: shorten it", code="context_length_exceeded")
 
     def _begin(

@@ -205,7 +205,7 @@ def test_a_refused_request_leaves_nothing_in_the_engine(live, path):
 def test_texts_that_no_context_holds_are_refused_at_once(live, path, body):
     began = time.monotonic()
     status, _, found = ask(live, "POST", path, body)
-    assert status == 400 and "characters" in found["error"]["message"]
+    assert status == 400 and "prompt is too long" in found["error"]["message"]
     assert time.monotonic() - began < 3
 
 
