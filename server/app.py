@@ -124,11 +124,12 @@ class Guard:
                 )
 
     def _error(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        origin = headers.get(b"origin")
-        if origin is not None and not self._is_ours(origin.decode("latin-1"), headers.get(b"host", b"")):
+        key, origin = self.limits.api_key, headers.get(b"origin")
+        if key is None:  # whoever has a key is no stranger's page
+            if origin is None or self._is_ours(origin.decode("latin-1"), headers.get(b"host", b"")):
+                return None
             return ApiError(403, "pages of this origin may not ask: name it with --allowed_origin", code="origin")
-        key = self.limits.api_key
-        if key is None or is_open(path):
+        if is_open(path):
             return None
         bearer = headers.get(b"authorization", b"")
         given = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")

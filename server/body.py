@@ -3,10 +3,13 @@
 import asyncio
 import json
 import math
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import ClientDisconnect, Request
 
 from teal_fast.files.store import one_line
@@ -14,8 +17,10 @@ from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
 
 MOST_BYTES = 32 * 2**20  # of a body: a context of a million tokens is 4 MB
+LARGE = 2**18  # bytes that are parsed in a thread: they take some milliseconds
 SILENCE = 30  # seconds without a part of a body, after which nobody waits for the rest, nor does SIGTERM
 DEEPEST = 200  # lists and objects within one another: what is read can be copied and written again on any stack
+_limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, CapacityLimiter] = WeakKeyDictionary()
 
 
 async def read_body(request: Request) -> Fields:
@@ -30,7 +35,14 @@ async def read_body(request: Request) -> Fields:
                     raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
     except TimeoutError:
         raise ApiError(408, f"nothing of the body came for {SILENCE} s: send all of it") from None
-    return Fields(parse_body(bytes(data)))
+    parsed = await in_thread(parse_body, bytes(data)) if len(data) > LARGE else parse_body(bytes(data))
+    return Fields(parsed)
+
+
+async def in_thread(work: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """What long work on a request gives, done in one of two threads: more would keep the engine's from the GIL."""
+    limiter = _limiters.setdefault(asyncio.get_running_loop(), CapacityLimiter(2))
+    return await to_thread.run_sync(partial(work, *given, **named), limiter=limiter)
 
 
 def parse_body(data: bytes) -> Any:

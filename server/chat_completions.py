@@ -150,7 +150,7 @@ def read_chat_settings(fields: Fields, service: Service) -> Settings:
     most = fields.whole("max_completion_tokens", fields.whole("max_tokens", None, 1), 1)
     top = fields.whole("top_logprobs", None, 0, MOST_TOP)
     if top is not None and not fields.flag("logprobs"):
-        raise ApiError(400, "top_logprobs is given without logprobs: set logprobs to true", "top_logprobs")
+        raise ApiError(422, "top_logprobs is given without logprobs: set logprobs to true", "top_logprobs")
     top = (top or 0) if fields.flag("logprobs") else None
     return read_settings(fields, service, most, top_logprobs=top, n=fields.whole("n", 1, 1, MOST_ANSWERS))
 

@@ -5,13 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from teal_fast.engine.scoring import Scored
 from teal_fast.server.asked import Begun, End, Text, Usage
-from teal_fast.server.body import read_body, unless_gone
+from teal_fast.server.body import in_thread, read_body, unless_gone
 from teal_fast.server.chat_completions import Begin, usage_object
 from teal_fast.server.errors import ApiError, openai_shape
 from teal_fast.server.fields import Fields
@@ -35,7 +34,7 @@ async def completions(request: Request) -> Response:
     most = fields.whole("max_tokens", NEW_TOKENS, 0)
     echo, top = fields.flag("echo"), fields.whole("logprobs", None, 0, MOST_TOP)
     if not most and not echo:
-        raise fields.error("max_tokens", "at least 1, or echo")
+        raise fields.error("max_tokens", "at least 1, or echo", 422)
     n = fields.whole("n", 1, 1, MOST_ANSWERS)
     service.check_count(n * len(prompts))
     settings = read_settings(fields, service, most or 1, top_logprobs=top, n=n)
@@ -43,7 +42,7 @@ async def completions(request: Request) -> Response:
     stream, usage = fields.flag("stream"), options.flag("include_usage")
     begun = Begin(new_id("cmpl"), "text_completion", model)
     score = top if echo and top is not None else None
-    texts = [await run_in_threadpool(service.tokenizer.decode, prompt) if echo else "" for prompt in prompts]
+    texts = [await in_thread(service.tokenizer.decode, prompt) if echo else "" for prompt in prompts]
     echoed = [text for text in texts for _ in range(n)]
     ids = [prompt for prompt in prompts for _ in range(n)]
     answers = service.begin_texts(prompts, settings, begun.id, score, most > 0)
@@ -65,7 +64,7 @@ async def read_prompts(fields: Fields, service: Service) -> list[list[int]]:
         if isinstance(prompt, str):
             service.check_length(len(prompt))
             try:
-                prompt = await run_in_threadpool(service.tokenizer.encode, prompt)
+                prompt = await in_thread(service.tokenizer.encode, prompt)
             except ValueError as error:
                 raise ApiError(400, str(error), "prompt") from None
         elif not isinstance(prompt, list) or any(type(id) is not int or not 0 <= id < vocab_size for id in prompt):

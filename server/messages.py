@@ -50,7 +50,7 @@ def read_chat(fields: Fields) -> Chat:
     schema, thinking = read_schema(fields), read_thinking(fields)
     if begun and (schema is not None or choice in ("required", "named") or thinking):
         raise fields.error(
-            "messages", "a user's message at the end: thinking, tool_choice and a format begin an answer"
+            "messages", "a user's message at the end: thinking, tool_choice and a format begin an answer", 422
         )
     return Chat(
         messages=turns.messages,

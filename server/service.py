@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from starlette.concurrency import run_in_threadpool
-
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.scoring import Scored
@@ -17,6 +15,7 @@ from teal_fast.engine.text import TextStream
 from teal_fast.files.store import short
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.server.asked import Begun, Chat, End, Event, Live, Reasoning, Settings, Text, Usage
+from teal_fast.server.body import in_thread
 from teal_fast.server.errors import ApiError
 from teal_fast.server.metrics import Metrics
 from teal_fast.server.tools import Grammars, Plan, plan
@@ -84,7 +83,7 @@ class Service:
         self.check_length(sum(len(message["content"]) for message in chat.messages))
         if self.grammars is None:
             self.grammars = Grammars(self.tokenizer, self.vocab_size)
-        made = await run_in_threadpool(plan, chat, self.tokenizer, self.grammars)
+        made = await in_thread(plan, chat, self.tokenizer, self.grammars)
         if chat.begun:
             made.ids.extend(self.tokenizer.encode(chat.begun, add_bos=False, control=False, start=False))
         return made

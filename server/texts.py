@@ -9,12 +9,11 @@ import tomllib
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from teal_fast.files.paths import IN_A_CLONE, ROOT
-from teal_fast.server.body import read_body
+from teal_fast.server.body import in_thread, read_body
 from teal_fast.server.chat_completions import read_chat
 from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
@@ -49,7 +48,7 @@ async def read_ids(fields: Fields, service: Service) -> list[int]:
     bos = fields.flag("add_special_tokens", True) if given[0] == "prompt" else fields.flag("add_special")
     control = fields.flag("parse_special", True)
     try:
-        return await run_in_threadpool(service.tokenizer.encode, fields.text(given[0]), bos, control)
+        return await in_thread(service.tokenizer.encode, fields.text(given[0]), bos, control)
     except ValueError as error:
         raise ApiError(400, str(error), given[0]) from None
 
@@ -77,7 +76,7 @@ async def detokenize(request: Request) -> Response:
     ids, vocab_size = fields.items("tokens"), service.vocab_size
     if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
         raise fields.error("tokens", f"ids of tokens below {vocab_size}")
-    text = await run_in_threadpool(service.tokenizer.decode, ids, control=True)
+    text = await in_thread(service.tokenizer.decode, ids, control=True)
     return JSONResponse({"prompt": text, "content": text})
 
 
@@ -87,7 +86,7 @@ async def apply_template(request: Request) -> Response:
     fields = await read_body(request)
     service.check_model(fields.text("model"))
     made = await service.plan(read_open_chat(fields))
-    return JSONResponse({"prompt": await run_in_threadpool(service.tokenizer.decode, made.ids, control=True)})
+    return JSONResponse({"prompt": await in_thread(service.tokenizer.decode, made.ids, control=True)})
 
 
 # --- what is served

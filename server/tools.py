@@ -76,9 +76,9 @@ def _check(chat: Chat) -> None:
     if chat.tool_choice not in ("required", "named"):
         return
     if not names:
-        raise ApiError(400, f"tool_choice is {chat.tool_choice}, and there are no tools: give some", "tool_choice")
+        raise ApiError(422, f"tool_choice is {chat.tool_choice}, and there are no tools: give some", "tool_choice")
     if chat.tool_choice == "named" and chat.tool_name not in names:
-        raise ApiError(400, f"tool_choice names {short(chat.tool_name)}, expected one of the tools", "tool_choice")
+        raise ApiError(422, f"tool_choice names {short(chat.tool_name)}, expected one of the tools", "tool_choice")
     if chat.schema is not None:
         raise ApiError(
             422,

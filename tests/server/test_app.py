@@ -47,7 +47,13 @@ def test_a_key_is_asked_for(live):
     assert ask(live, "GET", "/metrics", key=None, x_api_key="geheim")[0] == 200
 
 
-def test_pages_of_other_sites_are_refused(live):
+def test_pages_of_other_sites_are_refused(tiny):
+    """Where no key is asked for: a page of another site has none."""
+    with serving(tiny, calibrated=False) as live:
+        check_origins(live)
+
+
+def check_origins(live):
     host = urlsplit(live.url).netloc
     for origin in ("https://evil.example", "null", f"http://{host}.evil.example", "http://[", "http://127.0.0.1:1"):
         status, _, found = ask(live, "POST", "/v1/completions", LONG, Origin=origin)

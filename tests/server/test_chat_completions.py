@@ -134,7 +134,7 @@ REFUSED = [
     ({"messages": SAY, "temperature": -1}, 400, "temperature"),
     ({"messages": SAY, "temperature": True}, 400, "temperature"),
     ({"messages": SAY, "max_tokens": 0}, 400, "max_tokens"),
-    ({"messages": SAY, "top_logprobs": 2}, 400, "top_logprobs"),
+    ({"messages": SAY, "top_logprobs": 2}, 422, "top_logprobs"),
     ({"messages": SAY, "n": 0}, 400, "n"),
     ({"messages": SAY, "seed": 1.5}, 400, "seed"),
     ({"messages": SAY, "lossless": True}, 400, "lossless"),

@@ -145,7 +145,7 @@ def test_the_tokens_of_an_answer_to_one_token(client, echo, logprobs):
         ({"prompt": ""}, 400, "a prompt is empty"),
         ({"prompt": [1, True]}, 400, "lists of token ids"),
         ({"prompt": [10**9]}, 400, "token ids below 49152"),
-        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"prompt": "a", "max_tokens": 0}, 422, "max_tokens is 0"),
         ({"prompt": "a", "max_tokens": "b"}, 400, "max_tokens is 'b', expected a whole number"),
         ({"prompt": "a", "suffix": "b"}, 400, "suffix is 'b'"),
         ({"prompt": "a", "sparsity": 0.96}, 400, "sparsity is 0.96, expected a number from 0 to 0.95"),

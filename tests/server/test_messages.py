@@ -132,7 +132,7 @@ def test_no_body_is_too_strange(body):
     try:
         parse(Fields(body), SERVICE)
     except ApiError as error:
-        assert error.status == 400 and "\n" not in error.message
+        assert error.status in (400, 422) and "\n" not in error.message
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,8 @@ def test_no_body_is_too_strange(body):
 def test_what_is_refused(body, said):
     with pytest.raises(ApiError, match=said) as raised:
         asked(**body)
-    assert raised.value.status == 400 and "\n" not in raised.value.message
+    excluded = "at the end" in raised.value.message  # each field may be so, but not all of them
+    assert raised.value.status == (422 if excluded else 400) and "\n" not in raised.value.message
 
 
 # --- what goes out

@@ -169,8 +169,8 @@ def test_a_template_that_fails_is_the_requests_error(speaking):
 @pytest.mark.parametrize(
     "chat, status, said",
     [
-        (Chat(ASKED, tool_choice="required"), 400, "no tools"),
-        (Chat(ASKED, TOOLS, "named", "get_wether"), 400, "get_wether"),
+        (Chat(ASKED, tool_choice="required"), 422, "no tools"),
+        (Chat(ASKED, TOOLS, "named", "get_wether"), 422, "get_wether"),
         (Chat(ASKED, TOOLS, "required", schema={}), 422, "drop one"),
         (Chat(ASKED, schema={"type": "strng"}), 400, "Invalid type"),
         (Chat(ASKED, [{"type": "function", "function": {"name": ""}}]), 400, "name is ''"),
