@@ -79,7 +79,7 @@ def generate(session: Session, prompt: str, ids: list[int], texts: int, profile:
             with session.counted(samples[-1]), profiler(profile if index == texts - 1 else None):
                 session.answer(ids, samples[-1])
     except KeyboardInterrupt:
-        if samples[-1].tokens:
+        if samples and samples[-1].tokens:
             print(describe_cost(summarize(session.engine, samples)), file=sys.stderr)
         raise
     return samples

@@ -7,7 +7,7 @@ what comes after the longest common prefix of its prompt and of what they hold (
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
 import torch
@@ -67,12 +67,13 @@ class Engine:
         """The most tokens that a prompt and its answer may have together."""
         return self.cache.length
 
-    def stream(self, request: Request, between: Callable[[], None] = lambda: None) -> Iterator[Token]:
+    def stream(self, request: Request, between: Callable[[], None] | None = None) -> Iterator[Token]:
         """Yields the answer's tokens as they are drawn; a stop token is the last one.
 
         Other threads' streams wait until this one is finished or closed. Raises ValueError at once on a request that
         can't be served: a prompt that is too long or outside the vocabulary, a sparsity without calibration.
-        between: called after each chunk of the prompt; what it raises ends the stream, and what was computed is kept.
+        between: called before each layer of the prompt's pass; what it raises ends the stream, and the chunks that were
+        computed by then are kept.
         """
         self.check(request)
         return self._stream(request, request.max_new_tokens or self.context - len(request.prompt), between)
@@ -91,7 +92,7 @@ class Engine:
         sparsity: float,
         dense_tokens: int,
         top: int = 0,
-        between: Callable[[], None] = lambda: None,
+        between: Callable[[], None] | None = None,
         cache: bool = True,
     ) -> list[Scored]:
         """Log-probabilities of all tokens of a text but its first. Nothing is taken from the cache, which is filled.
@@ -108,15 +109,15 @@ class Engine:
         def done(end: int) -> None:
             for i in range(len(self.held.ids), end):
                 self.held.add(text[i], 0.0 if i < dense_tokens else sparsity)
-            between()
 
         memory = memory_for(f"a text of {len(text)} tokens", "shorten it")
-        with self._held(), self._on_device(), torch.no_grad(), memory:
+        with self._held(), self._computing(), memory:
             self._apply(sparsity)
             self.held.keep()
             self._clear()
             self.held.private = not cache
-            return score(self.model, self.cache, text, dense_tokens, top, self.chunk, done)
+            with self._heard(between):
+                return score(self.model, self.cache, text, dense_tokens, top, self.chunk, done)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Changes the running answer from the next step on; a GPU has one step more on its way by then.
@@ -137,7 +138,7 @@ class Engine:
 
     def achieved_sparsity(self) -> dict[str, float]:
         """What the last answer's decoded tokens skipped, each at its own sparsity, by tensor kind and "all"."""
-        with self._held(), self._on_device(), memory_for("another pass over the answer", "shorten it"):
+        with self._held(), self._computing(), memory_for("another pass over the answer", "shorten it"):
             found, begin, last = [], len(self.held.ids) - len(self._decoded), self.sparsity
             for sparsity, group in groupby(self._decoded):
                 end = begin + len(list(group))
@@ -176,11 +177,28 @@ class Engine:
     def _device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def _on_device(self) -> AbstractContextManager:
-        """In the block, work goes to the model's GPU whatever the thread's current one is; never across a yield."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """In the block, work goes to the model's GPU, whatever the thread's current one is, and keeps no gradients.
 
-    def _start(self, request: Request, between: Callable[[], None]) -> Tensor:
+        Never across a yield: the thread's own settings would be lost there. Nor is `torch.no_grad` a decorator of the
+        stream: it puts a generator around it, and Ctrl-C in that one leaves the stream itself open.
+        """
+        device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with device, torch.no_grad():
+            yield
+
+    @contextmanager
+    def _heard(self, between: Callable[[], None] | None) -> Iterator[None]:
+        """In the block, `between` is called before each layer."""
+        hooks = [layer.register_forward_pre_hook(lambda *_: between()) for layer in self.model.layers if between]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _start(self, request: Request) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
         prompt, dense = request.prompt, 1 if request.sparse_prompt else len(request.prompt)
         self.reused = self.held.reuse(request)
@@ -190,18 +208,16 @@ class Engine:
             logits = self.prefill(self.model, self.cache, tokens, begin, phase)
             for i in range(begin, end):
                 self.held.add(prompt[i], 0.0 if i < dense else request.sparsity)
-            between()
         return logits
 
-    @torch.no_grad()
-    def _stream(self, request: Request, new_tokens: int, between: Callable[[], None]) -> Iterator[Token]:
+    def _stream(self, request: Request, new_tokens: int, between: Callable[[], None] | None) -> Iterator[Token]:
         with self._held():
             self._pending, self._decoded = None, []
             self._apply(request.sparsity)
             with memory_for(f"a prompt of {len(request.prompt)} tokens and its answer", "shorten the prompt"):
                 yield from self._decode(request, new_tokens, between)
 
-    def _decode(self, request: Request, new_tokens: int, between: Callable[[], None]) -> Iterator[Token]:
+    def _decode(self, request: Request, new_tokens: int, between: Callable[[], None] | None) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
         device, prompt, draw = self._device, request.prompt, request.sampling.draw
         generator = _generator(device, request.seed)
@@ -215,8 +231,10 @@ class Engine:
             adjust.add(token)
             return Drawn(request, token, largest, logits, sparsity, achieved)
 
-        with self._on_device():
-            last = drawn_from(self._start(request, between), 0.0, None)
+        with self._computing():
+            with self._heard(between):
+                logits = self._start(request)
+            last = drawn_from(logits, 0.0, None)
             position = torch.tensor([len(prompt)], device=device)
             drawn, launched, previous = deque([last]), 1, None
         for count in range(1, new_tokens + 1):
@@ -224,7 +242,7 @@ class Engine:
                 pending, self._pending = self._pending, None
                 if pending is not None:
                     self._apply(pending)
-                with self._on_device():
+                with self._computing():
                     logits = self.step(last.token.view(1, 1), position)
                     last = drawn_from(logits, self.sparsity, getattr(self.step, "achieved", None))
                     drawn.append(last)

@@ -3,7 +3,7 @@
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from teal_fast.engine.accounting import bytes_per_token
@@ -66,7 +66,8 @@ class Session:
         try:
             yield
         except KeyboardInterrupt:
-            sample.achieved = self.engine.achieved_sparsity()
+            with suppress(ValueError):  # it may come while Python itself closes the stream, which is then still open
+                sample.achieved = self.engine.achieved_sparsity()
             raise
         sample.achieved = self.engine.achieved_sparsity()
 

@@ -1,4 +1,4 @@
-"""The engine's thread: it alone uses the engine, serves one job after another, and hears of a cancellation by chunks.
+"""The engine's thread: it alone uses the engine, serves one job after another, and hears of a cancellation.
 
 A job's tokens go to the event loop as they are drawn. What is made of them, text and JSON, happens there.
 """
@@ -61,7 +61,7 @@ Item = Read | Token | Done
 
 
 class Cancelled(Exception):
-    """The client went away: raised in the engine's thread between two chunks of a prompt."""
+    """The client went away: raised in the engine's thread between two layers of a prompt's pass."""
 
 
 class Job:
@@ -121,7 +121,7 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Ends a job that nobody waits for any more; the engine is free within a token or a chunk of a prompt."""
+        """Ends a job that nobody waits for any more; the engine is free within a token or a prompt's layer."""
         job.cancelled = True
         with self._changed:
             if job.state == "waiting" and job in self._waiting:

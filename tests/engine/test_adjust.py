@@ -90,24 +90,32 @@ def test_an_answer_keeps_to_its_constraint(sampling):
     assert len(begun) == 2
 
 
-def test_a_prompt_in_chunks_gives_the_same_answer_and_hears_of_an_end_between_them():
+def test_a_prompt_in_chunks_gives_the_same_answer_and_an_end_is_heard_between_layers():
     whole, parts = (fresh(256) for _ in range(2))
     parts.chunk = 30
+    layers = len(parts.model.layers)
     prompt, seen = [(7 * i) % 199 + 3 for i in range(100)], []
     request = Request(prompt, Sampling(0.0), 0.5, 12, stop=(), top_logprobs=3)
     expected = list(whole.stream(request))
     found = list(parts.stream(request, lambda: seen.append(len(parts.held.ids))))
     assert [token.id for token in found] == [token.id for token in expected]
-    assert seen == [25, 50, 75, 100]
+    assert seen == [held for held in (0, 25, 50, 75) for _ in range(layers)]  # and none while it decodes
 
     def gone() -> None:
-        if len(parts.held.ids) >= 50:
+        calls.append(1)
+        if len(calls) == 2 * layers + 2:  # in the middle of the third chunk
             raise KeyboardInterrupt
 
+    other, calls = [9, *prompt], []
     with pytest.raises(KeyboardInterrupt):
-        list(parts.stream(Request([9, *prompt], Sampling(0.0), 0.5, 12, stop=()), gone))
-    assert parts.held.ids == [9, *prompt][:50]  # what was computed stays
-    assert [token.id for token in parts.stream(request)] == [token.id for token in expected]
+        list(parts.stream(Request(other, Sampling(0.0), 0.5, 12, stop=()), gone))
+    assert parts.held.ids == other[:50]  # the chunks before stay
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        parts.score(other, 0.5, len(other), between=gone)
+    assert parts.held.ids == other[:50]
+    assert [token.id for token in parts.stream(request, lambda: None)] == [token.id for token in expected]
+    assert len(calls) == 2 * layers + 2  # nobody is asked any more once a pass has ended
 
 
 def test_likeliest_tokens_are_the_models_own():

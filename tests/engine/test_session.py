@@ -1,5 +1,6 @@
 """A chat at a terminal: it keeps its prefix, drops its oldest turns when the context is full, and counts its cost."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -183,3 +184,38 @@ def test_an_answer_that_the_full_context_cuts_says_so(opened, capsys):
     chat = make(opened, [], max_new_tokens=500)
     chat.turn("What is a whale?")
     assert "cut after" in capsys.readouterr().err and len(chat.chat) == 2
+
+
+def test_ctrl_c_on_any_line_of_an_answer_ends_it_and_leaves_a_sound_engine(opened, capsys):
+    session = make(opened, None, max_new_tokens=3)
+    ids = encode_prompt(session.tokenizer, "What is a whale?", None)
+    lines = 0
+
+    def answer(interrupted_at: int) -> str:
+        nonlocal lines
+        lines, session.seed = 0, 1
+        sample = Sample(len(ids))
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            lines += 1
+            if lines == interrupted_at:
+                raise KeyboardInterrupt
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with session.counted(sample):
+                return session.answer(ids, sample)
+        finally:
+            sys.settrace(previous)
+
+    for _ in range(2):  # what is done once only
+        expected = answer(0)
+    total = lines
+    assert total > 1000
+    for line in range(1, total, 11):
+        with pytest.raises(KeyboardInterrupt):
+            answer(line)
+    assert answer(0) == expected
