@@ -1,8 +1,8 @@
 """Streamed text: all of it is the decoded text up to the first stop string, however tokens cut it."""
 
-import random
-
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from teal_fast.engine.request import Token
 from teal_fast.engine.text import TextStream, split_stops, stream_text
@@ -27,22 +27,32 @@ def test_the_text_ends_before_the_first_stop_string(tokenizer, stop):
     assert found == TEXT[: min((TEXT.find(s) for s in stop if s in TEXT), default=len(TEXT))]
 
 
-def test_random_stop_strings_at_random_borders(tokenizer):
-    rng = random.Random(0)
-    for _ in range(300):
-        text = "".join(rng.choice("ab \n") for _ in range(40))
-        stop = [text[(i := rng.randrange(40)) : i + rng.randrange(1, 6)] for _ in range(2)] + ["bbaabb"]
-        ids = [id for piece in text for id in tokenizer.encode(piece)] if rng.random() < 0.5 else tokenizer.encode(text)
-        whole = tokenizer.decode(ids)
-        expected = whole[: min((whole.find(s) for s in stop if s in whole), default=len(whole))]
-        stream = TextStream(tokenizer, (), stop)
-        pieces = []
-        for token in as_tokens(ids):
-            pieces.append(stream.push(token))
-            if stream.stopped:
-                break
-        assert "".join(pieces) + stream.flush() == expected
-        assert stream.stopped == any(s in whole for s in stop)
+LETTERS = st.text("ab \n—é日🐳", max_size=5)
+
+
+@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    pieces=st.lists(LETTERS, max_size=20),
+    stop=st.lists(LETTERS.filter(bool), max_size=3),
+    cuts=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), max_size=2),
+)
+def test_random_stop_strings_at_random_borders(tokenizer, pieces, stop, cuts):
+    """Each piece is tokenized by itself, so that borders fall anywhere; some stop strings are cut from the text."""
+    ids = [id for piece in pieces for id in tokenizer.encode(piece)]
+    whole = tokenizer.decode(ids)
+    stop += [cut for begin, length in cuts if (cut := whole[begin : begin + length])]
+    expected = whole[: min((whole.find(s) for s in stop if s in whole), default=len(whole))]
+    stream = TextStream(tokenizer, (), stop)
+    streamed, sent = "", []
+    for token in as_tokens(ids):
+        streamed += stream.push(token)
+        sent.append(streamed)
+        if stream.stopped:
+            break
+    streamed += stream.flush()
+    assert streamed == expected == "".join(stream_text(as_tokens(ids), tokenizer, (), stop))
+    assert stream.stopped == any(s in whole for s in stop)
+    assert all(expected.startswith(text) for text in sent)  # nothing that was sent had to be taken back
 
 
 def test_nothing_certain_is_held_back(tokenizer):
