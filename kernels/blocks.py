@@ -1,0 +1,160 @@
+"""Weights in llama.cpp's block formats, re-laid so that a skipped input channel is skipped in memory.
+
+A GGUF tensor holds an output's weights in a row, whose inputs share scales in blocks of 16 or 32. Its codes and scales
+are kept here in another order: by blocks of BLOCK inputs; within a block by strips of STRIP outputs (the last one may
+have 64); within a strip a row for each input. So a block is worked through at once, its integer sums scaled once, a
+skipped channel is one or more skipped lines of 64 bytes, and a dense read is sequential.
+
+    w[k, n] = scale[k, n] u[k, n] + offset[k, n], where u is the code, or what the type's table has for it, less `zero`
+
+`offset` is a minimum's, if the type has them. Facts about the types: llama.cpp's ggml-common.h and gguf-py's quants.py.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # inputs that are worked through at once
+SUPER = 256  # inputs that share the scale of the scales, in K-quants
+STRIP = 128  # outputs beside each other in memory: 64 bytes of four-bit codes
+NARROW = 64  # of the last strip, where N asks for it
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A type of GGUF tensors as it is kept here.
+
+    planes: bits of each plane of the codes, the lowest first. scale_block: inputs that share a scale. nested: whether
+    scales are whole numbers times a scale of SUPER inputs, instead of fp16. minimum: whether blocks have an offset.
+    zero: what is subtracted from a code. table: values that four-bit codes stand for.
+    """
+
+    name: str
+    planes: tuple[int, ...]
+    scale_block: int = BLOCK
+    nested: bool = False
+    minimum: bool = False
+    zero: int = 0
+    table: tuple[int, ...] | None = None
+
+    @property
+    def inputs(self) -> int:
+        """Inputs come in whole multiples of this."""
+        return SUPER if self.nested else BLOCK
+
+
+BLOCK_TYPES = {
+    kind.name: kind
+    for kind in (
+        BlockType("Q4_0", (4,), zero=8),
+        BlockType("Q4_1", (4,), minimum=True),
+        BlockType("Q5_0", (4, 1), zero=16),
+        BlockType("Q5_1", (4, 1), minimum=True),
+        BlockType("Q8_0", (8,), zero=128),
+        BlockType("Q4_K", (4,), nested=True, minimum=True),
+        BlockType("Q5_K", (4, 1), nested=True, minimum=True),
+        BlockType("Q6_K", (4, 2), scale_block=16, nested=True, zero=32),
+        BlockType("IQ4_NL", (4,), table=IQ4_VALUES),
+        BlockType("IQ4_XS", (4,), nested=True, table=IQ4_VALUES),
+    )
+}
+
+
+class Blocks(NamedTuple):
+    """A weight [K, N] of one type. N counts padding: it is a multiple of NARROW.
+
+    planes: uint8 [K / BLOCK, BLOCK * N * bits / 8] each. scale: fp16 [K / BLOCK, N], or of nested types int8
+    [K / scale_block, N]. minimum: the same of uint8 for nested types, else fp16; or None. super_scale, super_minimum:
+    fp16 [K / SUPER, N] of nested types, else None. Padded outputs have scales of zero.
+    """
+
+    kind: BlockType
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    minimum: Tensor | None = None
+    super_scale: Tensor | None = None
+    super_minimum: Tensor | None = None
+
+    @property
+    def K(self) -> int:
+        return self.scale.shape[0] * self.kind.scale_block
+
+    @property
+    def N(self) -> int:
+        return self.scale.shape[1]
+
+
+def strips(N: int) -> list[tuple[int, int]]:
+    """First output and width of each strip of N outputs, a multiple of NARROW."""
+    return [(n, min(STRIP, N - n)) for n in range(0, N, STRIP)]
+
+
+def places(width: int) -> Tensor:
+    """int64 [width]: the place in a row of a strip's outputs in their order.
+
+    Within 64 outputs the dwords of a 4 x 4 matrix are transposed: when four rows of bytes are interleaved in registers
+    of 16, 32 or 64 bytes, sums of whole neighbouring outputs come out.
+    """
+    return torch.arange(width).view(-1, 4, 4, 4).transpose(1, 2).flatten()
+
+
+def pack_plane(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [K / BLOCK, BLOCK * N * bits / 8] of codes uint8 [K, N] below 2 ** bits.
+
+    In a row of a strip, place p is in byte p % row, shifted by bits * (p // row), where row is the bytes of the row.
+    """
+    K, N = codes.shape
+    parts = []
+    for n, width in strips(N):
+        row = width * bits // 8
+        placed = torch.empty_like(codes[:, n : n + width])
+        placed[:, places(width)] = codes[:, n : n + width]
+        shifts = torch.arange(8 // bits, dtype=torch.uint8)[:, None] * bits
+        parts.append((placed.view(K, 8 // bits, row) << shifts).sum(1, dtype=torch.uint8).view(K // BLOCK, -1))
+    return torch.cat(parts, 1)
+
+
+def unpack_plane(plane: Tensor, bits: int) -> Tensor:
+    """uint8 [K, N]: `pack_plane` undone."""
+    blocks, N = plane.shape[0], plane.shape[1] * 8 // (BLOCK * bits)
+    parts = []
+    for n, width in strips(N):
+        row = width * bits // 8
+        stored = plane[:, BLOCK * n * bits // 8 :][:, : BLOCK * row].reshape(blocks * BLOCK, 1, row)
+        shifts = torch.arange(8 // bits, dtype=torch.uint8)[:, None] * bits
+        placed = ((stored >> shifts) & (2**bits - 1)).view(blocks * BLOCK, width)
+        parts.append(placed[:, places(width)])
+    return torch.cat(parts, 1)
+
+
+def codes_of(blocks: Blocks) -> Tensor:
+    """uint8 [K, N]."""
+    codes, shift = torch.zeros(blocks.K, blocks.N, dtype=torch.uint8), 0
+    for plane, bits in zip(blocks.planes, blocks.kind.planes, strict=True):
+        codes |= unpack_plane(plane, bits) << shift
+        shift += bits
+    return codes
+
+
+def dequantize_blocks(blocks: Blocks) -> Tensor:
+    """fp32 [K, N], with the bits of gguf-py's own dequantization."""
+    kind, codes = blocks.kind, codes_of(blocks)
+    if kind.table is not None:
+        values = torch.tensor(kind.table, dtype=torch.float32)[codes.int()]
+    else:
+        values = codes.float() - kind.zero
+
+    def spread(part: Tensor, above: Tensor | None) -> Tensor:
+        part = part.float()
+        if above is not None:
+            part = part * above.float().repeat_interleave(part.shape[0] // above.shape[0], 0)
+        return part.repeat_interleave(blocks.K // part.shape[0], 0)
+
+    found = spread(blocks.scale, blocks.super_scale) * values
+    if blocks.minimum is None:
+        return found
+    minimum = spread(blocks.minimum, blocks.super_minimum)
+    return found - minimum if kind.nested else found + minimum

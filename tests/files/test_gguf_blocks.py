@@ -1,0 +1,50 @@
+"""Blocks from GGUF tensors have gguf-py's own values, bit for bit."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from teal_fast.files.gguf_blocks import PARSERS, to_blocks
+from teal_fast.kernels.blocks import BLOCK, NARROW, dequantize_blocks, pack_plane, places, unpack_plane
+
+
+def random_tensor(name: str, N: int, K: int, seed: int) -> np.ndarray:
+    """Random bytes of a GGUF tensor [N, K], but with finite scales of usual sizes."""
+    rng, kind = np.random.default_rng(seed), gguf.GGMLQuantizationType[name]
+    inputs, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (N, K // inputs, size), dtype=np.uint8)
+    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(name, (0,))
+    for at in halves:
+        value = (rng.standard_normal((N, K // inputs, 1)) / 100).astype(np.float16)
+        blocks[:, :, at : at + 2] = value.view(np.uint8)
+    return blocks.reshape(N, -1)
+
+
+@pytest.mark.parametrize("N", [64, 100, 320])
+@pytest.mark.parametrize("name", PARSERS)
+def test_values_are_gguf_pys_bit_for_bit(name, N):
+    K = 512
+    stored = random_tensor(name, N, K, N)
+    expected = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[name])
+    blocks = to_blocks(torch.from_numpy(stored), name, K)
+    assert (blocks.K, blocks.N) == (K, N + -N % NARROW)
+    found = dequantize_blocks(blocks)
+    assert torch.equal(found[:, :N].view(torch.int32), torch.from_numpy(expected).t().contiguous().view(torch.int32))
+    assert not found[:, N:].any()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("N", [64, 128, 192])
+def test_planes_come_back(bits, N):
+    codes = torch.randint(0, 2**bits, (64, N), dtype=torch.uint8)
+    plane = pack_plane(codes, bits)
+    assert plane.shape == (2, BLOCK * N * bits // 8) and torch.equal(unpack_plane(plane, bits), codes)
+
+
+def test_four_interleaved_rows_give_whole_neighbours():
+    """What registers of 16 bytes do: dword g of four interleaved rows' lane holds outputs 16 g + 4 lane on."""
+    where = places(64)
+    for output in range(64):
+        g, lane, i = output // 16, output // 4 % 4, output % 4
+        assert where[output] == 16 * lane + 4 * g + i
