@@ -124,7 +124,7 @@ def unpack_plane(plane: Tensor, bits: int) -> Tensor:
     for n, width in strips(N):
         row = width * bits // 8
         stored = plane[:, BLOCK * n * bits // 8 :][:, : BLOCK * row].reshape(blocks * BLOCK, 1, row)
-        shifts = torch.arange(8 // bits, dtype=torch.uint8)[:, None] * bits
+        shifts = torch.arange(8 // bits, dtype=torch.uint8, device=plane.device)[:, None] * bits
         placed = ((stored >> shifts) & (2**bits - 1)).view(blocks * BLOCK, width)
         parts.append(placed[:, places(width)])
     return torch.cat(parts, 1)
@@ -132,18 +132,18 @@ def unpack_plane(plane: Tensor, bits: int) -> Tensor:
 
 def codes_of(blocks: Blocks) -> Tensor:
     """uint8 [K, N]."""
-    codes, shift = torch.zeros(blocks.K, blocks.N, dtype=torch.uint8), 0
+    codes, shift = torch.zeros(blocks.K, blocks.N, dtype=torch.uint8, device=blocks.scale.device), 0
     for plane, bits in zip(blocks.planes, blocks.kind.planes, strict=True):
         codes |= unpack_plane(plane, bits) << shift
         shift += bits
     return codes
 
 
-def dequantize_blocks(blocks: Blocks) -> Tensor:
-    """fp32 [K, N], with the bits of gguf-py's own dequantization."""
-    kind, codes = blocks.kind, codes_of(blocks)
+def dequantize_blocks(blocks: Blocks, codes: Tensor | None = None) -> Tensor:
+    """fp32 [K, N], with the bits of gguf-py's own dequantization. codes: uint8 [K, N], instead of those in planes."""
+    kind, codes = blocks.kind, codes_of(blocks) if codes is None else codes
     if kind.table is not None:
-        values = torch.tensor(kind.table, dtype=torch.float32)[codes.int()]
+        values = torch.tensor(kind.table, dtype=torch.float32, device=codes.device)[codes.int()]
     else:
         values = codes.float() - kind.zero
 
