@@ -87,18 +87,24 @@ class Blocks(NamedTuple):
         return self.scale.shape[1]
 
 
-def strips(N: int) -> list[tuple[int, int]]:
-    """First output and width of each strip of N outputs, a multiple of NARROW."""
-    return [(n, min(STRIP, N - n)) for n in range(0, N, STRIP)]
-
-
 def places(width: int) -> Tensor:
     """int64 [width]: the place in a row of a strip's outputs in their order.
 
     Within 64 outputs the dwords of a 4 x 4 matrix are transposed: when four rows of bytes are interleaved in registers
     of 16, 32 or 64 bytes, sums of whole neighbouring outputs come out.
     """
-    return torch.arange(width).view(-1, 4, 4, 4).transpose(1, 2).flatten()
+    return _place(torch.arange(width)[None])[0]
+
+
+def _place(outputs: Tensor) -> Tensor:
+    """Outputs [..., width] by their places, and back."""
+    return outputs.unflatten(-1, (-1, 4, 4, 4)).transpose(-3, -2).flatten(-4)
+
+
+def runs(N: int) -> list[tuple[int, int, int]]:
+    """Strips of equal width of N outputs, a multiple of NARROW: the first output, how many strips, their width."""
+    wide, narrow = N // STRIP, N % STRIP // NARROW
+    return [run for run in ((0, wide, STRIP), (wide * STRIP, narrow, NARROW)) if run[1]]
 
 
 def pack_plane(codes: Tensor, bits: int) -> Tensor:
@@ -106,27 +112,26 @@ def pack_plane(codes: Tensor, bits: int) -> Tensor:
 
     In a row of a strip, place p is in byte p % row, shifted by bits * (p // row), where row is the bytes of the row.
     """
-    K, N = codes.shape
-    parts = []
-    for n, width in strips(N):
-        row = width * bits // 8
-        placed = torch.empty_like(codes[:, n : n + width])
-        placed[:, places(width)] = codes[:, n : n + width]
-        shifts = torch.arange(8 // bits, dtype=torch.uint8)[:, None] * bits
-        parts.append((placed.view(K, 8 // bits, row) << shifts).sum(1, dtype=torch.uint8).view(K // BLOCK, -1))
+    blocks, parts = codes.unflatten(0, (-1, BLOCK)), []
+    for n, count, width in runs(codes.shape[1]):
+        strips = blocks[:, :, n : n + count * width].unflatten(-1, (count, width)).transpose(1, 2)
+        fields = _place(strips).unflatten(-1, (8 // bits, -1))  # [K / BLOCK, count, BLOCK, 8 / bits, row]
+        packed = fields[..., 0, :].clone()
+        for i in range(1, 8 // bits):
+            packed |= fields[..., i, :] << i * bits
+        parts.append(packed.flatten(1))
     return torch.cat(parts, 1)
 
 
 def unpack_plane(plane: Tensor, bits: int) -> Tensor:
     """uint8 [K, N]: `pack_plane` undone."""
-    blocks, N = plane.shape[0], plane.shape[1] * 8 // (BLOCK * bits)
     parts = []
-    for n, width in strips(N):
-        row = width * bits // 8
-        stored = plane[:, BLOCK * n * bits // 8 :][:, : BLOCK * row].reshape(blocks * BLOCK, 1, row)
-        shifts = torch.arange(8 // bits, dtype=torch.uint8, device=plane.device)[:, None] * bits
-        placed = ((stored >> shifts) & (2**bits - 1)).view(blocks * BLOCK, width)
-        parts.append(placed[:, places(width)])
+    for n, count, width in runs(plane.shape[1] * 8 // (BLOCK * bits)):
+        stored = plane[:, BLOCK * n * bits // 8 :][:, : BLOCK * count * width * bits // 8]
+        fields = stored.unflatten(-1, (count, BLOCK, 1, -1)).transpose(1, 2)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=plane.device)[:, None]
+        found = _place(((fields >> shifts) & (2**bits - 1)).flatten(-2))  # [K / BLOCK, BLOCK, count, width]
+        parts.append(found.flatten(2).flatten(0, 1))
     return torch.cat(parts, 1)
 
 
@@ -145,16 +150,17 @@ def dequantize_blocks(blocks: Blocks, codes: Tensor | None = None) -> Tensor:
     if kind.table is not None:
         values = torch.tensor(kind.table, dtype=torch.float32, device=codes.device)[codes.int()]
     else:
-        values = codes.float() - kind.zero
+        values = codes.float().sub_(kind.zero)
 
-    def spread(part: Tensor, above: Tensor | None) -> Tensor:
+    def by_block(part: Tensor, above: Tensor | None) -> tuple[Tensor, Tensor]:
         part = part.float()
         if above is not None:
-            part = part * above.float().repeat_interleave(part.shape[0] // above.shape[0], 0)
-        return part.repeat_interleave(blocks.K // part.shape[0], 0)
+            part.unflatten(0, (len(above), -1)).mul_(above.float()[:, None])
+        return values.unflatten(0, (len(part), -1)), part[:, None]
 
-    found = spread(blocks.scale, blocks.super_scale) * values
-    if blocks.minimum is None:
-        return found
-    minimum = spread(blocks.minimum, blocks.super_minimum)
-    return found - minimum if kind.nested else found + minimum
+    found, scale = by_block(blocks.scale, blocks.super_scale)
+    found.mul_(scale)
+    if blocks.minimum is not None:
+        found, minimum = by_block(blocks.minimum, blocks.super_minimum)
+        found.sub_(minimum) if kind.nested else found.add_(minimum)
+    return values
