@@ -1,7 +1,8 @@
 """The C++ kernels of csrc/: compiled on first use for this machine's instruction set, cached, and loaded.
 
 They are plain functions on pointers, without PyTorch's headers: they build in seconds, once for all its versions.
-TEAL_CPU forces an instruction set that the processor has: avx512, avx2, neon or portable; `torch` does without C++.
+TEAL_CPU forces an instruction set that the processor has: avx512_vnni, avx512, avx2, neon or portable;
+`torch` does without C++.
 """
 
 import ctypes
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-SOURCES = ("sparse_gemv", "decode_step")
+SOURCES = ("sparse_gemv", "decode_step", "blocks")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 INSTRUCTIONS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "avx512_vnni": (*AVX512, "-mavx512vnni"),
+    "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "neon": (),
     "portable": (),
@@ -53,7 +56,9 @@ def supported() -> tuple[str, ...]:
     if platform.machine() in ("arm64", "aarch64"):
         return "neon", "portable"
     wide = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(torch.backends.cpu.get_cpu_capability(), ())
-    return *wide, "portable"
+    # Some processors have the instructions on 256 bits alone, which count too: they have no AVX-512.
+    vnni = ("avx512_vnni",) if "avx512" in wide and torch.cpu._is_vnni_supported() else ()
+    return *vnni, *wide, "portable"
 
 
 def find_compiler() -> str | None:

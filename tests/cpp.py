@@ -2,16 +2,12 @@
 
 import ctypes
 import functools
-import platform
 
 import pytest
-import torch
 
-from teal_fast.kernels.native import build, find_compiler
+from teal_fast.kernels.native import build, find_compiler, supported
 
-ARM = platform.machine() in ("arm64", "aarch64")
-WIDER = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}
-RUNNABLE = ["portable", *(["neon"] if ARM else WIDER.get(torch.backends.cpu.get_cpu_capability(), []))]
+RUNNABLE = list(reversed(supported()))
 
 
 @functools.cache

@@ -1,0 +1,40 @@
+// teal::block_gemv on the CPU, and what else weights in blocks need there: see kernels/block_gemv.py.
+#include <omp.h>
+
+#include "block_gemv.h"
+
+using namespace blocks;
+
+struct BlockScratch {
+    Floats x, partial;
+    std::vector<Kept> kept;
+};
+
+template <class T>
+static void block_gemv(const T* x, const Part* parts, int64_t count, const float* threshold, const T* bias, T* y,
+                       int64_t K, int64_t N, int threads) {
+    static thread_local BlockScratch scratch;
+    scratch.x.resize(K), scratch.partial.resize(SPLITS * N + LANES), scratch.kept.resize(K / BLOCK);
+    float *wide = scratch.x, *partial = scratch.partial;  // the calling thread's, for all
+    Kept* kept = scratch.kept.data();
+    for (int64_t k = 0; k < K; k++) wide[k] = to_float(x[k]);
+    keep(wide, threshold, K, kept);
+#pragma omp parallel num_threads(threads)
+    {
+        Worker worker{omp_get_thread_num(), omp_get_num_threads()};
+        multiply(kept, parts, count, N, partial, worker);
+#pragma omp barrier
+        int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
+        std::vector<float> sums(end - begin);
+        collect(partial, N, nullptr, bias, begin, end - begin, sums.data());
+        for (int64_t n = begin; n < end; n++) y[n] = from_float<T>(sums[n - begin]);
+    }
+}
+
+extern "C" void teal_block_gemv(int type, const void* x, const Part* parts, int64_t count, const float* threshold,
+                                const void* bias, void* y, int64_t K, int64_t N, int threads) {
+    with_type(type, [&](auto zero) {
+        using T = decltype(zero);
+        block_gemv((const T*)x, parts, count, threshold, (const T*)bias, (T*)y, K, N, threads);
+    });
+}
