@@ -130,5 +130,5 @@ class Writer:
 
 
 def tensors_of(blocks: Blocks) -> list[Tensor]:
-    scales = (blocks.scale, blocks.minimum, blocks.super_scale, blocks.super_minimum)
-    return [*blocks.planes, *(scale for scale in scales if scale is not None)]
+    _, planes, *scales = blocks
+    return [*planes, *(scale for scale in scales if scale is not None)]

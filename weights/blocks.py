@@ -96,8 +96,8 @@ def some_outputs(blocks: Blocks, begin: int, end: int) -> Blocks:
 
 
 def _with(blocks: Blocks, planes: tuple[Tensor, ...], outputs: Tensor | slice) -> Blocks:
-    scales = (getattr(blocks, name) for name in NAMES)
-    return Blocks(blocks.kind, planes, *(None if scale is None else scale[:, outputs] for scale in scales))
+    kind, _, *scales = blocks
+    return Blocks(kind, planes, *(None if scale is None else scale[:, outputs] for scale in scales))
 
 
 class BlockWeight(nn.Module):
