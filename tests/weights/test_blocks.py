@@ -5,7 +5,7 @@ import torch
 
 from teal_fast.files.gguf_blocks import PARSERS, to_blocks
 from teal_fast.kernels.blocks import BLOCK_TYPES, dequantize_blocks
-from teal_fast.tests.files.test_gguf_blocks import random_tensor
+from teal_fast.tests.gguf_models import random_tensor
 from teal_fast.weights.blocks import BlockEmbedding, BlockOutput, BlockPart, BlockWeight
 
 K = 512
