@@ -26,7 +26,7 @@ from teal_fast.weights.formats import BlockFormat
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TODO = "convert the file with `python -m teal_fast.scripts.convert_gguf --dequantize`"
-BYTES_AT_ONCE = 2**22  # of the file: what they become on the way takes some ten times as much
+BYTES_AT_ONCE = 2**21  # of the file: what they become on the way takes some ten times as much
 
 
 class Source(NamedTuple):

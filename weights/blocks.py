@@ -25,7 +25,7 @@ from teal_fast.kernels.blocks import (
 )
 
 NAMES = ("scale", "minimum", "super_scale", "super_minimum")
-VALUES_AT_ONCE = 2**23  # dequantized at a time: 32 MB of fp32, where an output layer may take gigabytes
+VALUES_AT_ONCE = 2**22  # dequantized at a time: 16 MB of fp32, where an output layer may take gigabytes
 
 
 class BlockPart(nn.Module):

@@ -311,4 +311,4 @@ def test_conversion_takes_hardly_more_memory_than_the_file(tmp_path):
     converting = "gguf.convert_gguf(Path({!r}), Path({!r}), torch.bfloat16, keep=True)".format
     small = converting(str(tmp_path / "small.gguf"), str(tmp_path / "small"))
     taken = peak_bytes(converting(str(find_gguf()), str(tmp_path / "out")), warm_up=small)
-    assert taken < 3 * (tmp_path / "out" / WEIGHTS).stat().st_size
+    assert taken < (tmp_path / "out" / WEIGHTS).stat().st_size + 2.2e8, taken
