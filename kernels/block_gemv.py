@@ -107,7 +107,8 @@ def _check(x: Tensor, parts: Parts, threshold: Tensor, bias: Tensor | None) -> N
     fits = fits and all(blocks.K == K and 0 <= blocks.N - n < NARROW for blocks, n in parts)
     if not (fits and x.dtype.is_floating_point):
         said = ", ".join(f"{shape} {tensor.dtype}" for shape, tensor in zip(shapes, found, strict=True))
+        inside = [(blocks.K, blocks.N, n) for blocks, n in parts]
         raise ValueError(
-            f"block_gemv takes contiguous x [K] dtype, threshold [K] fp32, bias [N] dtype or none, and parts of K = {K} "
-            f"inputs and N = {N} outputs in all, got {said}, parts {[(blocks.K, blocks.N, n) for blocks, n in parts]}"
+            "block_gemv takes contiguous x [K] dtype, threshold [K] fp32, bias [N] dtype or none, and parts of "
+            f"K = {K} inputs and N = {N} outputs in all, got {said}, parts {inside}"
         )

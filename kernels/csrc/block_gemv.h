@@ -103,8 +103,8 @@ template <class Kind> class Product {
 
   private:
     void add_tile(int64_t first, int64_t last, int64_t n, int64_t to) {
-        std::memset(sums, 0, sizeof sums);
-        if (Kind::MINIMUM && Kind::NESTED) std::memset(minimums, 0, sizeof minimums);
+        std::fill_n(sums, to - n, 0.0f);
+        if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, to - n, 0.0f);
         bool any = false;
         for (int64_t b = first; b < last; b++) {
             if (!kept[b].groups) continue;
@@ -189,16 +189,18 @@ template <class Kind> class Product {
 
     // y += the tile's sums times the scales of the scales, which begin at `at`.
     void finish(int64_t at, int64_t n, int64_t count) {
-        for (int64_t i = 0; i < count; i += LANES) {
-            vf found = load(sums + i);
-            if (Kind::NESTED) found = apart(found * load(w.super_scale + at + i));
-            if (Kind::NESTED && Kind::MINIMUM) found -= apart(load(minimums + i) * load(w.super_minimum + at + i));
-            float old[LANES] = {}, *to = y + n + i;
-            int64_t bytes = 4 * std::min<int64_t>(LANES, count - i);
-            std::memcpy(old, to, bytes);
-            store(old, load(old) + found);
-            std::memcpy(to, old, bytes);
-        }
+        float* to = y + n;
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + finished(at, i));
+        if (i >= count) return;
+        vf rest = finished(at, i);  // the scales have room for whole vectors
+        for (int64_t j = i; j < count; j++) to[j] += rest[j - i];
+    }
+    vf finished(int64_t at, int64_t i) const {
+        vf found = load(sums + i);
+        if (Kind::NESTED) found = apart(found * load(w.super_scale + at + i));
+        if (Kind::NESTED && Kind::MINIMUM) found -= apart(load(minimums + i) * load(w.super_minimum + at + i));
+        return apart(found);
     }
 };
 

@@ -51,6 +51,19 @@ struct Part {
     int64_t padded() const { return (N + HALF - 1) / HALF * HALF; }
 };
 
+// SIZE bytes over and over.
+template <int64_t SIZE> inline vb repeat(const uint8_t* p) {
+    vb v;
+#if defined(__AVX512F__)
+    if (SIZE == 32) return (vb)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+    if (SIZE == 16) return (vb)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    if (SIZE == 16) return (vb)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+#endif
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
 // How a plane of BITS lies in a row of WIDTH outputs: lanes of 16 bytes, each of one half, shifted by so many bits.
 template <int BITS, int64_t WIDTH> struct Plane {
     static constexpr int64_t ROW = WIDTH * BITS / 8;
@@ -61,27 +74,26 @@ template <int BITS, int64_t WIDTH> struct Plane {
     }
     // The lanes of chunk `chunk` of a half, still to be shifted.
     static vb lanes(const uint8_t* row, int half, int chunk) {
-        constexpr int SIZE = ROW < VECTOR_BYTES ? ROW : VECTOR_BYTES;
-        uint8_t bytes[VECTOR_BYTES];
-        if (ROW == 8) {
-            uint64_t low;
-            std::memcpy(&low, row, 8);
-            uint64_t both[2] = {low, low >> 1};
-            for (int at = 0; at < VECTOR_BYTES; at += 16) std::memcpy(bytes + at, both, 16);
-        } else {
-            const uint8_t* from = row + (HALF * half + chunk * VECTOR_BYTES) % ROW;
-            for (int at = 0; at < VECTOR_BYTES; at += SIZE) std::memcpy(bytes + at, from, SIZE);
-        }
-        vb v;
-        std::memcpy(&v, bytes, sizeof v);
-        return v;
+        const uint8_t* from = row + (HALF * half + chunk * VECTOR_BYTES) % ROW;
+        if (ROW >= VECTOR_BYTES) return repeat<VECTOR_BYTES>(from);
+        if (ROW >= 16) return repeat<ROW>(from);
+        uint64_t low;
+        std::memcpy(&low, row, 8);
+        uint64_t both[2] = {low, low >> 1};
+        return repeat<16>((const uint8_t*)both);
     }
-    static vu shifted(vb v, int half, int chunk) {
+    // The values of a half, times 2 ** UP.
+    template <int UP> static vu shifted(vb v, int half, int chunk) {
         if (BITS == 8) return (vu)v;
         if (ROW >= HALF) return ((vu)v >> shift(half, 0)) & MASK;
-        vu by;
-        for (int i = 0; i < LANES; i++) by[i] = shift(half, (chunk * LANES + i) / 4);
-        return ((vu)v >> by) & MASK;
+        vu right = {}, left = {};
+        UNROLL for (int i = 0; i < LANES; i++) {
+            int by = shift(half, (chunk * LANES + i) / 4) - UP;
+            right[i] = std::max(by, 0), left[i] = std::max(-by, 0);
+        }
+        if (shift(half, 3) <= UP) return ((vu)v << left) & (MASK << UP);
+        if (shift(half, 0) >= UP) return ((vu)v >> right) & (MASK << UP);
+        return (((vu)v >> right) << left) & (MASK << UP);
     }
 };
 
@@ -150,8 +162,8 @@ UNPACK void unpack(const uint8_t* low, const uint8_t* high, const uint8_t* row, 
             interleave(rows, upper);
         }
         UNROLL for (int q = 0; q < QUADS; q++) {
-            vu v = Low::shifted(lower[q], half, chunk);
-            if (Kind::HIGH) v |= High::shifted(upper[q], half, chunk) << 4;
+            vu v = Low::template shifted<0>(lower[q], half, chunk);
+            if (Kind::HIGH) v |= High::template shifted<4>(upper[q], half, chunk);
             codes[half][q] = Kind::TABLE ? look_up((vb)v) : (vb)v;
         }
     }

@@ -1,4 +1,4 @@
-"""Products with blocks: the dequantized weight's up to the rounding of x, and exactly those of the same whole numbers."""
+"""Products with blocks: the dequantized weight's up to the rounding of x; exactly those of the same whole numbers."""
 
 import functools
 
