@@ -51,17 +51,22 @@ def prepared_folder(path: Path) -> Path:
 
 def hash_of(path: Path) -> str:
     """sha256 of the file's bytes, in hex."""
-    found = os.stat(path)
-    about = [str(path.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    about = identity(path)
     kept = cache_folder() / "gguf" / "hashes" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     if kept.is_file() and len(known := kept.read_text(encoding="ascii", errors="replace")) == 64:
         return known
     with open(path, "rb") as file:
         made = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time() - max(found.st_mtime, found.st_ctime) > SETTLED and os.stat(path) == found:
+    if time.time() - max(about[-2:]) / 1e9 > SETTLED and identity(path) == about:
         with new_file(kept) as temporary:
             temporary.write_text(made, encoding="ascii")
     return made
+
+
+def identity(path: Path) -> list:
+    """Place, size and times of a file: what can't stay the same where its bytes change."""
+    found = os.stat(path)
+    return [str(path.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def describe(path: Path) -> list:

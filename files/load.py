@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, read_config
 from teal_fast.files.memory import memory_for
-from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, open_safetensors, parse_json, short
+from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, one_line, open_safetensors, parse_json, short
 from teal_fast.kernels.blocks import BLOCK_TYPES
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
@@ -115,7 +115,7 @@ def read_format(
         raise refuse("linear", repr(METADATA["linear"]))
     name, group = metadata.get("weights"), metadata.get("group")
     if (version == "3") != (name == "gguf"):
-        raise refuse("weights", "'gguf' in version 3, and in no other")
+        raise refuse("version", "'3' where weights is 'gguf', and nowhere else")
     if name == "gguf":
         return read_parts(folder / WEIGHTS, metadata, dtype), PACKED[version]
     if name not in (None, *QUANTIZED):
@@ -164,7 +164,8 @@ def empty_model(path: Path, args: ModelArgs, format: Format | BlockFormat | None
             return model
         except ValueError as error:
             key, value = list(format.metadata().items())[-1]
-            raise ValueError(f"{path}: {key} {short(value)} does not fit its config.json ({error}): {AGAIN}") from error
+            value = one_line(value, 100, 60, 40)
+            raise ValueError(f"{path}: {key} {value} does not fit its config.json ({error}): {AGAIN}") from error
 
 
 def check_layout(

@@ -242,8 +242,8 @@ def test_a_missing_demo_is_an_error_for_libraries(tmp_path, monkeypatch):
 def test_find_checkpoint_says_what_is_there_instead(tmp_path):
     with pytest.raises(FileNotFoundError, match="none does not exist"):
         find_checkpoint(str(tmp_path / "none"))
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"is a file, .*`python -m teal_fast.scripts.convert_gguf .*model.gguf`"):
+    (tmp_path / "model.gguf").write_bytes(b"GGML")
+    with pytest.raises(ValueError, match=r"model.gguf is no GGUF file, expected one, a converted"):
         find_checkpoint(str(tmp_path / "model.gguf"))
 
 

@@ -256,10 +256,10 @@ W2, EMBEDDINGS = "layers.0.feed_forward.w2", "tok_embeddings"
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": "2"}, "weights is 'gguf', expected 'gguf' in version 3, and in no other"),
+        ({"version": "2"}, "version is '2', expected '3' where weights is 'gguf', and nowhere else"),
         ({"version": "4"}, "version is '4', expected '1' or '2' or '3'"),
-        ({"weights": "int8"}, "weights is 'int8', expected 'gguf' in version 3"),
-        ({"weights": None}, "weights is None, expected 'gguf' in version 3"),
+        ({"weights": "int8"}, "version is '3', expected '3' where weights is 'gguf'"),
+        ({"weights": None}, "version is '3', expected '3' where weights is 'gguf'"),
         ({"dtype": "int8"}, "dtype is 'int8', expected bf16 or fp16 or fp32"),
         ({"dtype": None}, "dtype is None"),
         ({"name": "a b"}, "name is 'a b', expected that of a GGUF file's types"),
