@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teal_fast.kernels.block_gemv import block_gemv
+from teal_fast.kernels.block_values import block_columns, block_outputs
 from teal_fast.kernels.blocks import BLOCK, BLOCK_TYPES, NARROW, SUPER, Blocks, BlockType, dequantize_blocks
-from teal_fast.weights.dense import _linear
 
+COLUMNS = 512  # outputs whose weights a prompt's product dequantizes at a time: up to 9 MB of 8,960 inputs in bf16
 NAMES = ("scale", "minimum", "super_scale", "super_minimum")
 
 
@@ -75,14 +77,55 @@ class BlockWeight(nn.Module):
         """parts: type and outputs of each. Raises ValueError as `BlockPart.empty` does."""
         return cls([BlockPart.empty(BLOCK_TYPES[name], K, N) for name, N in parts])
 
+    @property
+    def operand(self) -> list[tuple[Blocks, int]]:
+        """The weight as kernels take it."""
+        return [(part.blocks, part.N) for part in self.parts]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].scale.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of codes that a kept channel reads. Scales come on top, once for a block of channels of which one is."""
+        return sum(plane.nbytes for part in self.parts for plane in part.blocks.planes) / self.in_features
+
     def dequantize(self) -> Tensor:
         return torch.cat([part.dequantize() for part in self.parts], 1)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _linear(x, self.dequantize().to(x.dtype), bias)
+        """x [..., K] -> [..., N] in x's dtype. No more than COLUMNS outputs' weights are dequantized at a time."""
+        dtype = product_dtype(x)
+        wide, y = x.to(dtype), []
+        for part in self.parts:
+            for begin in range(0, part.N, COLUMNS):
+                columns = block_columns(part.blocks, begin, min(begin + COLUMNS, part.N), dtype)
+                y.append(F.linear(wide, columns.t()).to(x.dtype))
+        y = torch.cat(y, -1)
+        return y if bias is None else y + bias
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.matmul(x.masked_fill(x.abs() <= threshold, 0), bias)
+        return block_gemv(x, self.operand, threshold, bias)
+
+    def rows(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weights [T, K] of outputs int64 [T]."""
+        y, first = torch.empty(len(outputs), self.in_features, dtype=dtype, device=outputs.device), 0
+        for part in self.parts:
+            mine = (outputs >= first) & (outputs < first + part.N)
+            y[mine] = block_outputs(part.blocks, outputs[mine] - first, dtype)
+            first += part.N
+        return y
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a prompt is multiplied in: x's dtype where the device has products in it, else fp32."""
+    has = x.is_cuda or (x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return x.dtype if has else torch.float32
 
 
 class BlockEmbedding(nn.Module):
@@ -97,7 +140,7 @@ class BlockEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> [..., dim]."""
-        return F.embedding(tokens, self.weight.dequantize().t()).to(self.dtype)
+        return self.weight.rows(tokens.flatten(), self.dtype).view(*tokens.shape, -1)
 
 
 class BlockOutput(nn.Module):
@@ -106,6 +149,10 @@ class BlockOutput(nn.Module):
     def __init__(self, weight: BlockWeight):
         super().__init__()
         self.weight = weight
+        everything = torch.full((weight.in_features,), -1.0, device=weight.device)
+        self.register_buffer("threshold", everything, persistent=False)  # below every |x|: no channel is skipped
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:
+            return self.weight.sparse_matvec(x.flatten(), self.threshold).view(*x.shape[:-1], -1)
         return self.weight.matmul(x)
