@@ -18,6 +18,7 @@ from teal_fast.files.chat_ids import SURROGATES
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
 from teal_fast.files.gguf import convert_gguf
+from teal_fast.files.gguf_cache import MissingPreparedError, prepare_folder, prepared_folder
 from teal_fast.files.load import load_model
 from teal_fast.files.memory import OutOfMemoryError, explain_memory
 from teal_fast.files.paths import command, demo_folder
@@ -127,8 +128,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, checkpoint: str | None 
         "--checkpoint",
         required=checkpoint is None,
         default=checkpoint,
-        metavar="FOLDER|demo",
-        help="a converted checkpoint's folder, or demo",
+        metavar="FOLDER|FILE.gguf|demo",
+        help="a converted checkpoint's folder, a GGUF file, or demo",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="computation type (default: the stored one)")
@@ -170,15 +171,28 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def open_checkpoint(name: str, prepare: bool = True) -> Path:
-    """The folder that `--checkpoint name` means; the demo is made first when it is missing, unless prepare is false."""
+    """The folder that `--checkpoint name` means; the demo's or a GGUF file's is made first, unless prepare is false."""
     try:
         return find_checkpoint(name)
-    except MissingDemoError:
+    except (MissingDemoError, MissingPreparedError):
         if not prepare:
             raise
+    if name != "demo":
+        return prepare_gguf(Path(name))
     print("preparing the demo model, once: python -m teal_fast.scripts.prepare_demo", file=sys.stderr)
     prepare_demo(demo_folder(), DTYPES["bf16"])
     return find_checkpoint(name)
+
+
+def prepare_gguf(path: Path) -> Path:
+    """Makes the checkpoint of a GGUF file, with its own values, in the cache."""
+    print(f"preparing {path}, once: its values are laid out anew in {prepared_folder(path)}", file=sys.stderr)
+    try:
+        return prepare_folder(path, lambda out: convert_gguf(path, out, DTYPES["bf16"], keep=True))
+    except ValueError as error:
+        converter = "python -m teal_fast.scripts.convert_gguf"
+        asks = "--" in str(error) and converter not in str(error)
+        raise ValueError(f"{path}: {error}" + (f", flags of `{converter} {path}`" if asks else "")) from error
 
 
 def prepare_demo(out: Path, dtype: torch.dtype) -> None:

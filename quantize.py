@@ -14,6 +14,7 @@ over; `--calibrated` and `--tune` need one and make it when it is missing.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from teal_fast.calibration.make import DEFAULT_CORPUS
@@ -21,7 +22,14 @@ from teal_fast.cli import add_prepare_argument, open_calibration, open_checkpoin
 from teal_fast.files.checkpoint import WEIGHTS
 from teal_fast.files.paths import checkpoints_folder
 from teal_fast.files.store import check_new, new_folder
-from teal_fast.quantization.checkpoint import Fit, check_dense, make_quantized, read_sequences
+from teal_fast.quantization.checkpoint import (
+    FULL_PRECISION,
+    Fit,
+    check_dense,
+    make_quantized,
+    read_sequences,
+    rounded_to,
+)
 from teal_fast.weights.formats import QUANTIZED, Format
 
 
@@ -53,11 +61,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    if Path(options.checkpoint).is_file():
+        raise ValueError(f"{options.checkpoint} is a file with values of its own: {FULL_PRECISION}")
     folder = open_checkpoint(options.checkpoint, not options.no_prepare)
     format = Format(options.mode, (options.group or 64) if options.mode == "int4" else 0)
     out = options.out or checkpoints_folder() / f"{folder.resolve().name}-{options.mode}"
     check_new(out)
     check_dense(folder, format)
+    if before := rounded_to(folder):
+        print(f"these weights were rounded to {before} before: what this loses comes on top", file=sys.stderr)
     device = pick_device(options.device)
     with new_folder(out) as made:
         fit = None

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from teal_fast.model import Transformer
 from teal_fast.weights.dense import DenseWeight, Weight
-from teal_fast.weights.formats import DTYPES, Format
-from teal_fast.weights.output import Int8Output
+from teal_fast.weights.formats import DTYPES, BlockFormat, Format
 
 SPARSE_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w13|w2))\.weight")
 KINDS = {"wqkv": "qkv", "wo": "o", "w13": "gate+up", "w2": "down"}
@@ -48,7 +47,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        threshold = torch.full((weight.in_features,), KEEP_ALL, device=weight.packed.device)
+        threshold = torch.full((weight.in_features,), KEEP_ALL, device=next(weight.parameters()).device)
         self.register_buffer("threshold", threshold, persistent=False)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -72,19 +71,20 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
-def sparsify(model: Transformer, format: Format | None = None) -> Transformer:
+def sparsify(model: Transformer, format: Format | BlockFormat | None = None) -> Transformer:
     """Replaces the linear layers of the blocks by SparseLinear, at sparsity 0.
 
-    Their weights are shared, not copied; with a format they and the output layer are quantized ones, yet to be filled.
+    Their weights are shared, not copied; with a format they, the output layer and, if it says so, the embeddings are
+    quantized ones, yet to be filled.
     """
     for name, linear in list(model.named_modules()):
         if SPARSE_WEIGHT.fullmatch(f"{name}.weight") and isinstance(linear, nn.Linear):
             K, N = reversed(linear.weight.shape)
-            weight = format.within(name).empty(K, N) if format else DenseWeight(linear.weight.t())
+            weight = format.layer(name, K, N) if format else DenseWeight(linear.weight.t())
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, SparseLinear(weight, linear.bias))
     if format:
-        model.output = Int8Output.empty(*model.output.weight.shape)
+        model.tok_embeddings, model.output = format.ends(model.tok_embeddings, model.output)
     return model
 
 
@@ -102,9 +102,9 @@ def dtype_name(model: Transformer) -> str:
 
 
 def format_of(model: Transformer) -> str:
-    """The format of the weights: bf16, fp16, fp32, int8 or int4."""
-    format = model.layers[0].feed_forward.w13.weight.format
-    return dtype_name(model) if format == "dense" else format
+    """The format of the weights: bf16, fp16, fp32, int8, int4, or what a GGUF file calls its own, as Q4_K_M."""
+    formats = [layer.weight.format for layer in sparse_layers(model).values() if layer.weight.format != "dense"]
+    return formats[-1] if formats else dtype_name(model)  # an int4 model's attention, which comes first, is int8
 
 
 Observer = Callable[[str, SparseLinear, Tensor, Phase], Tensor | None]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from teal_fast.weights.dense import Weight
+
 BISECTIONS = 60
 CORRECTION_EXPONENT = 0.5  # damps a correction: costs depend on each other, and at 1 they overshoot
 MAX_CORRECTION = 5.0  # the largest factor of one correction before it is damped
@@ -53,9 +55,9 @@ class Sizes:
     row: Tensor
 
     @classmethod
-    def of(cls, weights: list[Tensor]) -> "Sizes":
-        """The sizes of weights [K, …] as they are stored."""
-        sizes = [[weight.nbytes, weight[0].nbytes] for weight in weights]
+    def of(cls, weights: list[Weight]) -> "Sizes":
+        """The sizes of weights as they are stored; of weights in blocks without the scales, which none can skip."""
+        sizes = [[weight.row_bytes * weight.in_features, weight.row_bytes] for weight in weights]
         return cls(*torch.tensor(sizes, dtype=torch.float64).unbind(1))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from teal_fast.calibration.allocation import Sizes
 from teal_fast.model import Call, Transformer
 from teal_fast.sparse_model import KEEP_ALL, Phase, sparse_layers
 
@@ -32,7 +33,7 @@ def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[st
             inputs = (Call(*model.rotary(positions, x.dtype), positions, phase=Phase(1)), mask, index)
             layers = sparse_layers(block)
             points = [quantiles[f"layers.{index}.{name}"] for name in layers]
-            weights = torch.tensor([layer.weight.packed.nbytes for layer in layers.values()], dtype=torch.float64)
+            weights = Sizes.of([layer.weight for layer in layers.values()]).weight
             step = weights.sum() / weights / STEPS
             found = [torch.zeros_like(step)]
             expected = block(x, *inputs)

@@ -57,7 +57,7 @@ def fit_curves(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str
     Leaves the model's thresholds at sparsity 0.
     """
     layers = sparse_layers(passes.model)
-    sizes = Sizes.of([layer.weight.packed for layer in layers.values()])
+    sizes = Sizes.of([layer.weight for layer in layers.values()])
     factors = [torch.ones(layer.weight.in_features).double() for layer in layers.values()]
     if method in ("measured", "fisher", "global"):
         rule, factors = find_costs(passes, sizes, factors, method)

@@ -26,8 +26,8 @@ class Tally:
         held: dict[str, float] = {}
         for name, seen in self.seen.items():
             for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
-                held[kind] = held.get(kind, 0) + seen * layers[name].weight.packed[0].nbytes
-                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.packed[0].nbytes
+                held[kind] = held.get(kind, 0) + seen * layers[name].weight.row_bytes
+                read[kind] = read.get(kind, 0) + self.kept[name].item() * layers[name].weight.row_bytes
         return {kind: 1 - read[kind] / held[kind] for kind in held if held[kind]}
 
 
@@ -79,8 +79,10 @@ def bytes_per_token(model: Transformer, sparsity: float, contexts: Sequence[int]
     Weights, and keys and values: the mean over tokens of which each has so many before it. Without contexts weights.
     """
     cached = round(statistics.mean(cached_bytes(model, context) for context in contexts)) if contexts else 0
-    sparse = sum(layer.weight.packed.nbytes for layer in sparse_layers(model).values())
+    weights = [layer.weight for layer in sparse_layers(model).values()]
+    sparse = sum(weight.row_bytes * weight.in_features for weight in weights)
     total = sum(parameter.nbytes for parameter in model.parameters())  # a tied output layer counts once …
     if model.output.weight is not model.tok_embeddings.weight:
-        total -= model.tok_embeddings.weight.nbytes  # … and of an embedding table of its own one row is read
+        # … and of an embedding table of its own one row is read
+        total -= sum(parameter.nbytes for parameter in model.tok_embeddings.parameters())
     return total - round(sparse * sparsity) + cached

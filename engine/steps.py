@@ -1,9 +1,10 @@
 """A decode step bound to its model and cache: step(token [1, 1], position [1]) -> logits [vocab].
 
 There are three: plain PyTorch, C++ on the CPU (cpu_step.py), a CUDA graph of fused sparse kernels (cuda_step.py). The
-last two return the same tensor each time.
+last two return the same tensor each time. A GGUF file's own values are decoded in plain PyTorch.
 """
 
+import sys
 from typing import Protocol
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from teal_fast.engine.cpu_step import CpuStep
 from teal_fast.engine.cuda_step import CapturedStep, plain_step
 from teal_fast.kernels.native import library
 from teal_fast.model import KVCache, Transformer
+from teal_fast.sparse_model import format_of
+from teal_fast.weights.blocks import in_blocks
 
 
 class Step(Protocol):
@@ -36,8 +39,14 @@ class PlainStep:
 def fast_step(model: Transformer, cache: KVCache) -> Step:
     """The fastest step for the model's device: captured on CUDA, in C++ on the CPU.
 
-    Where C++ can't be built it is plain, as kernels/native.py says in a line.
+    Where C++ can't be built it is plain, as kernels/native.py says in a line, and so it is of weights in blocks.
     """
+    if in_blocks(model):
+        print(
+            f"{format_of(model)} has no fast step here yet: decoding in plain PyTorch, many times slower",
+            file=sys.stderr,
+        )
+        return PlainStep(model, cache)
     if model.norm.weight.is_cuda:
         return CapturedStep(model, cache)
     return PlainStep(model, cache) if library() is None else CpuStep(model, cache)

@@ -13,7 +13,7 @@ from torch import Tensor
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KINDS, Phase, SparseLinear, format_of, sparse_layers, watch_inputs
 from teal_fast.weights.dense import DenseWeight
-from teal_fast.weights.formats import QUANTIZED
+from teal_fast.weights.formats import DTYPES
 
 BASELINES = ("magnitude", "wanda")
 
@@ -55,7 +55,7 @@ def prune(model: Transformer, method: str, share: float, tokens: Tensor | None =
     method: one of BASELINES; tokens: [B, T], the text on which Wanda measures inputs, in one pass of the model. Raises
     ValueError on quantized weights.
     """
-    if format_of(model) in QUANTIZED:
+    if format_of(model) not in DTYPES:
         raise ValueError(f"--baseline prunes bf16, fp16 and fp32 weights, these are {format_of(model)}")
     if method == "magnitude":
         for name, layer in sparse_layers(model).items():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_fast.families.config import model_args
+from teal_fast.files.gguf_cache import find_prepared
 from teal_fast.files.paths import demo_folder
 from teal_fast.files.store import SAFETENSORS_DTYPES, open_safetensors, read_json, short
 
@@ -25,17 +26,16 @@ class MissingDemoError(FileNotFoundError):
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder that `--checkpoint name` means. "demo" must be there: cli.py prepares it."""
+    """The folder that `--checkpoint name` means. "demo" and a GGUF file's must be there: cli.py prepares them."""
     folder = demo_folder() if name == "demo" else Path(name)
     if name == "demo" and not folder.exists():
         raise MissingDemoError("the demo model is not prepared yet: run `python -m teal_fast.scripts.prepare_demo`")
     if folder.is_file():
-        raise ValueError(
-            f"{folder} is a file, expected a folder: convert it with "
-            f"`python -m teal_fast.scripts.convert_gguf {folder}`"
-        )
+        return find_prepared(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist: expected a converted checkpoint's folder, or the name demo")
+        raise FileNotFoundError(
+            f"{folder} does not exist: expected a converted checkpoint's folder, a .gguf file, or the name demo"
+        )
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(

@@ -27,11 +27,28 @@ def write_weights(
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
     dtype: torch.dtype,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes model.safetensors from another program's tensors.
 
+    `read` fetches one; metadata: what else the file says of itself; for the others see `find_sources`.
+    """
+    expected, made_of = find_sources(args, names, shapes)
+
+    def build(name: str) -> Tensor:
+        return stack(name, [read(part) for part in made_of[name]])
+
+    layout = {name: (dtype, stored_shape(name, shape)) for name, shape in expected.items()}
+    write_safetensors(folder / WEIGHTS, layout, build, METADATA | (metadata or {}))
+
+
+def find_sources(
+    args: ModelArgs, names: dict[str, tuple[str, ...]], shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, torch.Size], dict[str, tuple[str, ...]]]:
+    """The dense model's tensors with their shapes, and which of another program's make each of them.
+
     `names` maps a module of ours ("layers.{}.attention.wqkv") to those that make it when stacked along the outputs;
-    `shapes` tells what there is, `read` fetches one. Raises ValueError naming what is missing, left over or misshapen.
+    `shapes` tells what there is. Raises ValueError naming what is missing, left over or misshapen.
     """
 
     def sources(name: str) -> tuple[str, ...]:
@@ -44,14 +61,17 @@ def write_weights(
     made_of = {name: sources(name) for name in expected}
     rows = {name: _part_rows(args, name, shape, len(made_of[name])) for name, shape in expected.items()}
     _check_shapes(expected, rows, made_of, shapes)
+    return expected, made_of
 
-    def build(name: str) -> Tensor:
-        parts = [read(part) for part in made_of[name]]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return tensor.t() if SPARSE_WEIGHT.fullmatch(name) else tensor
 
-    layout = {name: (dtype, _stored_shape(name, shape)) for name, shape in expected.items()}
-    write_safetensors(folder / WEIGHTS, layout, build, METADATA)
+def stack(name: str, parts: list[Tensor]) -> Tensor:
+    """A tensor of ours as it is stored, of those that make it."""
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensor.t() if SPARSE_WEIGHT.fullmatch(name) else tensor
+
+
+def stored_shape(name: str, shape: torch.Size) -> torch.Size:
+    return torch.Size(reversed(shape)) if SPARSE_WEIGHT.fullmatch(name) else shape
 
 
 @torch.inference_mode()
@@ -96,7 +116,3 @@ def _check_shapes(
                 raise ValueError(f"the checkpoint has {part} {found}, but config.json calls for {called_for}")
     if extra := sorted(shapes.keys() - set().union(*made_of.values())):
         raise ValueError(f"the checkpoint holds {extra[0]} ({len(extra)} such), which config.json does not call for")
-
-
-def _stored_shape(name: str, shape: torch.Size) -> torch.Size:
-    return torch.Size(reversed(shape)) if SPARSE_WEIGHT.fullmatch(name) else shape

@@ -1,12 +1,13 @@
 """GGUF files of llama.cpp, and their conversion into checkpoint folders of ours.
 
-The metadata become a config.json, the vocabulary tokenizer files (gguf_tokenizer.py), and quantized weights are
-dequantized. What llama.cpp does to weights when it makes a GGUF, such as the row order of q and k, is undone. Files in
-several parts and rotary scaling other than linear are refused, and so are files of older converters that left out what
-the model needs, unless it is given.
+The metadata become a config.json, the vocabulary tokenizer files (gguf_tokenizer.py). Quantized weights are kept as
+they are (gguf_kept.py) or dequantized. What llama.cpp does to weights when it makes a GGUF, such as the row order of q
+and k, is undone. Files in several parts and rotary scaling other than linear are refused, and so are files of older
+converters that left out what the model needs, unless it is given.
 """
 
 import json
+import warnings
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import CONFIG
 from teal_fast.files.conversion import check_opens, write_weights
+from teal_fast.files.gguf_kept import FLOATS, Source, write_kept
 from teal_fast.files.gguf_tokenizer import write_tokenizer
 from teal_fast.files.pre_tokenizers import well_known
 from teal_fast.files.store import check_new, new_folder, one_line, short
@@ -218,6 +220,13 @@ def stated_scaling(
     return None if factor == 1 else {"rope_type": "linear", "factor": factor}
 
 
+def file_type(reader: gguf.GGUFReader) -> str:
+    """What the file calls its mixture of tensor types, as Q4_K_M."""
+    number = find_value(reader, "general.file_type", int, -1)
+    known = {kind.value: kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType}
+    return known.get(number, "gguf")
+
+
 def dequantize(tensor: gguf.ReaderTensor, dtype: torch.dtype) -> Tensor:
     """The tensor's values in PyTorch's order of dimensions, a few rows at a time so that fp32 takes little memory."""
     weight = torch.empty([int(size) for size in reversed(tensor.shape)], dtype=dtype)
@@ -240,34 +249,46 @@ def convert_gguf(
     out: Path,
     dtype: torch.dtype,
     *,
+    keep: bool = False,
     pre: str | None = None,
     rope_scaling: str | None = None,
     rope_theta: float | None = None,
 ) -> None:
     """Writes the checkpoint folder `out`, whole or not at all; at the end it is opened, see `check_opens`.
 
-    What a converter left out may be given: `pre`, the name of the pre-tokenizer, and the rotary settings.
+    dtype: of the dequantized weights, or, where `keep` leaves quantized ones as they are, of what is computed. What a
+    converter left out may be given: `pre`, the name of the pre-tokenizer, and the rotary settings.
     """
     check_new(out)
     reader = open_gguf(source)
+    types = file_type(reader)
     config = to_config(reader, rope_scaling, rope_theta)
     args = model_args(config)
     tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
     # GGUF lists the fastest-varying dimension first.
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
 
-    def read(name: str) -> Tensor:
-        weight = dequantize(tensors[name], dtype)
-        if args.architecture == "llama" and ".attn_q." in name:
-            return half_split(weight, args.n_heads)
-        if args.architecture == "llama" and ".attn_k." in name:
-            return half_split(weight, args.n_kv_heads)
-        return weight
+    def in_order(name: str, rows: Tensor) -> Tensor:
+        heads = {"attn_q": args.n_heads, "attn_k": args.n_kv_heads}.get(name.split(".")[-2])
+        return half_split(rows, heads) if heads and args.architecture == "llama" else rows
+
+    def read(name: str, dtype: torch.dtype = dtype) -> Tensor:
+        return in_order(name, dequantize(tensors[name], dtype))
+
+    def read_stored(name: str) -> Tensor:
+        with warnings.catch_warnings(action="ignore"):  # that it can't be written to: nobody does
+            return in_order(name, torch.from_numpy(tensors[name].data))
 
     with new_folder(out) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(reader, folder, pre)
         del reader  # its metadata, an object for each token, is larger than some models
-        write_weights(folder, args, NAMES, shapes, read, dtype)
+        quantized = any(tensor.tensor_type.name not in FLOATS for tensor in tensors.values())
+        if keep and quantized:
+            kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+            write_kept(folder, args, NAMES, Source(kinds, shapes, read, read_stored), types, dtype)
+        else:
+            metadata = {"rounded_to": types} if quantized else {}
+            write_weights(folder, args, NAMES, shapes, read, dtype, metadata)
         tensors.clear()  # the source's pages need not be in memory beside the copy's
         check_opens(folder)

@@ -13,6 +13,7 @@ every weight many times anyway. Files that this project writes were checked when
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,17 @@ from torch import Tensor, nn
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, read_config
 from teal_fast.files.memory import memory_for
-from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, open_safetensors, short
+from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, open_safetensors, parse_json, short
+from teal_fast.kernels.blocks import BLOCK_TYPES
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
-from teal_fast.weights.formats import DTYPES, QUANTIZED, Format
+from teal_fast.weights.formats import DTYPES, EMBEDDINGS, QUANTIZED, BlockFormat, Format
 from teal_fast.weights.quantized import Int4Weight
 
 # What a quantized weight is called after its layer's name, by the version of the file. A dense one is a "weight".
-PACKED = {"1": "weight", "2": "packed"}
+# Version 3 is of a GGUF file's own values: its layers are in parts, or dense.
+PACKED = {"1": "weight", "2": "packed", "3": "weight"}
+MOST_PARTS = 3  # of a layer: q, k and v
 AGAIN = "convert or quantize the model again"
 
 
@@ -38,30 +42,45 @@ def stored_as(name: str, packed: str = "weight") -> str:
     return name.replace(".weight.packed", f".{packed}").replace(".weight.scale", ".scale")
 
 
+def in_blocks(name: str) -> bool:
+    """Whether a parameter of the sparse model, by its name, is of a part in a GGUF block type."""
+    return ".parts." in name
+
+
+def keeps_type(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter has one type whatever is computed in: codes, and their scales."""
+    return not parameter.is_floating_point() or name.endswith(".scale") or in_blocks(name)
+
+
 def load_model(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, thorough: bool = False
 ) -> Transformer:
     """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
 
-    Quantized weights stay so; `dtype` is of what is computed, and of all else. On the CPU tensors stay memory-mapped
+    Quantized weights stay so; `dtype` is of what is computed, and of all else; None stands for what the file says of a
+    GGUF file's values, whose norms are fp32. On the CPU tensors stay memory-mapped
     unless it changes them. Raises ValueError on an unsound file; `thorough` also reads what would stay memory-mapped.
     """
     args, path = model_args(read_config(folder)), folder / WEIGHTS
     tensors: dict[str, Tensor] = {}
     lower = "take a quantized copy (quantize.py), a narrower type (--dtype bf16) or another --device"
     with memory_for(f"the weights of {folder} on {device}", lower), open_safetensors(path) as file:
-        format, packed = read_format(folder, file.metadata() or {})
+        format, packed = read_format(folder, file.metadata() or {}, dtype)
+        own_values = isinstance(format, BlockFormat)
+        dtype = format.dtype if own_values else dtype
         model = empty_model(path, args, format)
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
         parameters = dict(model.named_parameters())
         names = {name: stored_as(name, packed) for name in parameters}
-        check_layout(path, {names[name]: parameter for name, parameter in parameters.items()}, found)
+        expected = {names[name]: parameter for name, parameter in parameters.items()}
+        check_layout(path, expected, found, mixed=own_values)
         for name, stored_name in names.items():
             stored = file.get_tensor(stored_name)
             moved = stored.to(device)
-            tensor = moved.to(dtype) if stored.is_floating_point() and not name.endswith(".scale") else moved
-            if stored.is_floating_point() and (thorough or tensor is not stored or stored.ndim == 1):
+            tensor = moved if keeps_type(name, stored) else moved.to(dtype)
+            small = stored.ndim == 1 or in_blocks(name)
+            if stored.is_floating_point() and (thorough or tensor is not stored or small):
                 narrower = min(tensor, moved, key=Tensor.element_size)  # less to read; to narrow may give inf
                 check_finite(path, stored_name, narrower)
             tensors[name] = tensor
@@ -76,8 +95,13 @@ def load_model(
     return model.to(device).requires_grad_(False).eval()
 
 
-def read_format(folder: Path, metadata: dict[str, str]) -> tuple[Format | None, str]:
-    """The format of quantized weights, None of others, and what they are called; of a file that states it soundly."""
+def read_format(
+    folder: Path, metadata: dict[str, str], dtype: torch.dtype | None
+) -> tuple[Format | BlockFormat | None, str]:
+    """The format of quantized weights, None of others, and what they are called; of a file that states it soundly.
+
+    dtype: what is computed in, None for what the file says.
+    """
 
     def refuse(key: str, expected: str, todo: str = AGAIN) -> ValueError:
         return ValueError(f"{folder / WEIGHTS}: {key} is {short(metadata.get(key))}, expected {expected}: {todo}")
@@ -90,6 +114,10 @@ def read_format(folder: Path, metadata: dict[str, str]) -> tuple[Format | None, 
     if metadata.get("linear") != METADATA["linear"]:
         raise refuse("linear", repr(METADATA["linear"]))
     name, group = metadata.get("weights"), metadata.get("group")
+    if (version == "3") != (name == "gguf"):
+        raise refuse("weights", "'gguf' in version 3, and in no other")
+    if name == "gguf":
+        return read_parts(folder / WEIGHTS, metadata, dtype), PACKED[version]
     if name not in (None, *QUANTIZED):
         raise refuse("weights", f"{' or '.join(map(repr, QUANTIZED))}, or none at all")
     if name != "int4":
@@ -101,32 +129,64 @@ def read_format(folder: Path, metadata: dict[str, str]) -> tuple[Format | None, 
     return Format(name, int(group)), PACKED[version]
 
 
-def empty_model(path: Path, args: ModelArgs, format: Format | None) -> Transformer:
+def read_parts(path: Path, metadata: dict[str, str], dtype: torch.dtype | None) -> BlockFormat:
+    """The format of a GGUF file's own values. Whether its parts fit the model shows when that is made of them."""
+    name, stated = metadata.get("name", ""), metadata.get("dtype")
+    if not re.fullmatch(r"\w{1,32}", name):
+        raise ValueError(f"{path}: name is {short(name)}, expected that of a GGUF file's types: {AGAIN}")
+    if stated not in DTYPES:
+        raise ValueError(f"{path}: dtype is {short(stated)}, expected {' or '.join(DTYPES)}: {AGAIN}")
+    found = parse_json(metadata.get("parts", "null"), f"{path}: parts", todo=AGAIN)
+    for module, parts in found.items():
+        sound = isinstance(parts, list) and 1 <= len(parts) <= (1 if module == EMBEDDINGS else MOST_PARTS)
+        if not (sound and all(map(is_part, parts))):
+            expected = "types with their outputs"
+            raise ValueError(f"{path}: parts of {short(module)} are {short(parts)}, expected {expected}: {AGAIN}")
+    return BlockFormat(name, {name: tuple(map(tuple, parts)) for name, parts in found.items()}, dtype or DTYPES[stated])
+
+
+def is_part(found: Any) -> bool:
+    """Whether this is a type and a number of outputs."""
+    if not (isinstance(found, list) and [type(value) for value in found] == [str, int]):
+        return False
+    return found[0] in BLOCK_TYPES and found[1] > 0
+
+
+def empty_model(path: Path, args: ModelArgs, format: Format | BlockFormat | None) -> Transformer:
     """The sparse model, of parameters without values."""
     with torch.device("meta"):
         model = Transformer(args)
         try:
-            return sparsify(model, format)
+            sparsify(model, format)
+            used = {name.split(".weight.parts.")[0] for name, _ in model.named_parameters() if in_blocks(name)}
+            if isinstance(format, BlockFormat) and (extra := sorted(format.parts.keys() - used)):
+                raise ValueError(f"{short(extra[0])} is no layer of it")
+            return model
         except ValueError as error:
             key, value = list(format.metadata().items())[-1]
-            raise ValueError(f"{path}: {key} {value} does not fit its config.json ({error}): {AGAIN}") from error
+            raise ValueError(f"{path}: {key} {short(value)} does not fit its config.json ({error}): {AGAIN}") from error
 
 
-def check_layout(path: Path, expected: dict[str, Tensor], found: dict[str, tuple[str, list[int]]]) -> None:
-    """Raises ValueError unless the file has just what is expected; found: type and shape by stored name."""
+def check_layout(
+    path: Path, expected: dict[str, Tensor], found: dict[str, tuple[str, list[int]]], mixed: bool = False
+) -> None:
+    """Raises ValueError unless the file has just what is expected; found: type and shape by stored name.
+
+    mixed: whether floats may be of several types, since they are converted to one.
+    """
     if missing := [name for name in expected if name not in found]:
         raise ValueError(f"{path} lacks {missing[0]}, which its config.json calls for: {AGAIN}")
     if extra := sorted(found.keys() - expected.keys()):
         raise ValueError(f"{path} holds {short(extra[0])}, unknown to its config.json: {AGAIN}")
-    fixed = {name for name in expected if name.endswith(".scale") or not expected[name].is_floating_point()}
+    fixed = {name for name in expected if keeps_type(name, expected[name])}
     floats = [SAFETENSORS_DTYPES[dtype] for dtype in DTYPES.values()]
     usual = Counter(found[name][0] for name in expected if name not in fixed).most_common(1)[0][0]
     for name, parameter in expected.items():
         dtype, shape = found[name]
         if name in fixed and dtype != SAFETENSORS_DTYPES[parameter.dtype]:
             raise ValueError(f"{path}: {name} is {dtype}, expected {SAFETENSORS_DTYPES[parameter.dtype]}: {AGAIN}")
-        if name not in fixed and (dtype != usual or dtype not in floats):
-            types = f"{usual} as most others are" if usual in floats else " or ".join(floats)
+        if name not in fixed and (dtype not in floats or (dtype != usual and not mixed)):
+            types = f"{usual} as most others are" if usual in floats and not mixed else " or ".join(floats)
             raise ValueError(f"{path}: {name} is {dtype}, expected {types}: {AGAIN}")
         if list(shape) != list(parameter.shape):
             called_for = f"config.json calls for {list(parameter.shape)}"

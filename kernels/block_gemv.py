@@ -16,7 +16,8 @@ from torch import Tensor
 
 from teal_fast.kernels.backend import register
 from teal_fast.kernels.block_operand import KINDS, TENSORS, Part, blocks_of, part_of, tensors_of
-from teal_fast.kernels.blocks import NARROW, Blocks, dequantize_blocks
+from teal_fast.kernels.block_planes import NARROW
+from teal_fast.kernels.blocks import Blocks, dequantize_blocks
 from teal_fast.kernels.native import TYPES, library, pointer
 
 Parts = Sequence[tuple[Blocks, int]]  # each with its outputs, without padding

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from teal_fast.kernels.backend import register
 from teal_fast.kernels.block_operand import KINDS, blocks_of, part_of, tensors_of
-from teal_fast.kernels.blocks import STRIP, Blocks, dequantize_blocks
+from teal_fast.kernels.block_planes import BLOCK, STRIP, places
+from teal_fast.kernels.blocks import Blocks, dequantize_blocks
 from teal_fast.kernels.native import TYPES, library, pointer
 
 
@@ -25,11 +26,35 @@ def block_outputs_reference(blocks: Blocks, outputs: Tensor, dtype: torch.dtype)
 
 
 def _columns_torch(tensors: list[Tensor | None], kind: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    return block_columns_reference(blocks_of(tensors, kind), begin, end, dtype)
+    values = dequantize_blocks(some_outputs(blocks_of(tensors, kind), begin, end + -end % STRIP))
+    return values[:, : end - begin].to(dtype)
+
+
+def some_outputs(blocks: Blocks, begin: int, end: int) -> Blocks:
+    """The outputs from `begin` to before `end`, multiples of STRIP or beyond the last; tensors are shared."""
+    planes = zip(blocks.planes, blocks.kind.planes, strict=True)
+    part = tuple(plane[:, BLOCK * begin * bits // 8 : BLOCK * end * bits // 8] for plane, bits in planes)
+    return _with(blocks, part, slice(begin, end))
+
+
+def _with(blocks: Blocks, planes: tuple[Tensor, ...], outputs: Tensor | slice) -> Blocks:
+    kind, _, *scales = blocks
+    return Blocks(kind, planes, *(None if scale is None else scale[:, outputs] for scale in scales))
 
 
 def _outputs_torch(tensors: list[Tensor | None], kind: int, outputs: Tensor, dtype: torch.dtype) -> Tensor:
-    return block_outputs_reference(blocks_of(tensors, kind), outputs, dtype)
+    """Of other outputs nothing is read."""
+    blocks, codes, shift = blocks_of(tensors, kind), 0, 0
+    strip = outputs // STRIP * STRIP
+    width = (blocks.N - strip).clamp(max=STRIP)
+    place = places(STRIP).to(outputs.device)[outputs % STRIP]
+    for plane, bits in zip(blocks.planes, blocks.kind.planes, strict=True):
+        row = width * bits // 8
+        rows = torch.arange(BLOCK, device=outputs.device)[:, None] * row
+        stored = plane[:, BLOCK * strip * bits // 8 + rows + place % row]  # [K / BLOCK, BLOCK, T]
+        codes = codes | (stored >> (place // row * bits).byte() & (2**bits - 1)) << shift
+        shift += bits
+    return dequantize_blocks(_with(blocks, (), outputs), codes.flatten(0, 1)).t().to(dtype).contiguous()
 
 
 def _columns_cpu(tensors: list[Tensor | None], kind: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 32  # inputs that are worked through at once
+from teal_fast.kernels.block_planes import BLOCK, unpack_plane
+
 SUPER = 256  # inputs that share the scale of the scales, in K-quants
-STRIP = 128  # outputs beside each other in memory: 64 bytes of four-bit codes
-NARROW = 64  # of the last strip, where N asks for it
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -87,74 +86,32 @@ class Blocks(NamedTuple):
         return self.scale.shape[1]
 
 
-def strips(N: int) -> list[tuple[int, int]]:
-    """First output and width of each strip of N outputs, a multiple of NARROW."""
-    return [(n, min(STRIP, N - n)) for n in range(0, N, STRIP)]
-
-
-def places(width: int) -> Tensor:
-    """int64 [width]: the place in a row of a strip's outputs in their order.
-
-    Within 64 outputs the dwords of a 4 x 4 matrix are transposed: when four rows of bytes are interleaved in registers
-    of 16, 32 or 64 bytes, sums of whole neighbouring outputs come out.
-    """
-    return torch.arange(width).view(-1, 4, 4, 4).transpose(1, 2).flatten()
-
-
-def pack_plane(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [K / BLOCK, BLOCK * N * bits / 8] of codes uint8 [K, N] below 2 ** bits.
-
-    In a row of a strip, place p is in byte p % row, shifted by bits * (p // row), where row is the bytes of the row.
-    """
-    K, N = codes.shape
-    parts = []
-    for n, width in strips(N):
-        row = width * bits // 8
-        placed = torch.empty_like(codes[:, n : n + width])
-        placed[:, places(width)] = codes[:, n : n + width]
-        shifts = torch.arange(8 // bits, dtype=torch.uint8)[:, None] * bits
-        parts.append((placed.view(K, 8 // bits, row) << shifts).sum(1, dtype=torch.uint8).view(K // BLOCK, -1))
-    return torch.cat(parts, 1)
-
-
-def unpack_plane(plane: Tensor, bits: int) -> Tensor:
-    """uint8 [K, N]: `pack_plane` undone."""
-    blocks, N = plane.shape[0], plane.shape[1] * 8 // (BLOCK * bits)
-    parts = []
-    for n, width in strips(N):
-        row = width * bits // 8
-        stored = plane[:, BLOCK * n * bits // 8 :][:, : BLOCK * row].reshape(blocks * BLOCK, 1, row)
-        shifts = torch.arange(8 // bits, dtype=torch.uint8)[:, None] * bits
-        placed = ((stored >> shifts) & (2**bits - 1)).view(blocks * BLOCK, width)
-        parts.append(placed[:, places(width)])
-    return torch.cat(parts, 1)
-
-
 def codes_of(blocks: Blocks) -> Tensor:
     """uint8 [K, N]."""
-    codes, shift = torch.zeros(blocks.K, blocks.N, dtype=torch.uint8), 0
+    codes, shift = torch.zeros(blocks.K, blocks.N, dtype=torch.uint8, device=blocks.scale.device), 0
     for plane, bits in zip(blocks.planes, blocks.kind.planes, strict=True):
         codes |= unpack_plane(plane, bits) << shift
         shift += bits
     return codes
 
 
-def dequantize_blocks(blocks: Blocks) -> Tensor:
-    """fp32 [K, N], with the bits of gguf-py's own dequantization."""
-    kind, codes = blocks.kind, codes_of(blocks)
+def dequantize_blocks(blocks: Blocks, codes: Tensor | None = None) -> Tensor:
+    """fp32 [K, N], with the bits of gguf-py's own dequantization. codes: uint8 [K, N], instead of those in planes."""
+    kind, codes = blocks.kind, codes_of(blocks) if codes is None else codes
     if kind.table is not None:
-        values = torch.tensor(kind.table, dtype=torch.float32)[codes.int()]
+        values = torch.tensor(kind.table, dtype=torch.float32, device=codes.device)[codes.int()]
     else:
-        values = codes.float() - kind.zero
+        values = codes.float().sub_(kind.zero)
 
-    def spread(part: Tensor, above: Tensor | None) -> Tensor:
+    def by_block(part: Tensor, above: Tensor | None) -> tuple[Tensor, Tensor]:
         part = part.float()
         if above is not None:
-            part = part * above.float().repeat_interleave(part.shape[0] // above.shape[0], 0)
-        return part.repeat_interleave(blocks.K // part.shape[0], 0)
+            part.unflatten(0, (len(above), -1)).mul_(above.float()[:, None])
+        return values.unflatten(0, (len(part), -1)), part[:, None]
 
-    found = spread(blocks.scale, blocks.super_scale) * values
-    if blocks.minimum is None:
-        return found
-    minimum = spread(blocks.minimum, blocks.super_minimum)
-    return found - minimum if kind.nested else found + minimum
+    found, scale = by_block(blocks.scale, blocks.super_scale)
+    found.mul_(scale)
+    if blocks.minimum is not None:
+        found, minimum = by_block(blocks.minimum, blocks.super_minimum)
+        found.sub_(minimum) if kind.nested else found.add_(minimum)
+    return values

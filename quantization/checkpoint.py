@@ -20,12 +20,13 @@ from teal_fast.files.calibration import CALIBRATION, Calibration, calibration_pa
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, fingerprint, read_config
 from teal_fast.files.load import PACKED, load_model, stored_as
 from teal_fast.files.memory import memory_for
-from teal_fast.files.store import new_file, open_safetensors, write_safetensors
+from teal_fast.files.store import new_file, open_safetensors, short, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
 from teal_fast.quantization.gptq_quantizer import GptqQuantizer, check_finite
 from teal_fast.quantization.tuning import STEP_TOKENS, tune_scales
 from teal_fast.sparse_model import format_of, sparse_layers, sparsify
+from teal_fast.weights.blocks import in_blocks
 from teal_fast.weights.dense import Weight
 from teal_fast.weights.formats import QUANTIZED, Format
 from teal_fast.weights.output import Int8Output
@@ -33,12 +34,18 @@ from teal_fast.weights.output import Int8Output
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 SEQUENCE_TOKENS = 1024  # of a sequence, at most
 PACKED_NAME = PACKED[METADATA["version"]]  # of a quantized layer's tensor in the file
+FULL_PRECISION = (
+    "quantize the model in full precision or, to round these values a second time, what "
+    "`python -m teal_fast.scripts.convert_gguf --dequantize` makes of the file"
+)
 Pack = Callable[[str, Tensor], Weight]  # a layer's name and weight [K, N] to its quantized weight
 
 
 def check_dense(folder: Path, format: Format) -> None:
     """Raises ValueError when the checkpoint is unsound or quantized already, or when the format does not suit it."""
     model = load_model(folder)  # memory-mapped
+    if in_blocks(model):
+        raise ValueError(f"{folder} holds a GGUF file's own values, in {format_of(model)}: {FULL_PRECISION}")
     if format_of(model) in QUANTIZED:
         raise ValueError(f"{folder} is in {format_of(model)} already: quantize the checkpoint that it was made from")
     for name, layer in sparse_layers(model).items():
@@ -46,6 +53,13 @@ def check_dense(folder: Path, format: Format) -> None:
         format.within(name).empty(layer.weight.in_features, layer.weight.out_features // parts)
     if (folder / CALIBRATION).exists():
         Calibration.load(folder / CALIBRATION).check(folder)
+
+
+def rounded_to(folder: Path) -> str | None:
+    """What a checkpoint's weights were rounded to before they became its own: a GGUF file's types, as Q4_K_M."""
+    with open_safetensors(folder / WEIGHTS) as file:
+        found = (file.metadata() or {}).get("rounded_to")
+    return None if found is None else short(found)
 
 
 def read_sequences(folder: Path, corpus: list[Path], tokens: int, seed: int) -> list[list[int]]:

@@ -173,7 +173,7 @@ def measure_activations(
         achieved = achieved_sparsities(model, calibration, sequences, sparsities, progress)
     return [
         {"name": name, "layer": int(name.split(".")[1]), "kind": KINDS[name.rsplit(".", 1)[1]]}
-        | {"row_bytes": sparse_layers(model)[name].weight.packed[0].nbytes}
+        | {"row_bytes": sparse_layers(model)[name].weight.row_bytes}
         | layer.summary()
         | {"achieved": achieved[name]}
         for name, layer in statistics.items()

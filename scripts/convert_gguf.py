@@ -1,8 +1,9 @@
-"""Converts a GGUF file (llama.cpp) into a checkpoint folder, dequantizing whatever type its tensors have.
+"""Converts a GGUF file (llama.cpp) into a checkpoint folder that keeps the file's own quantized values.
 
     python -m teal_fast.scripts.convert_gguf model.Q4_K_M.gguf --out checkpoints/model
 
-The dequantized values are the model from here on: they are not the ones its authors published.
+Types that can be kept: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS. With --dequantize whatever type
+its tensors have becomes an ordinary checkpoint of two bytes a weight; its values are not those its authors published.
 """
 
 import argparse
@@ -19,7 +20,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a .gguf file")
     parser.add_argument("--out", type=Path, help="folder to make (default: checkpoints/<name of the file>)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="stored type (default: %(default)s)")
+    parser.add_argument("--dequantize", action="store_true", help="store quantized weights in --dtype")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="computation type (default: %(default)s)")
     missing = parser.add_argument_group("what older converters left out; needed only where the command asks for it")
     missing.add_argument("--pre", choices=SPLITTINGS, metavar="NAME", help="how the tokenizer splits text into words")
     missing.add_argument("--rope_scaling", choices=ROPE_SCALINGS, help="llama3: the scaling of Llama 3.1 and later")
@@ -30,6 +32,7 @@ def main() -> None:
         options.source,
         out,
         DTYPES[options.dtype],
+        keep=not options.dequantize,
         pre=options.pre,
         rope_scaling=options.rope_scaling,
         rope_theta=options.rope_theta,

@@ -46,6 +46,9 @@ CASES = {
 }
 
 
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82)}
+
+
 def make_model(case="llama", **more):
     kind, fields = CASES[case]
     torch.manual_seed(0)
@@ -71,8 +74,34 @@ def permute(rows, heads):
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def random_tensor(name, N, K, seed, size=0.01):
+    """Random bytes of a GGUF tensor [N, K], but with finite scales of this size."""
+    rng, kind = np.random.default_rng(seed), Type[name]
+    inputs, block = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (N, K // inputs, block), dtype=np.uint8)
+    for at in HALVES.get(name, (0,)):
+        value = (rng.standard_normal((N, K // inputs, 1)) * size).astype(np.float16)
+        blocks[:, :, at : at + 2] = value.view(np.uint8)
+    return blocks.reshape(N, -1)
+
+
+def rounded(values, kind):
+    """Bytes of such values in a type; where gguf-py has no way to round to it, random ones, of about their size."""
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        size = 0.001
+        for _ in range(2):  # tiny scales are rounded badly, so that once is not enough
+            found = random_tensor(kind.name, *values.shape, seed=values.size, size=size)
+            size *= values.std() / gguf.quants.dequantize(found, kind).std()
+        return random_tensor(kind.name, *values.shape, seed=values.size, size=size)
+
+
 def write_gguf(path, model, kind=Type.F32, extra=None, metadata=None, vocabulary=VOCABULARY, tokenizer="gpt2"):
-    """Writes `model` with matrices of type `kind` and rounds the model itself to what is then in the file."""
+    """Writes `model` and rounds the model itself to what is then in the file.
+
+    kind: the type of matrices, or a function from a tensor's name to it.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -99,7 +128,7 @@ def write_gguf(path, model, kind=Type.F32, extra=None, metadata=None, vocabulary
     }
     for name, value in (fields | (metadata or {})).items():
         if value is not None:
-            add[type(value)](name if name.startswith("split.") else f"{config.model_type}.{name}", value)
+            add[type(value)](name if name.startswith(("split.", "general.")) else f"{config.model_type}.{name}", value)
     writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(vocabulary)
@@ -110,8 +139,9 @@ def write_gguf(path, model, kind=Type.F32, extra=None, metadata=None, vocabulary
     for name, parameter in model.named_parameters():
         if tied and name == "lm_head.weight":
             continue
-        values, stored = parameter.detach().numpy(), kind if parameter.ndim == 2 else Type.F32
-        packed = gguf.quants.quantize(values, stored)
+        values, stored = parameter.detach().numpy(), kind(their_name(name)) if callable(kind) else kind
+        stored = stored if parameter.ndim == 2 else Type.F32
+        packed = rounded(values, stored)
         parameter.data.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(packed, stored))))
         if config.model_type == "llama" and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads

@@ -4,18 +4,21 @@ A layer of ours may be made of several tensors of the file, in different types: 
 bits. It is then made of parts, each with some of the outputs; tensors of one type beside each other are one part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_fast.kernels.block_gemv import block_gemv
+from teal_fast.kernels.block_planes import BLOCK, NARROW, STRIP
 from teal_fast.kernels.block_values import block_columns, block_outputs
-from teal_fast.kernels.blocks import BLOCK, BLOCK_TYPES, NARROW, SUPER, Blocks, BlockType, dequantize_blocks
+from teal_fast.kernels.blocks import BLOCK_TYPES, SUPER, Blocks, BlockType
 
-COLUMNS = 512  # outputs whose weights a prompt's product dequantizes at a time: up to 9 MB of 8,960 inputs in bf16
 NAMES = ("scale", "minimum", "super_scale", "super_minimum")
+VALUES_AT_ONCE = 2**22  # dequantized at a time: 8 MB of bf16, where an output layer may take gigabytes
 
 
 class BlockPart(nn.Module):
@@ -57,25 +60,39 @@ class BlockPart(nn.Module):
         planes = tuple(getattr(self, f"plane{i}") for i in range(len(self.kind.planes)))
         return Blocks(self.kind, planes, *(getattr(self, name) for name in NAMES))
 
-    def dequantize(self) -> Tensor:
-        """fp32 [K, N]."""
-        return dequantize_blocks(self.blocks)[:, : self.N]
+    def pieces(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """The values [K, n] of n outputs at a time."""
+        step = max(VALUES_AT_ONCE // self.blocks.K // STRIP, 1) * STRIP
+        for begin, end in pairwise([*range(0, self.N, step), self.N]):
+            yield block_columns(self.blocks, begin, end, dtype)
 
 
 class BlockWeight(nn.Module):
-    """A linear layer's weight [K, N] in parts, one behind the other along the outputs."""
+    """A linear layer's weight [K, N] in parts, one behind the other along the outputs.
 
-    format, scale = "gguf", None
+    format: what the file's mixture of types is called.
+    """
 
-    def __init__(self, parts: Sequence[BlockPart]):
+    def __init__(self, parts: Sequence[BlockPart], format: str = "gguf"):
         super().__init__()
+        self.format = format
         self.parts = nn.ModuleList(parts)
         self.in_features, self.out_features = parts[0].blocks.K, sum(part.N for part in parts)
 
     @classmethod
-    def empty(cls, K: int, parts: Sequence[tuple[str, int]]) -> "BlockWeight":
+    def empty(cls, K: int, parts: Sequence[tuple[str, int]], format: str = "gguf") -> "BlockWeight":
         """parts: type and outputs of each. Raises ValueError as `BlockPart.empty` does."""
-        return cls([BlockPart.empty(BLOCK_TYPES[name], K, N) for name, N in parts])
+        return cls([BlockPart.empty(BLOCK_TYPES[name], K, N) for name, N in parts], format)
+
+    @property
+    def row_bytes(self) -> int:
+        """What is not read of a channel that is skipped: its codes. Scales are read with the other channels' block."""
+        return sum(plane.nbytes for part in self.parts for plane in part.blocks.planes) // self.in_features
+
+    def pieces(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """The values [K, n] of n outputs at a time."""
+        for part in self.parts:
+            yield from part.pieces(dtype)
 
     @property
     def operand(self) -> list[tuple[Blocks, int]]:
@@ -90,42 +107,43 @@ class BlockWeight(nn.Module):
     def nbytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    @property
-    def row_bytes(self) -> float:
-        """Bytes of codes that a kept channel reads. Scales come on top, once for a block of channels of which one is."""
-        return sum(plane.nbytes for part in self.parts for plane in part.blocks.planes) / self.in_features
-
     def dequantize(self) -> Tensor:
-        return torch.cat([part.dequantize() for part in self.parts], 1)
+        """fp32 [K, N]."""
+        device, begin = self.parts[0].scale.device, 0
+        whole = torch.empty(self.in_features, self.out_features, device=device)
+        for piece in self.pieces():
+            whole[:, begin : (begin := begin + piece.shape[1])] = piece
+        return whole
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype. No more than COLUMNS outputs' weights are dequantized at a time."""
-        dtype = product_dtype(x)
-        wide, y = x.to(dtype), []
-        for part in self.parts:
-            for begin in range(0, part.N, COLUMNS):
-                columns = block_columns(part.blocks, begin, min(begin + COLUMNS, part.N), dtype)
-                y.append(F.linear(wide, columns.t()).to(x.dtype))
-        y = torch.cat(y, -1)
-        return y if bias is None else y + bias
+        y = Product.apply(x.to(product_dtype(x)), self)
+        return (y if bias is None else y + bias).to(x.dtype)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         return block_gemv(x, self.operand, threshold, bias)
-
-    def rows(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """Weights [T, K] of outputs int64 [T]."""
-        y, first = torch.empty(len(outputs), self.in_features, dtype=dtype, device=outputs.device), 0
-        for part in self.parts:
-            mine = (outputs >= first) & (outputs < first + part.N)
-            y[mine] = block_outputs(part.blocks, outputs[mine] - first, dtype)
-            first += part.N
-        return y
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a prompt is multiplied in: x's dtype where the device has products in it, else fp32."""
     has = x.is_cuda or (x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
     return x.dtype if has else torch.float32
+
+
+class Product(torch.autograd.Function):
+    """x [..., K] times a weight, in x's dtype. For the gradient by x it is dequantized anew, instead of being kept."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: BlockWeight) -> Tensor:
+        context.weight = weight
+        return torch.cat([F.linear(x, piece.t()) for piece in weight.pieces(x.dtype)], -1)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        begin, found = 0, 0
+        for piece in context.weight.pieces(gradient.dtype):
+            part = gradient[..., begin : (begin := begin + piece.shape[1])]
+            found = found + F.linear(part, piece)
+        return found, None
 
 
 class BlockEmbedding(nn.Module):
@@ -140,7 +158,9 @@ class BlockEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> [..., dim]."""
-        return self.weight.rows(tokens.flatten(), self.dtype).view(*tokens.shape, -1)
+        (table,) = self.weight.parts
+        rows = block_outputs(table.blocks, tokens.flatten(), self.dtype)
+        return rows.view(*tokens.shape, -1)
 
 
 class BlockOutput(nn.Module):
@@ -149,10 +169,14 @@ class BlockOutput(nn.Module):
     def __init__(self, weight: BlockWeight):
         super().__init__()
         self.weight = weight
-        everything = torch.full((weight.in_features,), -1.0, device=weight.device)
-        self.register_buffer("threshold", everything, persistent=False)  # below every |x|: no channel is skipped
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:
-            return self.weight.sparse_matvec(x.flatten(), self.threshold).view(*x.shape[:-1], -1)
+        if x.numel() == x.shape[-1] and not x.requires_grad:
+            everything = x.new_full((x.numel(),), -1, dtype=torch.float32)  # below every |x|
+            return self.weight.sparse_matvec(x.flatten(), everything).view(*x.shape[:-1], -1)
         return self.weight.matmul(x)
+
+
+def in_blocks(model: nn.Module) -> bool:
+    """Whether any of a model's weights, its output layer or its embeddings are in blocks."""
+    return any(isinstance(module, BlockWeight) for module in model.modules())

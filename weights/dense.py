@@ -21,14 +21,13 @@ class Weight(Protocol):
     """A linear layer's weight [K, N] in some format, and the products with it that decoding and prompts need.
 
     The matvecs skip rows: `sparse_matvec` those with |x| <= threshold, on any device; the two `compact` ones, on CUDA
-    only, all rows but those that a vector's list of kept channels names.
+    only and not of weights in blocks, all rows but those that a vector's list of kept channels names.
     """
 
-    packed: Tensor
-    scale: Tensor | None  # fp32 [N]: each output is multiplied by its own; None: by 1
     in_features: int
     out_features: int
     format: str
+    row_bytes: int  # what is not read of a channel that is skipped
 
     def dequantize(self) -> Tensor: ...  # [K, N]
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # x [..., K] -> [..., N], every channel
@@ -41,7 +40,13 @@ class Weight(Protocol):
 class RowSkippingWeight(nn.Module):
     """The products that skip rows: they are the same for every format, since kernels take the weight as its operand."""
 
+    packed: Tensor
+    scale: Tensor | None  # fp32 [N]: each output is multiplied by its own; None: by 1
     operand: PackedWeight
+
+    @property
+    def row_bytes(self) -> int:
+        return self.packed[0].nbytes
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         return sparse_gemv(x, self.operand, threshold, bias)

@@ -1,17 +1,21 @@
 """The formats of quantized weights as values: what a checkpoint's metadata say, and how a weight is made from them.
 
 A further format is one class in quantized.py, one grid in grids.py and one line in QUANTIZED. DTYPES are the
-computation types; the dtype of an unquantized weight is not a Format.
+computation types; the dtype of an unquantized weight is not a Format. GGUF's types differ from layer to layer, and the
+embeddings have one too, so that their Format names each.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from teal_fast.weights.dense import Weight
+from teal_fast.weights.blocks import BlockEmbedding, BlockOutput, BlockWeight
+from teal_fast.weights.dense import DenseWeight, Weight
 from teal_fast.weights.grids import Grid
+from teal_fast.weights.output import Int8Output
 from teal_fast.weights.quantized import Int4Weight, Int8Weight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,6 +35,14 @@ class Format:
     def metadata(self) -> dict[str, str]:
         """What a checkpoint's metadata say of it; files/load.py reads them."""
         return {"weights": self.name} | ({"group": str(self.group)} if self.group else {})
+
+    def layer(self, name: str, K: int, N: int) -> Weight:
+        """The weight [K, N] of the layer with this module name, as `empty` makes it."""
+        return self.within(name).empty(K, N)
+
+    def ends(self, embedding: nn.Embedding, output: nn.Linear) -> tuple[nn.Module, nn.Module]:
+        """What stands for the embeddings and the output layer, its tensors yet to be filled."""
+        return embedding, Int8Output.empty(*output.weight.shape)
 
     def within(self, name: str) -> "Format":
         """The format of one layer of the checkpoint, by its module name."""
@@ -58,3 +70,41 @@ class Format:
 
 
 QUANTIZED = {"int8": Int8Weight, "int4": Int4Weight}
+EMBEDDINGS, OUTPUT = "tok_embeddings", "output"
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """The format of a GGUF file's own values; what is in no block type stays dense.
+
+    name: what the file calls its mixture of types, as Q4_K_M. parts: type and outputs of each part, by module name.
+    dtype: what is computed in.
+    """
+
+    name: str
+    parts: dict[str, tuple[tuple[str, int], ...]]
+    dtype: torch.dtype
+
+    def metadata(self) -> dict[str, str]:
+        """What a checkpoint's metadata say of it; files/load.py reads them. Releases before version 3 refuse it."""
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        about = {"version": "3", "weights": "gguf", "name": self.name, "dtype": dtype}
+        return about | {"parts": json.dumps(self.parts, separators=(",", ":"))}
+
+    def layer(self, name: str, K: int, N: int) -> Weight:
+        """The weight [K, N] of a module, its tensors yet to be filled. Raises ValueError where the parts misfit."""
+        if (parts := self.parts.get(name)) is None:
+            return DenseWeight(torch.empty(K, N))
+        if (outputs := sum(part[1] for part in parts)) != N:
+            raise ValueError(f"{name} has {outputs} outputs, expected {N}")
+        return BlockWeight.empty(K, parts, self.name)
+
+    def ends(self, embedding: nn.Embedding, output: nn.Linear) -> tuple[nn.Module, nn.Module]:
+        """What stands for the embeddings and the output layer, of tied ones both over one weight."""
+        tied, (vocab, dim) = output.weight is embedding.weight, embedding.weight.shape
+        if OUTPUT in self.parts:
+            output = BlockOutput(self.layer(OUTPUT, dim, vocab))
+        if EMBEDDINGS in self.parts:
+            weight = self.layer(EMBEDDINGS, dim, vocab)
+            embedding, output = BlockEmbedding(weight, self.dtype), BlockOutput(weight) if tied else output
+        return embedding, output

@@ -15,8 +15,9 @@ from teal_fast.calibration.allocation import (
     interpolate,
     thresholds,
 )
+from teal_fast.weights.dense import DenseWeight
 
-SIZES = Sizes.of([torch.zeros(10, 4), torch.zeros(30, 4), torch.zeros(10, 12)])  # bytes: 160, 480, 480
+SIZES = Sizes.of([DenseWeight(torch.zeros(*size)) for size in ((10, 4), (30, 4), (10, 12))])  # bytes: 160, 480, 480
 
 
 def spread(sparsity=0.0, scale=(1.0, 1.0, 1.0)):

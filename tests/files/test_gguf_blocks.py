@@ -1,24 +1,13 @@
 """Blocks from GGUF tensors have gguf-py's own values, bit for bit."""
 
 import gguf
-import numpy as np
 import pytest
 import torch
 
 from teal_fast.files.gguf_blocks import PARSERS, to_blocks
-from teal_fast.kernels.blocks import BLOCK, NARROW, dequantize_blocks, pack_plane, places, unpack_plane
-
-
-def random_tensor(name: str, N: int, K: int, seed: int) -> np.ndarray:
-    """Random bytes of a GGUF tensor [N, K], but with finite scales of usual sizes."""
-    rng, kind = np.random.default_rng(seed), gguf.GGMLQuantizationType[name]
-    inputs, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (N, K // inputs, size), dtype=np.uint8)
-    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(name, (0,))
-    for at in halves:
-        value = (rng.standard_normal((N, K // inputs, 1)) / 100).astype(np.float16)
-        blocks[:, :, at : at + 2] = value.view(np.uint8)
-    return blocks.reshape(N, -1)
+from teal_fast.kernels.block_planes import BLOCK, NARROW, pack_plane, places, unpack_plane
+from teal_fast.kernels.blocks import dequantize_blocks
+from teal_fast.tests.gguf_models import random_tensor
 
 
 @pytest.mark.parametrize("N", [64, 100, 320])
