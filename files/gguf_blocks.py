@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_fast.kernels.blocks import BLOCK, BLOCK_TYPES, NARROW, SUPER, Blocks, pack_plane
+from teal_fast.kernels.block_planes import BLOCK, NARROW, pack_plane
+from teal_fast.kernels.blocks import BLOCK_TYPES, SUPER, Blocks
 
 HALF = torch.float16
 

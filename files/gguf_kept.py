@@ -18,10 +18,12 @@ from teal_fast.files.conversion import find_sources, stack, stored_shape
 from teal_fast.files.gguf_blocks import to_blocks
 from teal_fast.files.load import stored_as
 from teal_fast.files.store import write_safetensors
-from teal_fast.kernels.blocks import BLOCK_TYPES, STRIP, Blocks
+from teal_fast.kernels.block_planes import STRIP
+from teal_fast.kernels.block_values import some_outputs
+from teal_fast.kernels.blocks import BLOCK_TYPES, Blocks
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import sparsify
-from teal_fast.weights.blocks import BlockPart, some_outputs
+from teal_fast.weights.blocks import BlockPart
 from teal_fast.weights.formats import BlockFormat
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -7,40 +7,20 @@ In C++ x is rounded to whole numbers, 8 bits of the largest kept one of BLOCK in
 NaN and infinity make all of y NaN. Rows of skipped channels are not read, nor are scales of blocks without a kept one.
 """
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.kernels.backend import register
-from teal_fast.kernels.blocks import BLOCK_TYPES, NARROW, Blocks, dequantize_blocks
+from teal_fast.kernels.block_operand import KINDS, TENSORS, Part, blocks_of, part_of, tensors_of
+from teal_fast.kernels.block_planes import NARROW
+from teal_fast.kernels.blocks import Blocks, dequantize_blocks
 from teal_fast.kernels.native import TYPES, library, pointer
 
-KINDS = list(BLOCK_TYPES)  # as csrc/blocks.h numbers them
-Parts = Sequence[tuple[Blocks, int]]  # with its outputs, without padding
-
-
-class CpuPart(ctypes.Structure):
-    """`Part` of csrc/blocks.h."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("type", "K", "N")),
-        *((name, c_void_p) for name in ("plane0", "plane1")),
-        *((name, c_void_p) for name in ("scale", "minimum", "super_scale", "super_minimum")),
-    ]
-
-    @classmethod
-    def of(cls, blocks: Blocks, N: int) -> "CpuPart":
-        """It holds addresses alone: the tensors must be kept."""
-        return cls(KINDS.index(blocks.kind.name), blocks.K, N, *(pointer(t).value for t in _tensors(blocks)))
-
-
-def _tensors(blocks: Blocks) -> tuple[Tensor | None, ...]:
-    planes = (*blocks.planes, None)[:2]
-    return (*planes, *blocks[2:])
+Parts = Sequence[tuple[Blocks, int]]  # each with its outputs, without padding
 
 
 def block_gemv_reference(x: Tensor, parts: Parts, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,34 +29,28 @@ def block_gemv_reference(x: Tensor, parts: Parts, threshold: Tensor, bias: Tenso
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _unflatten(tensors: list[Tensor | None], kinds: list[int], outputs: list[int]) -> Parts:
-    parts = []
-    for i, (kind, N) in enumerate(zip(kinds, outputs, strict=True)):
-        *planes, scale, minimum, super_scale, super_minimum = tensors[6 * i : 6 * i + 6]
-        planes = tuple(plane for plane in planes if plane is not None)
-        blocks = Blocks(BLOCK_TYPES[KINDS[kind]], planes, scale, minimum, super_scale, super_minimum)
-        parts.append((blocks, N))
-    return parts
+def _of_parts(tensors: list[Tensor | None]) -> list[list[Tensor | None]]:
+    return [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
 
 
 def _block_gemv_torch(x, threshold, tensors, kinds, outputs, bias) -> Tensor:
     """It widens the weight: for a device or machine without the C++ kernels."""
     kept = x.masked_fill(x.abs() <= threshold, 0)
-    parts = [dequantize_blocks(blocks)[:, :N] for blocks, N in _unflatten(tensors, kinds, outputs)]
-    y = F.linear(kept.float(), torch.cat(parts, 1).t())
+    parts = [dequantize_blocks(blocks_of(*part)) for part in zip(_of_parts(tensors), kinds, strict=True)]
+    weight = torch.cat([part[:, :N] for part, N in zip(parts, outputs, strict=True)], 1)
+    y = F.linear(kept.float(), weight.t())
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _block_gemv_cpu(x, threshold, tensors, kinds, outputs, bias) -> Tensor:
     if (native := library()) is None or x.dtype not in TYPES:
         return _block_gemv_torch(x, threshold, tensors, kinds, outputs, bias)
-    flat, y = [pointer(tensor).value for tensor in tensors], x.new_empty(sum(outputs))
-    parts = (CpuPart * len(kinds))(
-        *((kind, len(x), N, *flat[6 * i : 6 * i + 6]) for i, (kind, N) in enumerate(zip(kinds, outputs, strict=True)))
-    )
+    y, K = x.new_empty(sum(outputs)), len(x)
+    each = zip(_of_parts(tensors), kinds, outputs, strict=True)
+    parts = (Part * len(kinds))(*(part_of(of_part, kind, K, N) for of_part, kind, N in each))
     native.teal_block_gemv(
         TYPES[x.dtype], pointer(x), parts, c_int64(len(parts)), *map(pointer, (threshold, bias, y)),
-        c_int64(len(x)), c_int64(len(y)), torch.get_num_threads(),
+        c_int64(K), c_int64(len(y)), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -93,7 +67,7 @@ _block_gemv = register(
 def block_gemv(x: Tensor, parts: Parts, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     """y [N]: the kept channels of x [K] times the weight [K, N], plus bias. Raises ValueError on what does not fit."""
     _check(x, parts, threshold, bias)
-    tensors = [tensor for blocks, _ in parts for tensor in _tensors(blocks)]
+    tensors = [tensor for blocks, _ in parts for tensor in tensors_of(blocks)]
     kinds = [KINDS.index(blocks.kind.name) for blocks, _ in parts]
     return _block_gemv(x, threshold, tensors, kinds, [N for _, N in parts], bias)
 

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 32  # inputs that are worked through at once
+from teal_fast.kernels.block_planes import BLOCK, unpack_plane
+
 SUPER = 256  # inputs that share the scale of the scales, in K-quants
-STRIP = 128  # outputs beside each other in memory: 64 bytes of four-bit codes
-NARROW = 64  # of the last strip, where N asks for it
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -85,54 +84,6 @@ class Blocks(NamedTuple):
     @property
     def N(self) -> int:
         return self.scale.shape[1]
-
-
-def places(width: int) -> Tensor:
-    """int64 [width]: the place in a row of a strip's outputs in their order.
-
-    Within 64 outputs the dwords of a 4 x 4 matrix are transposed: when four rows of bytes are interleaved in registers
-    of 16, 32 or 64 bytes, sums of whole neighbouring outputs come out.
-    """
-    return _place(torch.arange(width)[None])[0]
-
-
-def _place(outputs: Tensor) -> Tensor:
-    """Outputs [..., width] by their places, and back."""
-    return outputs.unflatten(-1, (-1, 4, 4, 4)).transpose(-3, -2).flatten(-4)
-
-
-def runs(N: int) -> list[tuple[int, int, int]]:
-    """Strips of equal width of N outputs, a multiple of NARROW: the first output, how many strips, their width."""
-    wide, narrow = N // STRIP, N % STRIP // NARROW
-    return [run for run in ((0, wide, STRIP), (wide * STRIP, narrow, NARROW)) if run[1]]
-
-
-def pack_plane(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [K / BLOCK, BLOCK * N * bits / 8] of codes uint8 [K, N] below 2 ** bits.
-
-    In a row of a strip, place p is in byte p % row, shifted by bits * (p // row), where row is the bytes of the row.
-    """
-    blocks, parts = codes.unflatten(0, (-1, BLOCK)), []
-    for n, count, width in runs(codes.shape[1]):
-        strips = blocks[:, :, n : n + count * width].unflatten(-1, (count, width)).transpose(1, 2)
-        fields = _place(strips).unflatten(-1, (8 // bits, -1))  # [K / BLOCK, count, BLOCK, 8 / bits, row]
-        packed = fields[..., 0, :].clone()
-        for i in range(1, 8 // bits):
-            packed |= fields[..., i, :] << i * bits
-        parts.append(packed.flatten(1))
-    return torch.cat(parts, 1)
-
-
-def unpack_plane(plane: Tensor, bits: int) -> Tensor:
-    """uint8 [K, N]: `pack_plane` undone."""
-    parts = []
-    for n, count, width in runs(plane.shape[1] * 8 // (BLOCK * bits)):
-        stored = plane[:, BLOCK * n * bits // 8 :][:, : BLOCK * count * width * bits // 8]
-        fields = stored.unflatten(-1, (count, BLOCK, 1, -1)).transpose(1, 2)
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=plane.device)[:, None]
-        found = _place(((fields >> shifts) & (2**bits - 1)).flatten(-2))  # [K / BLOCK, BLOCK, count, width]
-        parts.append(found.flatten(2).flatten(0, 1))
-    return torch.cat(parts, 1)
 
 
 def codes_of(blocks: Blocks) -> Tensor:

@@ -12,20 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal_fast.kernels.blocks import (
-    BLOCK,
-    BLOCK_TYPES,
-    NARROW,
-    STRIP,
-    SUPER,
-    Blocks,
-    BlockType,
-    dequantize_blocks,
-    places,
-)
+from teal_fast.kernels.block_gemv import block_gemv
+from teal_fast.kernels.block_planes import BLOCK, NARROW, STRIP
+from teal_fast.kernels.block_values import block_columns, block_outputs
+from teal_fast.kernels.blocks import BLOCK_TYPES, SUPER, Blocks, BlockType
 
 NAMES = ("scale", "minimum", "super_scale", "super_minimum")
-VALUES_AT_ONCE = 2**22  # dequantized at a time: 16 MB of fp32, where an output layer may take gigabytes
+VALUES_AT_ONCE = 2**22  # dequantized at a time: 8 MB of bf16, where an output layer may take gigabytes
 
 
 class BlockPart(nn.Module):
@@ -67,37 +60,11 @@ class BlockPart(nn.Module):
         planes = tuple(getattr(self, f"plane{i}") for i in range(len(self.kind.planes)))
         return Blocks(self.kind, planes, *(getattr(self, name) for name in NAMES))
 
-    def pieces(self) -> Iterator[Tensor]:
-        """The values, fp32 [K, n] of n outputs at a time."""
+    def pieces(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """The values [K, n] of n outputs at a time."""
         step = max(VALUES_AT_ONCE // self.blocks.K // STRIP, 1) * STRIP
         for begin, end in pairwise([*range(0, self.N, step), self.N]):
-            yield dequantize_blocks(some_outputs(self.blocks, begin, begin + step))[:, : end - begin]
-
-    def columns(self, outputs: Tensor) -> Tensor:
-        """fp32 [K, T] of the outputs [T]; of others nothing is read."""
-        blocks, codes, shift = self.blocks, 0, 0
-        strip = outputs // STRIP * STRIP
-        width = (blocks.N - strip).clamp(max=STRIP)
-        place = places(STRIP).to(outputs.device)[outputs % STRIP]
-        for plane, bits in zip(blocks.planes, self.kind.planes, strict=True):
-            row = width * bits // 8
-            rows = torch.arange(BLOCK, device=outputs.device)[:, None] * row
-            stored = plane[:, BLOCK * strip * bits // 8 + rows + place % row]  # [K / BLOCK, BLOCK, T]
-            codes = codes | (stored >> (place // row * bits).byte() & (2**bits - 1)) << shift
-            shift += bits
-        return dequantize_blocks(_with(blocks, (), outputs), codes.flatten(0, 1))
-
-
-def some_outputs(blocks: Blocks, begin: int, end: int) -> Blocks:
-    """The outputs from `begin` to before `end`, multiples of STRIP or beyond the last; tensors are shared."""
-    planes = zip(blocks.planes, blocks.kind.planes, strict=True)
-    part = tuple(plane[:, BLOCK * begin * bits // 8 : BLOCK * end * bits // 8] for plane, bits in planes)
-    return _with(blocks, part, slice(begin, end))
-
-
-def _with(blocks: Blocks, planes: tuple[Tensor, ...], outputs: Tensor | slice) -> Blocks:
-    kind, _, *scales = blocks
-    return Blocks(kind, planes, *(None if scale is None else scale[:, outputs] for scale in scales))
+            yield block_columns(self.blocks, begin, end, dtype)
 
 
 class BlockWeight(nn.Module):
@@ -105,8 +72,6 @@ class BlockWeight(nn.Module):
 
     format: what the file's mixture of types is called.
     """
-
-    scale, operand = None, None
 
     def __init__(self, parts: Sequence[BlockPart], format: str = "gguf"):
         super().__init__()
@@ -124,10 +89,23 @@ class BlockWeight(nn.Module):
         """What is not read of a channel that is skipped: its codes. Scales are read with the other channels' block."""
         return sum(plane.nbytes for part in self.parts for plane in part.blocks.planes) // self.in_features
 
-    def pieces(self) -> Iterator[Tensor]:
-        """The values, fp32 [K, n] of n outputs at a time."""
+    def pieces(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """The values [K, n] of n outputs at a time."""
         for part in self.parts:
-            yield from part.pieces()
+            yield from part.pieces(dtype)
+
+    @property
+    def operand(self) -> list[tuple[Blocks, int]]:
+        """The weight as kernels take it."""
+        return [(part.blocks, part.N) for part in self.parts]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].scale.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.parameters())
 
     def dequantize(self) -> Tensor:
         """fp32 [K, N]."""
@@ -138,12 +116,17 @@ class BlockWeight(nn.Module):
         return whole
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        wide = x.float() if x.device.type == "cpu" else x
-        y = Product.apply(wide, self)
+        y = Product.apply(x.to(product_dtype(x)), self)
         return (y if bias is None else y + bias).to(x.dtype)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.matmul(x.masked_fill(x.abs() <= threshold, 0), bias)
+        return block_gemv(x, self.operand, threshold, bias)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a prompt is multiplied in: x's dtype where the device has products in it, else fp32."""
+    has = x.is_cuda or (x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return x.dtype if has else torch.float32
 
 
 class Product(torch.autograd.Function):
@@ -152,14 +135,14 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: BlockWeight) -> Tensor:
         context.weight = weight
-        return torch.cat([F.linear(x, piece.to(x.dtype).t()) for piece in weight.pieces()], -1)
+        return torch.cat([F.linear(x, piece.t()) for piece in weight.pieces(x.dtype)], -1)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         begin, found = 0, 0
-        for piece in context.weight.pieces():
+        for piece in context.weight.pieces(gradient.dtype):
             part = gradient[..., begin : (begin := begin + piece.shape[1])]
-            found = found + F.linear(part, piece.to(gradient.dtype))
+            found = found + F.linear(part, piece)
         return found, None
 
 
@@ -176,7 +159,8 @@ class BlockEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> [..., dim]."""
         (table,) = self.weight.parts
-        return table.columns(tokens.flatten()).t().to(self.dtype).reshape(*tokens.shape, -1)
+        rows = block_outputs(table.blocks, tokens.flatten(), self.dtype)
+        return rows.view(*tokens.shape, -1)
 
 
 class BlockOutput(nn.Module):
@@ -187,6 +171,9 @@ class BlockOutput(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1] and not x.requires_grad:
+            everything = x.new_full((x.numel(),), -1, dtype=torch.float32)  # below every |x|
+            return self.weight.sparse_matvec(x.flatten(), everything).view(*x.shape[:-1], -1)
         return self.weight.matmul(x)
 
 

@@ -1,7 +1,9 @@
-// teal::block_gemv on the CPU, and what else weights in blocks need there: see kernels/block_gemv.py.
+// teal::block_gemv on the CPU, and what else weights in blocks need there: see kernels/block_gemv.py and
+// kernels/block_values.py.
 #include <omp.h>
 
 #include "block_gemv.h"
+#include "block_values.h"
 
 using namespace blocks;
 
@@ -37,4 +39,14 @@ extern "C" void teal_block_gemv(int type, const void* x, const Part* parts, int6
         using T = decltype(zero);
         block_gemv((const T*)x, parts, count, threshold, (const T*)bias, (T*)y, K, N, threads);
     });
+}
+
+// y [K, end - begin], of a part's outputs from `begin` on, a multiple of 128.
+extern "C" void teal_block_columns(int type, const Part* part, int64_t begin, int64_t end, void* y, int threads) {
+    with_type(type, [&](auto zero) { columns(*part, begin, end, (decltype(zero)*)y, threads); });
+}
+
+// y [count, K]: the weights of some outputs.
+extern "C" void teal_block_outputs(int type, const Part* part, const int64_t* outputs, int64_t count, void* y) {
+    with_type(type, [&](auto zero) { look_up_outputs(*part, outputs, count, (decltype(zero)*)y); });
 }

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from teal_fast.files.gguf_blocks import PARSERS, to_blocks
-from teal_fast.kernels.blocks import BLOCK, NARROW, dequantize_blocks, pack_plane, places, unpack_plane
+from teal_fast.kernels.block_planes import BLOCK, NARROW, pack_plane, places, unpack_plane
+from teal_fast.kernels.blocks import dequantize_blocks
 from teal_fast.tests.gguf_models import random_tensor
 
 

@@ -8,10 +8,12 @@ from torch import Tensor
 
 import teal_fast.kernels.block_gemv
 from teal_fast.files.gguf_blocks import PARSERS, to_blocks
-from teal_fast.kernels.block_gemv import _block_gemv, _tensors, block_gemv, block_gemv_reference
-from teal_fast.kernels.blocks import BLOCK, SUPER, Blocks, codes_of, dequantize_blocks
+from teal_fast.kernels.block_gemv import _block_gemv, block_gemv, block_gemv_reference
+from teal_fast.kernels.block_operand import tensors_of
+from teal_fast.kernels.block_planes import BLOCK
+from teal_fast.kernels.blocks import SUPER, Blocks, codes_of, dequantize_blocks
 from teal_fast.tests.cpp import RUNNABLE, compiled
-from teal_fast.tests.files.test_gguf_blocks import random_tensor
+from teal_fast.tests.gguf_models import random_tensor
 
 SPLITS = 4
 K = 3 * SUPER  # 24 blocks: splits end amid a SUPER
@@ -170,7 +172,7 @@ def test_rows_of_dropped_channels_are_not_read(cpp, name):
 
 def test_opcheck():
     blocks, N = made("Q4_K", 192)
-    arguments = (*inputs(), list(_tensors(blocks)), [5], [N], None)
+    arguments = (*inputs(), tensors_of(blocks), [5], [N], None)
     torch.library.opcheck(_block_gemv, arguments)
 
 

@@ -1,0 +1,107 @@
+// The values that a weight's blocks stand for, with the bits of dequantize_blocks in kernels/blocks.py.
+#pragma once
+#include "blocks.h"
+
+namespace blocks {
+
+// A vector of floats in the type of the prompts' products.
+inline void put(float* p, vf v) { store(p, v); }
+template <class T> inline void put(T* p, vf v) {
+    UNROLL for (int i = 0; i < LANES; i++) p[i] = from_float<T>(v[i]);
+}
+inline void put(bf16* p, vf v) {
+    typedef uint16_t vh __attribute__((vector_size(VECTOR_BYTES / 2)));
+    vu u = (vu)v, rounded = u + 0x7fff + (u >> 16 & 1);
+    vh half = __builtin_convertvector((v == v ? rounded : (u | 0x400000)) >> 16, vh);
+    std::memcpy(p, &half, sizeof half);
+}
+
+typedef float StripValues[BLOCK][STRIP];
+
+template <class Kind> class Values {
+    typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
+    typedef std::conditional_t<Kind::NESTED, uint8_t, fp16> Minimum;
+    static constexpr int64_t SCALES = BLOCK / Kind::SCALE_BLOCK;
+
+    const Part& w;
+    const int64_t N, b, s;  // N: with padding; b, s: the block and the strip's first output
+    float scale[SCALES][STRIP], minimum[STRIP];
+
+  public:
+    Values(const Part& w, int64_t b, int64_t s) : w(w), N(w.padded()), b(b), s(s) {}
+
+    template <int64_t WIDTH> __attribute__((noinline)) void strip(StripValues y) {
+        for (int64_t n = 0; n < WIDTH; n += LANES) scales_at(n);
+        const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
+        const uint8_t* high = Kind::HIGH ? w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8 : nullptr;
+        for (int g = 0; g < BLOCK / 4; g++) {
+            const uint8_t row[4] = {uint8_t(4 * g), uint8_t(4 * g + 1), uint8_t(4 * g + 2), uint8_t(4 * g + 3)};
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                vb codes[WIDTH / HALF][QUADS];
+                unpack<Kind, WIDTH>(low, high, row, chunk, codes);
+                for (int half = 0; half < WIDTH / HALF; half++)
+                    for (int q = 0; q < QUADS; q++)
+                        four(codes[half][q], 4 * g / Kind::SCALE_BLOCK, half * HALF + q * 16 + chunk * LANES, y + 4 * g);
+            }
+        }
+    }
+
+  private:
+    void four(vb codes, int64_t part, int64_t n, float (*y)[STRIP]) const {
+        for (int r = 0; r < 4; r++) {
+            vf value = __builtin_convertvector((vi)((vu)codes >> 8 * r & 255) - Kind::ZERO, vf);
+            value = apart(value * load(scale[part] + n));
+            if (Kind::MINIMUM) value = Kind::NESTED ? value - load(minimum + n) : value + load(minimum + n);
+            store(y[r] + n, value);
+        }
+    }
+    void scales_at(int64_t n) {
+        int64_t above = b / (SUPER / BLOCK) * N + s + n;
+        for (int64_t i = 0; i < SCALES; i++) {
+            vf own = load((const Scale*)w.scale + (b * SCALES + i) * N + s + n);
+            store(scale[i] + n, Kind::NESTED ? own * load(w.super_scale + above) : own);
+        }
+        if (!Kind::MINIMUM) return;
+        vf own = load((const Minimum*)w.minimum + b * N + s + n);
+        store(minimum + n, Kind::NESTED ? apart(own * load(w.super_minimum + above)) : own);
+    }
+};
+
+// y: those of block b and the strip from output s on, of which the last one may have but HALF.
+inline void strip_values(const Part& w, int64_t b, int64_t s, StripValues y) {
+    with_kind(w.type, [&](auto kind) {
+        Values<decltype(kind)> values(w, b, s);
+        if (w.padded() - s >= STRIP) values.template strip<STRIP>(y);
+        else values.template strip<HALF>(y);
+    });
+}
+
+// y [K, end - begin] of outputs `begin` to `end`; begin is a multiple of STRIP.
+template <class T> inline void columns(const Part& w, int64_t begin, int64_t end, T* y, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t b = 0; b < w.K / BLOCK; b++)
+        for (int64_t s = begin; s < end; s += STRIP) {
+            StripValues values;
+            strip_values(w, b, s, values);
+            for (int64_t k = 0, count = std::min(end - s, STRIP); k < BLOCK; k++) {
+                T *to = y + (b * BLOCK + k) * (end - begin) + s - begin, last[LANES];
+                for (int64_t n = 0; n < count; n += LANES) {
+                    put(n + LANES <= count ? to + n : last, load(values[k] + n));
+                    if (n + LANES > count) std::copy_n(last, count - n, to + n);
+                }
+            }
+        }
+}
+
+// y [count, K]: the weights of some outputs. A strip of each is read, for an embedding of one token.
+template <class T> inline void look_up_outputs(const Part& w, const int64_t* outputs, int64_t count, T* y) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t b = 0; b < w.K / BLOCK; b++) {
+            StripValues values;
+            strip_values(w, b, outputs[i] / STRIP * STRIP, values);
+            for (int64_t k = 0; k < BLOCK; k++)
+                y[i * w.K + b * BLOCK + k] = from_float<T>(values[k][outputs[i] % STRIP]);
+        }
+}
+
+}  // namespace blocks
