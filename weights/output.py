@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_fast.kernels.output_gemv import output_gemv
+from teal_fast.weights.blocks import BlockWeight
 from teal_fast.weights.grids import Int8Grid
 
 
@@ -41,4 +42,6 @@ class Int8Output(nn.Module):
 
 def output_weight(output: nn.Module) -> Tensor:
     """The output layer's weight, dequantized if need be: fp32 [vocab, dim]."""
-    return output.weight * output.scale[:, None] if isinstance(output, Int8Output) else output.weight.float()
+    if isinstance(output, Int8Output):
+        return output.weight * output.scale[:, None]
+    return output.weight.dequantize().t() if isinstance(output.weight, BlockWeight) else output.weight.float()
