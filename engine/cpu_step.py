@@ -11,19 +11,32 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from teal_fast.kernels.block_operand import Part, Parts, parts_of, tensors_of
 from teal_fast.kernels.native import TYPES, library, pointer
-from teal_fast.kernels.packed import bits
+from teal_fast.kernels.packed import PackedWeight
 from teal_fast.model import Block, KVCache, Transformer
 from teal_fast.sparse_model import sparse_layers
+from teal_fast.weights.output import operand_of
+
+
+class CpuWeight(ctypes.Structure):
+    """`Weight` of decode_step.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("data", "scale")),
+        *((name, c_int64) for name in ("bits", "group")),
+        ("part", ctypes.POINTER(Part)),
+        ("parts", c_int64),
+    ]
 
 
 class CpuLayer(ctypes.Structure):
     """`Layer` of decode_step.cpp."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("attention_norm", "wqkv", "wqkv_bias", "q_norm", "k_norm", "wo", "wo_bias")),
-        *((name, c_void_p) for name in ("ffn_norm", "w13", "w13_bias", "w2", "w2_bias")),
-        *((name, c_void_p) for name in ("wqkv_scale", "wo_scale", "w13_scale", "w2_scale")),
+        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
+        *((name, CpuWeight) for name in ("wqkv", "wo", "w13", "w2")),
+        *((name, c_void_p) for name in ("wqkv_bias", "wo_bias", "w13_bias", "w2_bias")),
         *((name, c_void_p) for name in ("wqkv_threshold", "wo_threshold", "w13_threshold", "w2_threshold")),
         *((name, c_void_p) for name in ("k_cache", "v_cache")),
         ("window", c_int64),
@@ -35,9 +48,10 @@ class CpuModel(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("dim", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab_size")),
-        *((name, c_int64) for name in ("max_seq_length", "layers", "attention_bits", "ffn_bits", "group")),
+        *((name, c_int64) for name in ("max_seq_length", "layers")),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("embeddings", "norm", "output", "output_scale", "frequencies")),
+        *((name, CpuWeight) for name in ("embeddings", "output")),
+        *((name, c_void_p) for name in ("norm", "frequencies")),
         ("layer", ctypes.POINTER(CpuLayer)),
         ("kept", c_void_p),
     ]
@@ -66,13 +80,13 @@ class CpuStep:
     mode = "compiled"
 
     def __init__(self, model: Transformer, cache: KVCache):
-        args, block = model.args, model.layers[0]
+        args = model.args
         self.tensors: list[Tensor] = []
         self.logits = torch.empty(args.vocab_size)
         layers = list(sparse_layers(model).values())
         self.kept = torch.zeros(len(layers), dtype=torch.int64)
-        self.row_bytes = torch.tensor([layer.weight.packed[0].nbytes for layer in layers])
-        self.sparse_bytes = sum(layer.weight.packed.nbytes for layer in layers)
+        self.row_bytes = torch.tensor([layer.weight.row_bytes for layer in layers])
+        self.sparse_bytes = sum(layer.weight.row_bytes * layer.weight.in_features for layer in layers)
         self.type = TYPES[model.norm.weight.dtype]
         self.native = native_step(library())
         self.model = CpuModel(
@@ -84,14 +98,10 @@ class CpuStep:
             vocab_size=args.vocab_size,
             max_seq_length=cache.length,
             layers=args.n_layers,
-            attention_bits=bits(block.attention.wqkv.weight.packed),
-            ffn_bits=bits(block.feed_forward.w13.weight.packed),
-            group=getattr(block.feed_forward.w13.weight, "group", 0),
             eps=args.norm_eps,
-            embeddings=self._address(model.tok_embeddings.weight),
+            embeddings=self._weight(operand_of(model.tok_embeddings)),
+            output=self._weight(operand_of(model.output)),
             norm=self._address(model.norm.weight),
-            output=self._address(model.output.weight),
-            output_scale=self._address(getattr(model.output, "scale", None)),
             frequencies=self._address(model.frequencies),
             layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, args.sliding_windows, cache.k, cache.v)),
             kept=self._address(self.kept),
@@ -101,6 +111,13 @@ class CpuStep:
         assert tensor is None or tensor.is_contiguous()
         self.tensors.append(tensor)
         return pointer(tensor).value
+
+    def _weight(self, operand: PackedWeight | Parts) -> CpuWeight:
+        if not isinstance(operand, PackedWeight):
+            self.tensors.extend(tensor for blocks, _ in operand for tensor in tensors_of(blocks))
+            return CpuWeight(part=parts_of(operand), parts=len(operand))
+        data, scale = map(self._address, operand[:2])
+        return CpuWeight(data=data, scale=scale, bits=operand.bits, group=operand.group)
 
     def _layer(self, block: Block, window: int | None, k: Tensor, v: Tensor) -> CpuLayer:
         attention, ffn = block.attention, block.feed_forward
@@ -112,14 +129,16 @@ class CpuStep:
             "k_cache": k,
             "v_cache": v,
         }
+        weights = {}
         for name, linear in (("wqkv", attention.wqkv), ("wo", attention.wo), ("w13", ffn.w13), ("w2", ffn.w2)):
-            tensors |= {name: linear.weight.packed, f"{name}_scale": linear.weight.scale}
+            weights[name] = self._weight(linear.weight.operand)
             tensors |= {f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
-        return CpuLayer(window=window or 0, **{name: self._address(tensor) for name, tensor in tensors.items()})
+        addresses = {name: self._address(tensor) for name, tensor in tensors.items()}
+        return CpuLayer(window=window or 0, **weights, **addresses)
 
     @property
     def achieved(self) -> float:
-        """The share of the sparse layers' bytes that the last step skipped."""
+        """The share of the sparse layers' bytes that the last step skipped; those of scales of blocks do not count."""
         return 1 - int(self.kept @ self.row_bytes) / self.sparse_bytes
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:

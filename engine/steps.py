@@ -39,14 +39,11 @@ class PlainStep:
 def fast_step(model: Transformer, cache: KVCache) -> Step:
     """The fastest step for the model's device: captured on CUDA, in C++ on the CPU.
 
-    Where C++ can't be built it is plain, as kernels/native.py says in a line, and so it is of weights in blocks.
+    Where C++ can't be built it is plain, as kernels/native.py says in a line; so it is of weights in blocks on CUDA.
     """
-    if in_blocks(model):
-        print(
-            f"{format_of(model)} has no fast step here yet: decoding in plain PyTorch, many times slower",
-            file=sys.stderr,
-        )
-        return PlainStep(model, cache)
-    if model.norm.weight.is_cuda:
+    if not model.norm.weight.is_cuda:
+        return PlainStep(model, cache) if library() is None else CpuStep(model, cache)
+    if not in_blocks(model):
         return CapturedStep(model, cache)
-    return PlainStep(model, cache) if library() is None else CpuStep(model, cache)
+    print(f"{format_of(model)} has no fast step on CUDA: decoding in plain PyTorch, many times slower", file=sys.stderr)
+    return PlainStep(model, cache)

@@ -7,7 +7,6 @@ In C++ x is rounded to whole numbers, 8 bits of the largest kept one of BLOCK in
 NaN and infinity make all of y NaN. Rows of skipped channels are not read, nor are scales of blocks without a kept one.
 """
 
-from collections.abc import Sequence
 from ctypes import c_int64
 
 import torch
@@ -15,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.kernels.backend import register
-from teal_fast.kernels.block_operand import KINDS, TENSORS, Part, blocks_of, part_of, tensors_of
+from teal_fast.kernels.block_operand import KINDS, TENSORS, Part, Parts, blocks_of, part_of, tensors_of
 from teal_fast.kernels.block_planes import NARROW
-from teal_fast.kernels.blocks import Blocks, dequantize_blocks
+from teal_fast.kernels.blocks import dequantize_blocks
 from teal_fast.kernels.native import TYPES, library, pointer
-
-Parts = Sequence[tuple[Blocks, int]]  # each with its outputs, without padding
 
 
 def block_gemv_reference(x: Tensor, parts: Parts, threshold: Tensor, bias: Tensor | None = None) -> Tensor:

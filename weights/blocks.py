@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_fast.kernels.block_gemv import block_gemv
+from teal_fast.kernels.block_operand import Parts
 from teal_fast.kernels.block_planes import BLOCK, NARROW, STRIP
 from teal_fast.kernels.block_values import block_columns, block_outputs
 from teal_fast.kernels.blocks import BLOCK_TYPES, SUPER, Blocks, BlockType
@@ -95,7 +96,7 @@ class BlockWeight(nn.Module):
             yield from part.pieces(dtype)
 
     @property
-    def operand(self) -> list[tuple[Blocks, int]]:
+    def operand(self) -> Parts:
         """The weight as kernels take it."""
         return [(part.blocks, part.N) for part in self.parts]
 

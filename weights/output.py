@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teal_fast.kernels.block_operand import Parts
 from teal_fast.kernels.output_gemv import output_gemv
+from teal_fast.kernels.packed import PackedWeight
 from teal_fast.weights.blocks import BlockWeight
 from teal_fast.weights.grids import Int8Grid
 
@@ -45,3 +47,9 @@ def output_weight(output: nn.Module) -> Tensor:
     if isinstance(output, Int8Output):
         return output.weight * output.scale[:, None]
     return output.weight.dequantize().t() if isinstance(output.weight, BlockWeight) else output.weight.float()
+
+
+def operand_of(module: nn.Module) -> PackedWeight | Parts:
+    """The weight of an embedding or output layer as the CPU's step takes it: a row for each token, or blocks."""
+    weight = module.weight
+    return weight.operand if isinstance(weight, BlockWeight) else PackedWeight(weight, getattr(module, "scale", None))

@@ -8,9 +8,6 @@
 
 namespace blocks {
 
-constexpr int64_t TILE = 8 * STRIP;  // outputs whose sums stay in L1 for SUPER inputs
-constexpr int64_t AHEAD = 2;         // strips that are fetched ahead
-
 // The kept ones of BLOCK inputs, x = factor scale, those of each half filled up to whole fours by factors of zero.
 struct Kept {
     float scale;
@@ -23,12 +20,12 @@ struct Kept {
 // The nearest whole numbers: a float that this is added to ends in one.
 inline vi whole(vf x) { return (vi)(apart(x) + 0x1.8p23f) - (vi)splat(0x1.8p23f); }
 
-// The largest kept |x| of a block, and what NaN and infinity make of it; kept: -1 or 0 each.
+// The largest kept |x| of a block, and what NaN and infinity make of it; kept: -1 or 0 each. No threshold keeps all.
 inline float largest(const float* x, const float* threshold, int32_t* kept, float& check) {
     vf most = {}, checks = {};
     for (int i = 0; i < BLOCK; i += LANES) {
         vf v = load(x + i), size = (vf)((vu)v & 0x7fffffffu);
-        vi keeps = ~(size <= load(threshold + i));
+        vi keeps = threshold ? ~(size <= load(threshold + i)) : vi{} - 1;
         std::memcpy(kept + i, &keeps, sizeof keeps);
         size = (vf)((vi)size & keeps);
         most = size > most ? size : most;
@@ -71,153 +68,46 @@ inline int64_t keep(const float* x, const float* threshold, Kept& out) {
 // The same of all K inputs; out [K / BLOCK].
 inline int64_t keep(const float* x, const float* threshold, int64_t K, Kept* out) {
     int64_t count = 0;
-    for (int64_t b = 0; b < K / BLOCK; b++) count += keep(x + b * BLOCK, threshold + b * BLOCK, out[b]);
+    for (int64_t b = 0; b < K / BLOCK; b++) count += keep(x + b * BLOCK, threshold ? threshold + b * BLOCK : nullptr, out[b]);
     return count;
 }
 
-template <class Kind> class Product {
-    typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
-    typedef std::conditional_t<Kind::NESTED, uint8_t, fp16> Minimum;
-    static constexpr int64_t SCALES = BLOCK / Kind::SCALE_BLOCK;
+// partial [SPLITS, stride] = each split's product of x, by blocks, and outputs `begin` to `end` of a part, for the splits
+// from `first` to `last`. `at`: where output 0 stands. It is compiled in blocks.cpp.
+void multiply(const Kept* kept, const Part& w, int64_t begin, int64_t end, int first, int last, float* partial,
+              int64_t at, int64_t stride);
 
-    const Part& w;
-    const Kept* const kept;
-    const int64_t N, begin, end;  // N: with padding; begin, end: of this worker's outputs
-    float* const y;               // of this split, [N] without padding
-    alignas(LINE) float sums[TILE];
-    alignas(LINE) float minimums[TILE];
-
-  public:
-    Product(const Part& w, const Kept* kept, int64_t begin, int64_t end, float* y)
-        : w(w), kept(kept), N(w.padded()), begin(begin), end(end), y(y) {}
-
-    // y = the product of blocks `first` to `last`.
-    void run(int64_t first, int64_t last) {
-        if (begin < std::min(end, w.N)) std::fill(y + begin, y + std::min(end, w.N), 0.0f);
-        for (int64_t super = first; super < last;) {
-            int64_t next = std::min(last, (super / (SUPER / BLOCK) + 1) * (SUPER / BLOCK));
-            for (int64_t n = begin; n < end; n += TILE) add_tile(super, next, n, std::min(n + TILE, end));
-            super = next;
-        }
-    }
-
-  private:
-    void add_tile(int64_t first, int64_t last, int64_t n, int64_t to) {
-        std::fill_n(sums, to - n, 0.0f);
-        if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, to - n, 0.0f);
-        bool any = false;
-        for (int64_t b = first; b < last; b++) {
-            if (!kept[b].groups) continue;
-            any = true;
-            for (int64_t s = n; s < to; s += STRIP) {
-                ahead(b, s, n, to, last);
-                if (to - s >= STRIP) add_strip<STRIP>(kept[b], b, s, s - n);
-                else add_strip<HALF>(kept[b], b, s, s - n);
-            }
-        }
-        if (any) finish(first / (SUPER / BLOCK) * N + n, n, std::min(to, w.N) - n);
-    }
-
-    // Fetches what comes AHEAD strips later.
-    void ahead(int64_t b, int64_t s, int64_t n, int64_t to, int64_t last) const {
-        s += AHEAD * STRIP;
-        if (s >= to) {
-            s = n + (s - to) / STRIP * STRIP;
-            for (b++; b < last && !kept[b].groups; b++) {}
-            if (b >= last || s >= to) return;
-        }
-        const Kept& x = kept[b];
-        const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
-        const uint8_t* high = w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8;
-        for (int i = 0; i < 4 * x.groups; i++) {
-            fetch(low + x.row[i] * (STRIP * Kind::LOW / 8));
-            if (Kind::LOW == 8) fetch(low + x.row[i] * STRIP + LINE);
-            if (Kind::HIGH) fetch(high + x.row[i] * (STRIP * Kind::HIGH / 8));
-        }
-        for (int64_t i = 0; i < SCALES; i++) {
-            const Scale* scale = (const Scale*)w.scale + (b * SCALES + i) * N + s;
-            for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch(scale + j);
-        }
-        if (Kind::MINIMUM)
-            for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Minimum)))
-                fetch((const Minimum*)w.minimum + b * N + s + j);
-    }
-
-    // Block b's share of the sums of the strip from output s on, which is output `at` of its tile.
-    template <int64_t WIDTH> void add_strip(const Kept& x, int64_t b, int64_t s, int64_t at) {
-        const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
-        const uint8_t* high = Kind::HIGH ? w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8 : nullptr;
-        const Scale* scale = (const Scale*)w.scale + b * SCALES * N + s;
-        const Minimum* minimum = (const Minimum*)w.minimum + b * N + s;
-        UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            if (SCALES == 1) {
-                add<WIDTH>(x, 0, x.groups, x.sum[0] + x.sum[1], low, high, chunk, scale, sums + at);
-            } else {
-                if (x.middle) add<WIDTH>(x, 0, x.middle, x.sum[0], low, high, chunk, scale, sums + at);
-                if (x.groups > x.middle)
-                    add<WIDTH>(x, x.middle, x.groups, x.sum[1], low, high, chunk, scale + N, sums + at);
-            }
-        }
-        if (!Kind::MINIMUM) return;
-        float share = x.scale * float(x.sum[0] + x.sum[1]), *to = (Kind::NESTED ? minimums : sums) + at;
-        UNROLL for (int64_t n = 0; n < WIDTH; n += LANES)
-            store(to + n, load(to + n) + apart(load(minimum + n) * share));
-    }
-
-    // Groups `first` to `last` of four kept rows, for chunk `chunk` of each half of the strip.
-    template <int64_t WIDTH>
-    static void add(const Kept& x, int first, int last, int32_t sum, const uint8_t* low, const uint8_t* high, int chunk,
-                    const Scale* scale, float* to) {
-        constexpr int HALVES = WIDTH / HALF;
-        vi total[HALVES][QUADS];
-        UNROLL for (int half = 0; half < HALVES; half++)
-            UNROLL for (int q = 0; q < QUADS; q++) total[half][q] = vi{} - Kind::ZERO * sum;
-        for (int g = first; g < last; g++) {
-            vb codes[HALVES][QUADS];
-            unpack<Kind, WIDTH>(low, high, x.row + 4 * g, chunk, codes);
-            UNROLL for (int half = 0; half < HALVES; half++)
-                UNROLL for (int q = 0; q < QUADS; q++)
-                    total[half][q] = dot<Kind::EIGHT>(total[half][q], codes[half][q], x.factor[g]);
-        }
-        UNROLL for (int half = 0; half < HALVES; half++)
-            UNROLL for (int q = 0; q < QUADS; q++) {
-                int64_t n = half * HALF + q * 16 + chunk * LANES;
-                vf scaled = __builtin_convertvector(total[half][q], vf) * apart(load(scale + n) * x.scale);
-                store(to + n, load(to + n) + apart(scaled));
-            }
-    }
-
-    // y += the tile's sums times the scales of the scales, which begin at `at`.
-    void finish(int64_t at, int64_t n, int64_t count) {
-        float* to = y + n;
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + finished(at, i));
-        if (i >= count) return;
-        vf rest = finished(at, i);  // the scales have room for whole vectors
-        for (int64_t j = i; j < count; j++) to[j] += rest[j - i];
-    }
-    vf finished(int64_t at, int64_t i) const {
-        vf found = load(sums + i);
-        if (Kind::NESTED) found = apart(found * load(w.super_scale + at + i));
-        if (Kind::NESTED && Kind::MINIMUM) found -= apart(load(minimums + i) * load(w.super_minimum + at + i));
-        return apart(found);
-    }
+// A weight as parts beside each other, N outputs in all.
+struct Weight {
+    const Part* part;
+    int64_t count, N;
 };
 
-// This worker's share of partial [SPLITS, N], whose sum over splits is the product of x, by blocks, and the weight, in
-// parts beside each other.
-__attribute__((noinline)) inline void multiply(const Kept* kept, const Part* parts, int64_t count, int64_t N,
-                                               float* partial, Worker worker) {
+// This worker's share of partial [SPLITS, N], whose sum over splits is the product of x, by blocks, and the weight.
+inline void multiply(const Kept* kept, const Weight& weight, float* partial, Worker worker) {
     int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, threads = worker.count / shared;
-    for (const Part* w = parts; w < parts + count; partial += w++->N) {
+    int first = worker.id % shared * splits;
+    int64_t at = 0;
+    for (const Part* w = weight.part; w < weight.part + weight.count; at += w++->N) {
         int64_t begin = part(w->padded(), worker.id / shared, threads, STRIP);
         int64_t end = part(w->padded(), worker.id / shared + 1, threads, STRIP);
-        int first = worker.id % shared * splits;
-        with_kind(w->type, [&](auto kind) {
-            for (int split = first; split < first + splits; split++)
-                Product<decltype(kind)>(*w, kept, begin, end, partial + split * N)
-                    .run(part(w->K / BLOCK, split, SPLITS), part(w->K / BLOCK, split + 1, SPLITS));
-        });
+        multiply(kept, *w, begin, end, first, first + splits, partial, at, weight.N);
+    }
+}
+
+// This worker's share of y [N], the same product to the last bit: for the many outputs of an output layer, whose partial
+// sums would be far from the core.
+inline void multiply_many(const Kept* kept, const Weight& weight, float* y, Worker worker) {
+    constexpr int64_t MANY = 32 * STRIP;
+    alignas(LINE) static thread_local float partial[SPLITS * MANY];
+    for (const Part* w = weight.part; w < weight.part + weight.count; y += w++->N) {
+        int64_t begin = part(w->padded(), worker.id, worker.count, STRIP);
+        int64_t end = part(w->padded(), worker.id + 1, worker.count, STRIP);
+        for (int64_t n = begin; n < end; n += MANY) {
+            multiply(kept, *w, n, std::min(n + MANY, end), 0, SPLITS, partial, -n, MANY);
+            int64_t count = std::min(std::min(n + MANY, end), w->N) - n;
+            collect<float>(partial, MANY, nullptr, nullptr, 0, count, y + n);
+        }
     }
 }
 

@@ -93,15 +93,36 @@ template <class T> inline void columns(const Part& w, int64_t begin, int64_t end
         }
 }
 
-// y [count, K]: the weights of some outputs. A strip of each is read, for an embedding of one token.
-template <class T> inline void look_up_outputs(const Part& w, const int64_t* outputs, int64_t count, T* y) {
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t b = 0; b < w.K / BLOCK; b++) {
-            StripValues values;
-            strip_values(w, b, outputs[i] / STRIP * STRIP, values);
-            for (int64_t k = 0; k < BLOCK; k++)
-                y[i * w.K + b * BLOCK + k] = from_float<T>(values[k][outputs[i] % STRIP]);
+// Bits of output n's code in a plane of BITS, of row k of block b.
+template <int BITS> inline int code(const uint8_t* plane, int64_t N, int64_t b, int64_t n, int64_t k) {
+    int64_t s = n / STRIP * STRIP, row = std::min(STRIP, N - s) * BITS / 8;
+    int64_t place = (n - s) / HALF * HALF + n / 4 % 4 * 16 + n / 16 % 4 * 4 + n % 4;
+    return plane[BLOCK * (b * N + s) * BITS / 8 + k * row + place % row] >> place / row * BITS & ((1 << BITS) - 1);
+}
+
+template <class Kind> inline float value(const Part& w, int64_t N, int64_t b, int64_t n, int64_t k) {
+    typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
+    typedef std::conditional_t<Kind::NESTED, uint8_t, fp16> Minimum;
+    int64_t above = b / (SUPER / BLOCK) * N + n, own = (b * BLOCK + k) / Kind::SCALE_BLOCK * N + n;
+    int found = code<Kind::LOW>(w.plane[0], N, b, n, k);
+    if (Kind::HIGH) found |= code<Kind::HIGH ? Kind::HIGH : 1>(w.plane[1], N, b, n, k) << Kind::LOW;
+    vf y = splat(float((Kind::TABLE ? TABLE[found & 15] : found) - Kind::ZERO));
+    vf scale = splat(to_float(((const Scale*)w.scale)[own]));
+    y = apart(y * (Kind::NESTED ? apart(scale * to_float(w.super_scale[above])) : scale));
+    if (!Kind::MINIMUM) return y[0];
+    vf minimum = splat(to_float(((const Minimum*)w.minimum)[b * N + n]));
+    return (Kind::NESTED ? y - apart(minimum * to_float(w.super_minimum[above])) : y + minimum)[0];
+}
+
+// y [K]: the weights of one output, as an embedding rounded to T.
+template <class T, class To> inline void look_up_output(const Part& w, int64_t output, To* y) {
+    with_kind(w.type, [&](auto kind) {
+        for (int64_t k = 0; k < w.K; k++) {
+            T rounded = from_float<T>(value<decltype(kind)>(w, w.padded(), k / BLOCK, output, k % BLOCK));
+            if constexpr (std::is_same_v<T, To>) y[k] = rounded;
+            else y[k] = to_float(rounded);
         }
+    });
 }
 
 }  // namespace blocks

@@ -2,10 +2,19 @@
 // kernels/block_values.py.
 #include <omp.h>
 
-#include "block_gemv.h"
+#include "block_product.h"
 #include "block_values.h"
 
 using namespace blocks;
+
+void blocks::multiply(const Kept* kept, const Part& w, int64_t begin, int64_t end, int first, int last, float* partial,
+                      int64_t at, int64_t stride) {
+    with_kind(w.type, [&](auto kind) {
+        for (int split = first; split < last; split++)
+            Product<decltype(kind)>(w, kept, begin, end, partial + split * stride + at)
+                .run(part(w.K / BLOCK, split, SPLITS), part(w.K / BLOCK, split + 1, SPLITS));
+    });
+}
 
 struct BlockScratch {
     Floats x, partial;
@@ -13,10 +22,10 @@ struct BlockScratch {
 };
 
 template <class T>
-static void block_gemv(const T* x, const Part* parts, int64_t count, const float* threshold, const T* bias, T* y,
-                       int64_t K, int64_t N, int threads) {
+static void block_gemv(const T* x, Weight weight, const float* threshold, const T* bias, T* y, int64_t K, int threads) {
+    int64_t N = weight.N;
     static thread_local BlockScratch scratch;
-    scratch.x.resize(K), scratch.partial.resize(SPLITS * N + LANES), scratch.kept.resize(K / BLOCK);
+    scratch.x.resize(K), scratch.partial.resize(SPLITS * N), scratch.kept.resize(K / BLOCK);
     float *wide = scratch.x, *partial = scratch.partial;  // the calling thread's, for all
     Kept* kept = scratch.kept.data();
     for (int64_t k = 0; k < K; k++) wide[k] = to_float(x[k]);
@@ -24,7 +33,7 @@ static void block_gemv(const T* x, const Part* parts, int64_t count, const float
 #pragma omp parallel num_threads(threads)
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads()};
-        multiply(kept, parts, count, N, partial, worker);
+        multiply(kept, weight, partial, worker);
 #pragma omp barrier
         int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
         std::vector<float> sums(end - begin);
@@ -37,7 +46,7 @@ extern "C" void teal_block_gemv(int type, const void* x, const Part* parts, int6
                                 const void* bias, void* y, int64_t K, int64_t N, int threads) {
     with_type(type, [&](auto zero) {
         using T = decltype(zero);
-        block_gemv((const T*)x, parts, count, threshold, (const T*)bias, (T*)y, K, N, threads);
+        block_gemv((const T*)x, {parts, count, N}, threshold, (const T*)bias, (T*)y, K, threads);
     });
 }
 
@@ -48,5 +57,8 @@ extern "C" void teal_block_columns(int type, const Part* part, int64_t begin, in
 
 // y [count, K]: the weights of some outputs.
 extern "C" void teal_block_outputs(int type, const Part* part, const int64_t* outputs, int64_t count, void* y) {
-    with_type(type, [&](auto zero) { look_up_outputs(*part, outputs, count, (decltype(zero)*)y); });
+    with_type(type, [&](auto zero) {
+        using T = decltype(zero);
+        for (int64_t i = 0; i < count; i++) look_up_output<T>(*part, outputs[i], (T*)y + i * part->K);
+    });
 }

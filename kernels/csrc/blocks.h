@@ -126,8 +126,9 @@ inline void interleave(const vb row[4], vb quad[QUADS]) {
 }
 
 // The values plus 128 that four-bit codes stand for: IQ4_VALUES in kernels/blocks.py.
+constexpr uint8_t TABLE[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
 inline vb look_up(vb codes) {
-    static constexpr uint8_t TABLE[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 #if defined(__AVX512BW__)
     return (vb)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)TABLE)), (__m512i)codes);
 #elif defined(__AVX2__)

@@ -6,14 +6,26 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "block_gemv.h"
+#include "block_values.h"
 #include "quantized.h"
 
 extern "C" {
 
+// CpuWeight in engine/cpu_step.py: rows of values of so many bits, of four in groups of `group` outputs; or, with `parts`
+// of them, blocks.
+struct Weight {
+    const void* data;
+    const float* scale;  // of quantized ones, else null
+    int64_t bits, group;
+    const blocks::Part* part;
+    int64_t parts;
+};
+
 struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
-    const void *attention_norm, *wqkv, *wqkv_bias, *q_norm, *k_norm, *wo, *wo_bias;
-    const void *ffn_norm, *w13, *w13_bias, *w2, *w2_bias;
-    const float *wqkv_scale, *wo_scale, *w13_scale, *w2_scale;  // of quantized ones
+    const void *attention_norm, *ffn_norm, *q_norm, *k_norm;
+    Weight wqkv, wo, w13, w2;
+    const void *wqkv_bias, *wo_bias, *w13_bias, *w2_bias;
     const float *wqkv_threshold, *wo_threshold, *w13_threshold, *w2_threshold;
     void *k_cache, *v_cache;  // [key/value heads, max_seq_length, head_dim]
     int64_t window;           // 0: the whole context
@@ -21,11 +33,9 @@ struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
 
 struct Model {  // CpuModel in engine/cpu_step.py
     int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
-    // Bits of a value of the layers' weights: 8, 4 in groups of `group` outputs, or those of the model's type.
-    int64_t attention_bits, ffn_bits, group;
     double eps;
-    const void *embeddings, *norm, *output;
-    const float* output_scale;
+    Weight embeddings, output;
+    const void* norm;
     const float* frequencies;
     const Layer* layer;
     int64_t* kept;  // [layers, 4]: how many channels each product kept of its input
@@ -53,12 +63,14 @@ struct Shared {
 struct Private {
     Floats residual, x, value, up, cos, sin, q, peak, scratch;
     std::vector<int32_t> index;
+    std::vector<blocks::Kept> kept;
     Fixed fixed;
 
     void fit(const Model& m) {
         int64_t widest = std::max({m.dim, m.ffn_dim, m.heads * m.head_dim});
         residual.resize(m.dim);
         x.resize(widest), value.resize(widest), index.resize(widest), up.resize(m.ffn_dim);
+        kept.resize(widest / blocks::BLOCK + 1);
         cos.resize(m.head_dim / 2), sin.resize(m.head_dim / 2);
         q.resize(m.heads * m.head_dim), scratch.resize(m.head_dim);
         peak.resize((m.max_seq_length + CHUNK - 1) / CHUNK);
@@ -80,7 +92,7 @@ template <class T> class Step {
           x(own.x), counted(m.kept) {}
 
     void run(int64_t token, float* logits) {
-        for (int64_t k = 0; k < m.dim; k++) own.residual[k] = to_float(((const T*)m.embeddings)[token * m.dim + k]);
+        embed(token);
         for (int64_t d = 0; d < m.head_dim / 2; d++) {
             float angle = position * m.frequencies[d];
             own.cos[d] = std::cos(angle), own.sin[d] = std::sin(angle);
@@ -96,39 +108,60 @@ template <class T> class Step {
     }
     int64_t share(int64_t n, int end, int64_t grain = 1) { return part(n, worker.id + end, worker.count, grain); }
 
+    void embed(int64_t token) {
+        if (m.embeddings.parts) return blocks::look_up_output<T>(*m.embeddings.part, token, (float*)own.residual);
+        const T* row = (const T*)m.embeddings.data + token * m.dim;
+        for (int64_t k = 0; k < m.dim; k++) own.residual[k] = to_float(row[k]);
+    }
+
     void put_out(float* logits) {
+        if (m.output.parts) {
+            blocks::keep(x, nullptr, m.dim, own.kept.data());
+            return blocks::multiply_many(own.kept.data(), {m.output.part, m.output.parts, m.vocab_size}, logits, worker);
+        }
         int64_t first = share(m.vocab_size, 0), last = share(m.vocab_size, 1);
-        if (!m.output_scale) {
+        if (!m.output.scale) {
             arrange<T>(x, m.dim, own.value);
-            const T* rows = (const T*)m.output + first * m.dim;
+            const T* rows = (const T*)m.output.data + first * m.dim;
             return dot_rows<T, 1>(rows, own.value, m.dim, last - first, logits + first, 0, nullptr);
         }
         own.fixed.set(x, m.dim);
         for (int64_t i = first; i < last; i++)
-            logits[i] = own.fixed.times((const int8_t*)m.output + i * m.dim, m.output_scale[i]);
+            logits[i] = own.fixed.times((const int8_t*)m.output.data + i * m.dim, m.output.scale[i]);
     }
 
     void block(const Layer& layer) {
         norm((const T*)layer.attention_norm);
-        product(x, layer.wqkv_threshold, layer.wqkv, m.attention_bits, m.dim, width, all.qkv);
+        product(x, layer.wqkv_threshold, layer.wqkv, m.dim, width, all.qkv);
         attention(layer);
-        product(x, layer.wo_threshold, layer.wo, m.attention_bits, m.heads * m.head_dim, m.dim, all.update);
-        add(layer.wo_scale, layer.wo_bias);
+        product(x, layer.wo_threshold, layer.wo, m.heads * m.head_dim, m.dim, all.update);
+        add(layer.wo.scale, layer.wo_bias);
         norm((const T*)layer.ffn_norm);
-        product(x, layer.w13_threshold, layer.w13, m.ffn_bits, m.dim, 2 * m.ffn_dim, all.gate_up);
-        activate(layer.w13_scale, layer.w13_bias);
-        product(all.h, layer.w2_threshold, layer.w2, m.ffn_bits, m.ffn_dim, m.dim, all.update);
-        add(layer.w2_scale, layer.w2_bias);
+        product(x, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
+        activate(layer.w13.scale, layer.w13_bias);
+        product(all.h, layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
+        add(layer.w2.scale, layer.w2_bias);
     }
 
-    void product(const float* input, const float* threshold, const void* weight, int64_t bits, int64_t K, int64_t N,
-                 float* partial) {
-        CompactVector kept = compact(input, threshold, K, own.index.data(), own.value);
-        if (worker.id == 0) *counted++ = kept.count;
-        if (bits == 4) multiply(kept, Int4Rows((const uint8_t*)weight, N, m.group), partial, worker);
-        else if (bits == 8) multiply(kept, Rows<int8_t>{(const int8_t*)weight, N}, partial, worker);
-        else multiply(kept, Rows<T>{(const T*)weight, N}, partial, worker);
+    void product(const float* input, const float* threshold, const Weight& w, int64_t K, int64_t N, float* partial) {
+        int64_t count = w.parts ? multiply_blocks(input, threshold, w, K, N, partial)
+                                : multiply_rows(input, threshold, w, K, N, partial);
+        if (worker.id == 0) *counted++ = count;
         barrier();
+    }
+    int64_t multiply_blocks(const float* input, const float* threshold, const Weight& w, int64_t K, int64_t N,
+                            float* partial) {
+        int64_t count = blocks::keep(input, threshold, K, own.kept.data());
+        blocks::multiply(own.kept.data(), {w.part, w.parts, N}, partial, worker);
+        return count;
+    }
+    int64_t multiply_rows(const float* input, const float* threshold, const Weight& w, int64_t K, int64_t N,
+                          float* partial) {
+        CompactVector kept = compact(input, threshold, K, own.index.data(), own.value);
+        if (w.bits == 4) multiply(kept, Int4Rows((const uint8_t*)w.data, N, w.group), partial, worker);
+        else if (w.bits == 8) multiply(kept, Rows<int8_t>{(const int8_t*)w.data, N}, partial, worker);
+        else multiply(kept, Rows<T>{(const T*)w.data, N}, partial, worker);
+        return kept.count;
     }
 
     void norm(const T* weight) {  // x: the residual, normalised, as the model's type holds it
@@ -144,7 +177,7 @@ template <class T> class Step {
 
     // Head `head` of the q/k/v product into y [head_dim], turned unless it is a value's.
     void project(const Layer& layer, int64_t head, const void* norm, float* y) {
-        collect(all.qkv, width, layer.wqkv_scale, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
+        collect(all.qkv, width, layer.wqkv.scale, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
         if (head >= m.heads + m.kv_heads) return;
         turn(y, (const T*)norm, float(m.eps), own.cos, own.sin, m.head_dim);
     }

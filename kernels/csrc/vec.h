@@ -59,6 +59,7 @@ template <class F> inline void with_type(int type, F f) {
 
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
+inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
 #if defined(__F16C__)

@@ -52,20 +52,22 @@ def pretended(monkeypatch) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(
-    "machine, capability, can",
+    "machine, capability, vnni, can",
     [
-        ("x86_64", "AVX512", ["avx512", "avx2", "portable"]),
-        ("x86_64", "AVX2", ["avx2", "portable"]),
-        ("x86_64", "DEFAULT", ["portable"]),
-        ("aarch64", "DEFAULT", ["neon", "portable"]),
-        ("arm64", "SVE256", ["neon", "portable"]),
-        ("riscv64", "DEFAULT", ["portable"]),
+        ("x86_64", "AVX512", True, ["avx512_vnni", "avx512", "avx2", "portable"]),
+        ("x86_64", "AVX512", False, ["avx512", "avx2", "portable"]),
+        ("x86_64", "AVX2", True, ["avx2", "portable"]),
+        ("x86_64", "DEFAULT", False, ["portable"]),
+        ("aarch64", "DEFAULT", False, ["neon", "portable"]),
+        ("arm64", "SVE256", False, ["neon", "portable"]),
+        ("riscv64", "DEFAULT", False, ["portable"]),
     ],
 )
-def test_instruction_set_of_a_machine(monkeypatch, machine, capability, can):
+def test_instruction_set_of_a_machine(monkeypatch, machine, capability, vnni, can):
     """The best one by default, another that the processor has by the variable; one that it lacks is refused."""
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     assert instruction_set() == can[0]
     for name in [*INSTRUCTIONS, "torch"]:
         monkeypatch.setenv("TEAL_CPU", name)
