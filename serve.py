@@ -166,7 +166,8 @@ def main() -> None:
     settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(settings)
     sock = listen(options.host, options.port)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own, and raises what came again at its end
+    server.handle_exit = stop  # uvicorn's own says nothing, and raises the signals again at its end
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{sock.getsockname()[1]} is open, {options.checkpoint} is being loaded", file=sys.stderr)

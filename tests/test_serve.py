@@ -93,7 +93,7 @@ def test_a_second_signal_waits_for_no_answer(calibrated, number, said):
         url = re.match(r"(http://\S+) ", process.stderr.readline())[1]
         while ask(f"{url}/health")[0] == 503:
             assert process.poll() is None
-        long = json.dumps({"prompt": "Once", "n": 60, "max_tokens": 200, "ignore_eos": True, "stream": True}).encode()
+        long = json.dumps({"prompt": ["Once"] * 60, "max_tokens": 100, "ignore_eos": True, "stream": True}).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", long), timeout=60) as stream:
             assert stream.readline().startswith(b"data: ")
             process.send_signal(number)
