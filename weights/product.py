@@ -5,7 +5,6 @@ that is stored in another form is converted some columns at a time: a copy of a 
 of a prompt, because the system hands out its memory anew each time.
 """
 
-import functools
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -21,7 +20,6 @@ COLUMNS = 64  # pieces are whole multiples of it, as groups of int4 are
 Columns = Callable[[int, int, torch.dtype], Tensor]  # begin, end, dtype -> these columns [K, end - begin] of a weight
 
 
-@functools.cache
 def has_bf16_products() -> bool:
     """Whether the processor multiplies bf16 and adds in fp32. Those with AMX, which oneDNN then takes, have this too.
 
@@ -32,9 +30,12 @@ def has_bf16_products() -> bool:
     return supported is not None and supported() and torch.backends.mkldnn.is_available()
 
 
+BF16_PRODUCTS = has_bf16_products()  # once: torch.compile can't trace the question
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that products with x are computed in."""
-    fast = x.device.type != "cpu" or (x.dtype == torch.bfloat16 and has_bf16_products())
+    fast = x.device.type != "cpu" or (x.dtype == torch.bfloat16 and BF16_PRODUCTS)
     return x.dtype if fast else torch.float32
 
 
