@@ -6,6 +6,7 @@ python serve.py --checkpoint demo --sparsity 0.5
 import argparse
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ from teal_fast.cli import (
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.prefix_file import identity, load_prefixes, save_prefixes
 from teal_fast.engine.prefixes import PrefixStore
+from teal_fast.engine.request import Request
 from teal_fast.files.calibration import MissingCalibrationError
 from teal_fast.files.store import check_writable
 
@@ -72,8 +74,15 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser.add_argument(
         "--served_model_name", type=text, nargs="+", default=["*"], help="names that may be asked for (default: any)"
     )
-    parser.add_argument("--allowed_origin", type=text, nargs="+", default=[], help="sites whose pages may ask")
+    parser.add_argument("--allowed_origin", type=origin, nargs="+", default=[], help="sites whose pages may ask")
     return parse_with_model(parser)
+
+
+def origin(given: str) -> str:
+    """argparse type: a site, as browsers name it, or *."""
+    if not re.fullmatch(r"\*|https?://[^/\s]+", given):
+        raise argparse.ArgumentTypeError(f"got {given!r}, expected a site such as http://localhost:3000, or *")
+    return given.lower()
 
 
 def load(options: argparse.Namespace, choice: ModelChoice) -> "Loaded":
@@ -87,9 +96,14 @@ def load(options: argparse.Namespace, choice: ModelChoice) -> "Loaded":
         print(f"serving sparsity 0 only: {error}", file=sys.stderr)
         opened = open_model(choice, calibrated=False)
     model, stop = opened.model, opened.tokenizer.eos_ids
-    context = min(options.max_seq_length or LONGEST, model.args.max_position)
+    longest = model.args.max_position
+    context = min(options.max_seq_length or LONGEST, longest)
+    if longest < (options.max_seq_length or 0):
+        print(f"the context is {longest} tokens: the model has no more", file=sys.stderr)
     store = PrefixStore(options.cache_bytes)
     engine = Engine(model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store)
+    list(engine.stream(Request([0], sparsity=options.sparsity, max_new_tokens=2, stop=())))  # kernels start here
+    engine.forget()
     if options.cache_dir is None:
         return Loaded(engine, opened.tokenizer, opened.name)
     path, of = options.cache_dir / PREFIXES, identity(opened.folder, model, opened.calibration)
@@ -113,14 +127,14 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, TypeError) as error:  # TypeError: of a name that is no host's
         sock.close()
         said = getattr(error, "strerror", None) or error
-        raise OSError(f"{host}:{port} can't be listened at ({said}): choose --host and --port") from None
+        raise OSError(f"{host}:{port} can't be listened at ({said}): choose another --host or --port") from None
     return sock
 
 
 def main() -> None:
     options, choice = parse_arguments()
     if MISSING is not None:
-        raise ValueError(f"the server's packages are missing ({MISSING}): pip install 'teal-fast[serve]'")
+        raise ValueError(f"the server's packages are missing ({MISSING}): pip install '.[serve]' in the clone")
     names, origins = tuple(options.served_model_name), tuple(options.allowed_origin)
     limits = Limits(names, options.sparsity, options.request_timeout, options.api_key, origins)
     if options.cache_dir is not None:
@@ -133,26 +147,37 @@ def main() -> None:
         server.should_exit = True
 
     def stop(number: int, _: object) -> None:
+        if signals:  # once more: without waiting for anything
+            os.write(2, b"interrupted\n" if number == signal.SIGINT else b"")
+            os._exit(128 + number)
         signals.append(number)
         server.should_exit = True
+        if worker.running or worker.waiting:  # not by print: it may have been interrupted itself
+            os.write(2, b"finishing the answers that are asked for; the same signal again ends at once\n")
 
-    worker = Worker(lambda: load(options, choice), options.max_queue, stopped)
+    def loading() -> Loaded:
+        loaded = load(options, choice)
+        print("ready", file=sys.stderr, flush=True)
+        return loaded
+
+    worker = Worker(loading, options.max_queue, stopped)
     app = make_app(Service(worker, limits))
     grace = math.ceil(options.request_timeout)  # SIGTERM lets what runs and waits be answered
     settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(settings)
     sock = listen(options.host, options.port)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own, and raises what came again at its end
+    server.handle_exit = stop  # uvicorn's own says nothing, and raises the signals again at its end
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"http://{host}:{sock.getsockname()[1]} serves {options.checkpoint} once it is loaded", file=sys.stderr)
+    print(f"http://{host}:{sock.getsockname()[1]} is open, {options.checkpoint} is being loaded", file=sys.stderr)
     server.run(sockets=[sock])
     if failed:
         raise failed[0]
     code = 130 if signal.SIGINT in signals else 0
     if code:
         print("interrupted", file=sys.stderr)
-    if worker.thread.is_alive():  # it loads, or a second Ctrl-C waits for nothing: Python's own end would be an abort
+    if worker.thread.is_alive():  # it loads: Python's own end would be an abort
         os._exit(code)
     sys.exit(code)
 

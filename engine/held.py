@@ -61,11 +61,12 @@ class Held:
     def reuse(self, request: Request) -> int:
         """Makes the cache hold what is known of the request's prompt, and nothing else; how many tokens that is."""
         prompt, sparsity = request.prompt, request.sparsity
-        start = self.known(prompt, sparsity) if request.cache else 0
+        usable = request.cache and not request.sparse_prompt  # a sparse prompt is to be sparse as a whole
+        start = self.known(prompt, sparsity) if usable else 0
         if len(self.ids) > start:
             self.keep()
         self.ids, self.made = self.ids[:start], self.made[:start]
-        stored = self.store.known(prompt, sparsity) if request.cache and self.store is not None else 0
+        stored = self.store.known(prompt, sparsity) if usable and self.store is not None else 0
         if stored > start:
             found = self.store.fetch(prompt, sparsity, start, stored, self.cache)
             for token, made in zip(prompt[start:stored], found, strict=True):

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DENSE, Phase
+from teal_fast.weights.product import product_dtype
 
-FEWEST_ROWS = 12  # MKL's products of 5 to 11 rows depend on the number of threads, so shorter prompts are padded
+# Shorter prompts are padded, so that products do not depend on the number of threads. MKL's in fp32 of 5 to 11 rows do.
+# oneDNN's in bf16 do for no number of rows: 1 to 64, 100, 130 and 500 with 1 to 48 threads have the same bits, for 17
+# shapes from 65x1 to 4096x4096 and 8960x1536 (torch 2.13, AVX-512, no AMX); a row's bits are those it has among 500
+# others, but when it is alone.
+FEWEST_ROWS = 12
+FEWEST_BF16_ROWS = 2
 PromptLogits = Callable[[Transformer, KVCache, Tensor, Tensor | None, Tensor, Phase], Tensor]
 Prefill = Callable[[Transformer, KVCache, Tensor, int, Phase], Tensor]
 
@@ -20,6 +26,13 @@ def prompt_logits(
 ) -> Tensor:
     """Fills the cache with tokens [1, T]; logits [n, vocab] after their numbers `last` [n]. See Transformer.hidden."""
     return model.output(model.hidden(tokens, input_pos, cache, phase)[0, last])
+
+
+def fewest_rows(model: Transformer) -> int:
+    """The rows that a prompt is padded to."""
+    weight = model.norm.weight
+    in_bf16 = weight.device.type == "cpu" and product_dtype(weight) == torch.bfloat16
+    return FEWEST_BF16_ROWS if in_bf16 else FEWEST_ROWS
 
 
 def prefill(
@@ -36,7 +49,7 @@ def prefill(
     phase: which of the tokens are dense.
     """
     count = tokens.shape[1]
-    padding = max(0, min(FEWEST_ROWS, cache.length - start) - count)
+    padding = max(0, min(fewest_rows(model), cache.length - start) - count)
     padded, end = F.pad(tokens, (0, padding)), start + count + padding
     input_pos = torch.arange(start, end, device=tokens.device) if start else None
     last = torch.tensor([count - 1], device=tokens.device)

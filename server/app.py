@@ -135,7 +135,8 @@ class Guard:
         given = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
         if hmac.compare_digest(given, key.encode()):
             return None
-        return ApiError(401, "the API key is missing or wrong: send it as a Bearer token", code="invalid_api_key")
+        said = "the API key is missing or wrong: send it as a Bearer token or in x-api-key"
+        return ApiError(401, said, code="invalid_api_key")
 
     def _is_ours(self, origin: str, host: bytes) -> bool:
         """Whether a page's origin is allowed or is this server, by a name that no other site can take."""
@@ -163,7 +164,8 @@ def shaped(path: str, error: ApiError) -> JSONResponse:
 
 
 def _counted(request: Request, error: ApiError) -> Response:
-    request.app.state.service.metrics.refused.labels(error.status).inc()
+    if request.url.path != "/health":  # asked again and again while the model loads
+        request.app.state.service.metrics.refused.labels(error.status).inc()
     return shaped(request.url.path, error)
 
 

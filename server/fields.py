@@ -37,7 +37,8 @@ class Fields:
         if value is None:
             return default
         if not (abs(value) < 2**64 and value == int(value) and low <= value <= high):
-            raise self.error(name, f"a whole number from {low} to {high}")
+            bounds = f"from {low} to {high}" if high < 2**63 - 1 else f"of at least {low}" if low > -(2**63) else ""
+            raise self.error(name, f"a whole number {bounds}".strip())
         return int(value)
 
     def flag(self, name: str, default: bool = False) -> bool:

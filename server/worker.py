@@ -115,7 +115,7 @@ class Worker:
                 raise ApiError(503, "the server is starting or stopping: try again later", retry_after=5)
             if len(self._waiting) >= self.max_queue:
                 seconds = max(1, min(60, round(self._seconds * len(self._waiting))))
-                said = f"{self.max_queue} requests wait already: try again in {seconds} s or raise --max_queue"
+                said = f"the queue of {self.max_queue} is full: try again in {seconds} s or raise --max_queue"
                 raise ApiError(429, said, retry_after=seconds)
             self._waiting.append(job)
             self._changed.notify()

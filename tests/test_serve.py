@@ -28,6 +28,7 @@ from teal_fast.files.paths import ROOT
         (["--host", "192.0.2.1"], 1, "192.0.2.1:8000 can't be listened at"),
         (["--host", "no.such.host.invalid", "--port", "0"], 1, "can't be listened at"),
         (["--host", "é" * 100, "--port", "0"], 1, "can't be listened at"),
+        (["--allowed_origin", "foo"], 2, "expected a site such as"),
         (["--served_model_name", "a\udcff"], 2, "not UTF-8"),
         (["--cache_dir", ROOT / "serve.py", "--port", "0"], 1, "cannot write"),
         (["--checkpoint", "absent", "--port", "0"], 1, "absent"),
@@ -62,7 +63,7 @@ def serve(folder, *arguments):
         yield url, process
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 0 and said == "", said
+        assert process.returncode == 0 and said == "ready\n", said
     finally:
         process.kill()
         process.wait()
@@ -77,7 +78,29 @@ def test_a_signal_while_it_loads(tiny, number, code, said, seconds):
     time.sleep(seconds)
     process.send_signal(number)
     try:
-        assert process.communicate(timeout=30)[1] == said and process.returncode == code
+        found = process.communicate(timeout=30)[1].removeprefix("ready\n")
+        assert found == said and process.returncode == code
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number, said", [(signal.SIGTERM, ""), (signal.SIGINT, "interrupted\n")])
+def test_a_second_signal_waits_for_no_answer(calibrated, number, said):
+    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", calibrated, "--port", "0"]
+    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        url = re.match(r"(http://\S+) ", process.stderr.readline())[1]
+        while ask(f"{url}/health")[0] == 503:
+            assert process.poll() is None
+        long = json.dumps({"prompt": ["Once"] * 60, "max_tokens": 100, "ignore_eos": True, "stream": True}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", long), timeout=60) as stream:
+            assert stream.readline().startswith(b"data: ")
+            process.send_signal(number)
+            lines = [process.stderr.readline() for _ in range(2)]
+            assert lines[0] == "ready\n" and lines[1].startswith("finishing the answers that are asked for")
+            process.send_signal(number)
+            assert process.communicate(timeout=30)[1] == said and process.returncode == 128 + number
     finally:
         process.kill()
         process.wait()

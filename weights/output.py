@@ -6,7 +6,6 @@ a plain nn.Linear instead.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_fast.kernels.block_operand import Parts
@@ -14,6 +13,7 @@ from teal_fast.kernels.output_gemv import output_gemv
 from teal_fast.kernels.packed import PackedWeight
 from teal_fast.weights.blocks import BlockWeight
 from teal_fast.weights.grids import Int8Grid
+from teal_fast.weights.product import product_by_columns
 
 
 class Int8Output(nn.Module):
@@ -39,7 +39,11 @@ class Int8Output(nn.Module):
         """x [..., dim] -> logits [..., vocab], in x's dtype."""
         if x.numel() == x.shape[-1]:
             return output_gemv(x.flatten(), self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x.float(), output_weight(self)).to(x.dtype)
+        return product_by_columns(x.float(), self._columns, len(self.scale)).to(x.dtype)
+
+    def _columns(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """[dim, end - begin]: the rows of these logits, dequantized, as columns."""
+        return (self.weight[begin:end] * self.scale[begin:end, None]).to(dtype).t()
 
 
 def output_weight(output: nn.Module) -> Tensor:

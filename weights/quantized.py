@@ -5,6 +5,8 @@ too, which lie in its row beside its codes. This file ties the layout in memory 
 scales is the matter of grids.py.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,9 @@ from teal_fast.kernels.dequantize import dequantize
 from teal_fast.kernels.int4 import pack_int4, row_bytes, row_scales
 from teal_fast.kernels.packed import ALIGNMENT, PackedWeight
 from teal_fast.kernels.quantized_gemm import MOST_TOKENS, quantized_gemm
-from teal_fast.weights.dense import RowSkippingWeight, _linear
+from teal_fast.weights.dense import RowSkippingWeight
 from teal_fast.weights.grids import EPSILON, Int4Grid, Int8Grid
+from teal_fast.weights.product import product_by_columns
 
 
 class QuantizedWeight(RowSkippingWeight):
@@ -36,7 +39,7 @@ class QuantizedWeight(RowSkippingWeight):
         return PackedWeight(self.packed, self.scale, self.group)
 
     def dequantize(self) -> Tensor:
-        return dequantize(self.operand)
+        return dequantize(self.operand, 0, self.out_features)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Computes x [..., K] -> [..., N] in x's dtype from the dequantized weight.
@@ -46,8 +49,7 @@ class QuantizedWeight(RowSkippingWeight):
         """
         if x.is_cuda and not x.requires_grad and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
             return quantized_gemm(x.reshape(-1, x.shape[-1]), self.operand, bias).view(*x.shape[:-1], -1)
-        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        return _linear(x, dequantize(self.operand, dtype), bias)
+        return product_by_columns(x, partial(dequantize, self.operand), self.out_features, bias)
 
 
 class Int8Weight(QuantizedWeight):

@@ -60,26 +60,39 @@ extern "C" void teal_output_gemv(int type, const void* x, const void* weight, co
     for (int64_t v = 0; v < V; v++) y[v] = shared.times((const int8_t*)weight + v * K, scale[v]);
 }
 
-// y [K, N] fp32: an int8 or four-bit weight times scale [N]: see kernels/dequantize.py.
-extern "C" void teal_dequantize(int bits, const void* packed, const float* scale, float* y, int64_t K, int64_t N,
-                                int64_t group, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t k = 0; k < K; k++) {
-        float* row = y + k * N;
-        if (bits == 8) {
-            const int8_t* values = (const int8_t*)packed + k * N;
-            for (int64_t n = 0; n < N; n++) row[n] = values[n] * scale[n];
-            continue;
-        }
-        Int4Rows weight((const uint8_t*)packed, N, group);
-        const uint8_t* values = weight.row(k);
-        for (int64_t n = 0; n < N; n += 32) {
-            float group_scale = to_float(((const bf16*)(values + N / 2))[n / group]);
-            for (int64_t i = 0; i < 16; i++) {
-                uint8_t byte = values[n / 2 + i];
-                row[n + i] = ((byte & 15) - 8) * (group_scale * scale[n + i]);
-                row[n + 16 + i] = ((byte >> 4) - 8) * (group_scale * scale[n + 16 + i]);
-            }
+// Columns from `begin` on of a row of int8 or four-bit values times scale, as y [columns].
+template <class T>
+static void dequantize_row(const Rows<int8_t>& weight, int64_t k, const float* scale, int64_t begin, int64_t columns,
+                           T* y) {
+    const int8_t* values = weight.row(k) + begin;
+    for (int64_t n = 0; n < columns; n++) y[n] = from_float<T>(values[n] * scale[begin + n]);
+}
+template <class T>
+static void dequantize_row(const Int4Rows& weight, int64_t k, const float* scale, int64_t begin, int64_t columns,
+                           T* y) {
+    const uint8_t* values = weight.row(k);
+    const bf16* group_scales = (const bf16*)(values + weight.N / 2);
+    for (int64_t n = begin; n < begin + columns; n += 32, y += 32) {
+        float group_scale = to_float(group_scales[n / weight.group]);
+        for (int64_t i = 0; i < 16; i++) {
+            uint8_t byte = values[n / 2 + i];
+            y[i] = from_float<T>(((byte & 15) - 8) * (group_scale * scale[n + i]));
+            y[16 + i] = from_float<T>(((byte >> 4) - 8) * (group_scale * scale[n + 16 + i]));
         }
     }
+}
+
+// y [K, columns], of the type that `type` numbers: columns from `begin` on of an int8 or four-bit weight times scale [N]:
+// see kernels/dequantize.py.
+extern "C" void teal_dequantize(int type, int bits, const void* packed, const float* scale, void* y, int64_t K,
+                                int64_t N, int64_t group, int64_t begin, int64_t columns, int threads) {
+    with_type(type, [&](auto zero) {
+        auto run = [&](auto weight) {
+#pragma omp parallel for num_threads(threads)
+            for (int64_t k = 0; k < K; k++)
+                dequantize_row(weight, k, scale, begin, columns, (decltype(zero)*)y + k * columns);
+        };
+        if (bits == 4) run(Int4Rows((const uint8_t*)packed, N, group));
+        else run(Rows<int8_t>{(const int8_t*)packed, N});
+    });
 }

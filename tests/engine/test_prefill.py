@@ -3,8 +3,16 @@
 import pytest
 import torch
 
+import teal_fast.weights.product
 from teal_fast.engine.cuda_step import plain_step
-from teal_fast.engine.prefill import FEWEST_ROWS, compiled_prefill, prefill, prompt_logits
+from teal_fast.engine.prefill import (
+    FEWEST_BF16_ROWS,
+    FEWEST_ROWS,
+    compiled_prefill,
+    fewest_rows,
+    prefill,
+    prompt_logits,
+)
 from teal_fast.sparse_model import DENSE
 from teal_fast.tests.engine.random_models import DEVICE, MISTRAL, PROMPT, make
 from teal_fast.tests.models import TINY
@@ -32,6 +40,24 @@ def test_short_prompts_are_padded_and_answered_as_they_are(config, tokens):
         answers.append(torch.stack([first, *(plain_step(model, cache, token, place + i) for i in range(3))]))
     assert rows == [max(tokens, FEWEST_ROWS)] and answers[0].std() > 0.1
     torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs on the CPU")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@torch.no_grad()
+def test_prompts_in_bf16_have_the_same_bits_on_any_number_of_threads(elsewhere, monkeypatch, set_threads):
+    if elsewhere:  # a processor without bf16 products
+        monkeypatch.setattr(teal_fast.weights.product, "BF16_PRODUCTS", False)
+    model, _, _ = make(TINY | {"hidden_size": 576, "num_hidden_layers": 1}, torch.bfloat16, 0)
+    assert fewest_rows(model) == (FEWEST_BF16_ROWS if teal_fast.weights.product.BF16_PRODUCTS else FEWEST_ROWS)
+    for tokens in (1, 2, 5, 8, 11, 12, 13, 40):
+        found = []
+        for threads in (1, 2, 3, 4):
+            set_threads(threads)
+            cache = model.new_cache(1, 64)
+            logits = prefill(model, cache, torch.arange(5, 5 + tokens)[None])
+            found.append(torch.cat([logits, *(part[:, :, :tokens].flatten() for part in (*cache.k, *cache.v))]))
+        assert all(torch.equal(other, found[0]) for other in found[1:]) and found[0].std() > 0.01
 
 
 @torch.no_grad()

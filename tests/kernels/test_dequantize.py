@@ -27,13 +27,15 @@ def impl(request, monkeypatch):
         pytest.skip("runs on the CPU")
     native = compiled(request.param)
     monkeypatch.setattr(teal_fast.kernels.dequantize, "library", lambda: native)
-    return lambda weight, dtype: _dequantize_cpu(*weight, dtype)
+    return lambda weight, begin, end, dtype: _dequantize_cpu(*weight, begin, end, dtype)
 
 
 @pytest.mark.parametrize("K, N, group", [(100, 208, 0), (40, 1152, 64), (65, 576, 192)])
 def test_reference(K, N, group):
     weight = quantized(K, N, group)
-    torch.testing.assert_close(dequantize_reference(weight.weight), weight.dense(), rtol=TWO_ROUNDINGS, atol=0)
+    torch.testing.assert_close(
+        dequantize_reference(weight.weight, 0, N, torch.float32), weight.dense(), rtol=TWO_ROUNDINGS, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,11 +46,28 @@ def test_reference(K, N, group):
 )
 def test_matches_reference(impl, dtype, size):
     weight = quantized(*size).weight
-    found, expected = impl(weight, dtype), dequantize_reference(weight, dtype)
+    found, expected = impl(weight, 0, weight.N, dtype), dequantize_reference(weight, 0, weight.N, dtype)
     assert found.dtype == dtype and found.is_contiguous()
-    rtol = TWO_ROUNDINGS if impl is not _dequantize_cuda and dtype == torch.float32 else 0
-    rtol = LAST_PLACE if impl is _dequantize_cuda and INTERPRETED and dtype == torch.bfloat16 else rtol
+    rtol = 0
+    if impl is not _dequantize_cuda:  # C++
+        assert torch.equal(found, impl(weight, 0, weight.N, torch.float32).to(dtype))
+        rtol = TWO_ROUNDINGS if dtype == torch.float32 else torch.finfo(dtype).eps
+    elif INTERPRETED and dtype == torch.bfloat16:
+        rtol = LAST_PLACE
     torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(
+    "size, begin, end",
+    [((100, 208, 0), 32, 96), ((100, 208, 0), 192, 208), ((40, 1152, 64), 32, 736), ((33, 384, 128), 320, 384)],
+    ids=str,
+)
+@everywhere
+def test_columns_are_a_part_of_the_whole(impl, size, begin, end):
+    weight = quantized(*size).weight
+    for dtype in (torch.float32, torch.bfloat16):
+        found = impl(weight, begin, end, dtype)
+        assert torch.equal(found, impl(weight, 0, weight.N, dtype)[:, begin:end]) and found.is_contiguous()
 
 
 @pytest.mark.parametrize("group", [0, 128])
@@ -61,7 +80,7 @@ def test_nan_of_a_scale_stays_in_its_place(impl, group):
     if group:
         weight.packed[3, 384 // 2 + 2 : 384 // 2 + 4] = 255  # the second group's scale
         expected[3, 128:256] = True
-    assert torch.equal(impl(weight, torch.float32).isnan(), expected)
+    assert torch.equal(impl(weight, 0, weight.N, torch.float32).isnan(), expected)
 
 
 @pytest.mark.parametrize("impl", RUNNABLE, indirect=True)
@@ -69,16 +88,16 @@ def test_cpp_takes_any_number_of_threads(impl, set_threads):
     weight, results = quantized(7, 128, 64).weight, []
     for threads in (1, 2, 3, 4):
         set_threads(threads)
-        results.append(impl(weight, torch.float32))
+        results.append(impl(weight, 0, weight.N, torch.float32))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("group, dtype", [(0, torch.bfloat16), (64, torch.float32)])
 def test_opcheck(group, dtype):
     weight = quantized(35, 384, group).weight
-    torch.library.opcheck(torch.ops.teal.dequantize, (*weight, dtype))
+    torch.library.opcheck(torch.ops.teal.dequantize, (*weight, 64, 384, dtype))
     torch.testing.assert_close(
-        dequantize(weight, dtype), dequantize_reference(weight, dtype), rtol=TWO_ROUNDINGS, atol=0
+        dequantize(weight, 64, 384, dtype), dequantize_reference(weight, 64, 384, dtype), rtol=TWO_ROUNDINGS, atol=0
     )
 
 
@@ -100,4 +119,10 @@ def test_opcheck(group, dtype):
 def test_rejects_bad_input(change, said):
     weight = quantized(35, 128, 0)
     with pytest.raises(ValueError, match=said):
-        dequantize(PackedWeight(*change(weight.packed, weight.scale)))
+        dequantize(PackedWeight(*change(weight.packed, weight.scale)), 0, 128)
+
+
+@pytest.mark.parametrize("begin, end", [(-32, 64), (0, 160), (64, 64), (96, 32), (16, 64), (0, 48)])
+def test_rejects_columns_that_are_not_there_or_not_whole(begin, end):
+    with pytest.raises(ValueError, match=f"columns of 128 by multiples of 32, got {begin} to {end}"):
+        dequantize(quantized(35, 128, 0).weight, begin, end)

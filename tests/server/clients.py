@@ -33,14 +33,16 @@ class Load:
     def server(self, *words: str) -> Server:
         return Server(ours(self.checkpoint, "--device", "cpu", *words))
 
-    def prompt(self, client: int) -> list[int]:
-        """The client's marker: a few tokens again and again, which models go on with, trained or not."""
-        own = range(1000 + 40 * client, 1040 + 40 * client)  # ids that are no other client's
-        return 3 * random.Random(client).sample(own, 4)
+    def marker(self, client: int) -> list[int]:
+        """A few tokens that are no other client's."""
+        return random.Random(client).sample(range(1000 + 40 * client, 1040 + 40 * client), 4)
 
     def body(self, client: int, cache: bool, **fields) -> dict:
+        """The client's marker is its prompt, and nothing else can be its answer."""
+        marker = self.marker(client)
         settings = {"model": "any", "temperature": 0, "sparsity": self.sparsity, "max_tokens": self.new_tokens}
-        return settings | {"prompt": self.prompt(client), "cache": cache} | fields
+        settings |= {"prompt": 3 * marker, "logit_bias": {str(id): 100 for id in marker}, "cache": cache}
+        return settings | fields
 
 
 @dataclass
