@@ -96,7 +96,7 @@ def load_model(
 
 
 def read_format(
-    folder: Path, metadata: dict[str, str], dtype: torch.dtype | None
+    folder: Path, metadata: dict[str, str], dtype: torch.dtype | None = None
 ) -> tuple[Format | BlockFormat | None, str]:
     """The format of quantized weights, None of others, and what they are called; of a file that states it soundly.
 

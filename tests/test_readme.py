@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.paths import ROOT
@@ -44,7 +45,7 @@ def copy(demo, tmp_path_factory) -> Path:
     shutil.copytree(ROOT, folder, ignore=ignored)
     hf = write_llama(folder.with_name("hf"), demo, 128, 256, layers=1, positions=2048)
     convert_huggingface(hf, folder / "checkpoints" / "demo", None)
-    write_gguf(folder / "model.gguf", make_model())
+    write_gguf(folder / "model.gguf", make_model(), GGMLQuantizationType.Q8_0)
     return folder
 
 
@@ -65,6 +66,7 @@ def environment(copy) -> dict[str, str]:
         "VIRTUAL_ENV": str(venv),
         "HF_HOME": str(copy.with_name("hf_home")),
         "HF_HUB_DISABLE_XET": "1",
+        "XDG_CACHE_HOME": str(copy.with_name("cache")),  # where the GGUF file's checkpoint is made
         "TORCHINDUCTOR_VEC_ISA_OK": "0",  # C++ without vectors builds sooner; tests/engine has it with them
     }
 

@@ -13,7 +13,7 @@ from teal_fast.files.load import read_format
 from teal_fast.kernels.int4 import unpack_int4
 from teal_fast.quantization.gptq import gptq_round
 from teal_fast.weights.dense import DenseWeight
-from teal_fast.weights.formats import Format
+from teal_fast.weights.formats import BlockFormat, Format
 from teal_fast.weights.output import Int8Output, output_weight
 
 K, N = 80, 256
@@ -125,6 +125,15 @@ def test_gptq_has_less_output_error_than_nearest(name):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_format_is_what_its_metadata_say(format):
     assert read_format(Path("folder"), METADATA | format.metadata()) == (format, "packed")
+
+
+def test_format_of_a_gguf_file_is_what_its_metadata_say():
+    parts = {"layers.0.attention.wqkv": (("Q4_K", 96), ("Q6_K", 32)), "tok_embeddings": (("Q8_0", 100),)}
+    format = BlockFormat("Q4_K_M", parts, torch.bfloat16)
+    assert read_format(Path("folder"), METADATA | format.metadata()) == (format, "weight")
+    wide = BlockFormat("Q4_K_M", parts, torch.float32)
+    assert read_format(Path("folder"), METADATA | format.metadata(), torch.float32) == (wide, "weight")
+    assert METADATA["version"] == "2" and format.metadata()["version"] == "3"  # which older releases refuse
     assert read_format(Path("folder"), METADATA) == (None, "weight")
 
 
