@@ -12,9 +12,9 @@ from teal_fast.sparse_model import DENSE, Phase
 from teal_fast.weights.product import product_dtype
 
 # Shorter prompts are padded, so that products do not depend on the number of threads. MKL's in fp32 of 5 to 11 rows do.
-# oneDNN's in bf16 do for no number of rows: 1 to 64, 100, 130 and 500 with 1 to 48 threads have the same bits, for 17
-# shapes from 65x1 to 4096x4096 and 8960x1536 (torch 2.13, AVX-512, no AMX); a row's bits are those it has among 500
-# others, but when it is alone.
+# oneDNN's in bf16 do for no number of rows: 1 to 64 and 100 to 500 have the same bits with 1 to 4 threads for 17 shapes
+# from 65x1 to 4096x4096, 22 numbers of rows with up to 48 threads for 12 shapes (torch 2.13, AVX-512, no AMX). A row's
+# bits are those it has among 500 others, but for some shapes when it is alone.
 FEWEST_ROWS = 12
 FEWEST_BF16_ROWS = 2
 PromptLogits = Callable[[Transformer, KVCache, Tensor, Tensor | None, Tensor, Phase], Tensor]

@@ -23,8 +23,8 @@ Columns = Callable[[int, int, torch.dtype], Tensor]  # begin, end, dtype -> thes
 def has_bf16_products() -> bool:
     """Whether the processor multiplies bf16 and adds in fp32. Those with AMX, which oneDNN then takes, have this too.
 
-    Without such instructions bf16 is 9x slower than fp32 (512x576x1536 on Zen 3). fp16 is on Zen 5, too: 7x at 4 tokens
-    and 1536x8960, 30x at 128.
+    Without such instructions bf16 is 9x slower than fp32 (512x576x1536 on Zen 3). fp16 is slower on Zen 5, too, with
+    1536x8960 by 2x at 4 tokens and 33x at 128.
     """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is not None and supported() and torch.backends.mkldnn.is_available()
