@@ -17,6 +17,7 @@ from teal_fast.kernels.block_operand import Parts
 from teal_fast.kernels.block_planes import BLOCK, NARROW, STRIP
 from teal_fast.kernels.block_values import block_columns, block_outputs
 from teal_fast.kernels.blocks import BLOCK_TYPES, SUPER, Blocks, BlockType
+from teal_fast.weights.product import product, product_dtype
 
 NAMES = ("scale", "minimum", "super_scale", "super_minimum")
 VALUES_AT_ONCE = 2**22  # dequantized at a time: 8 MB of bf16, where an output layer may take gigabytes
@@ -124,19 +125,13 @@ class BlockWeight(nn.Module):
         return block_gemv(x, self.operand, threshold, bias)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What a prompt is multiplied in: x's dtype where the device has products in it, else fp32."""
-    has = x.is_cuda or (x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
-    return x.dtype if has else torch.float32
-
-
 class Product(torch.autograd.Function):
     """x [..., K] times a weight, in x's dtype. For the gradient by x it is dequantized anew, instead of being kept."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: BlockWeight) -> Tensor:
         context.weight = weight
-        return torch.cat([F.linear(x, piece.t()) for piece in weight.pieces(x.dtype)], -1)
+        return torch.cat([product(x, piece) for piece in weight.pieces(x.dtype)], -1)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
