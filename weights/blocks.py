@@ -117,26 +117,37 @@ class BlockWeight(nn.Module):
         return whole
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = Product.apply(x.to(product_dtype(x)), self)
+        wide = x.to(product_dtype(x))
+        y = Product.apply(wide, self) if x.requires_grad else product(wide, self)
         return (y if bias is None else y + bias).to(x.dtype)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         return block_gemv(x, self.operand, threshold, bias)
 
 
+@torch.compiler.assume_constant_result
+def has_bf16_products() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a prompt is multiplied in: x's dtype where the device has products in it, else fp32."""
-    has = x.is_cuda or (x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    has = x.is_cuda or (x.dtype == torch.bfloat16 and has_bf16_products())
     return x.dtype if has else torch.float32
 
 
+def product(x: Tensor, weight: BlockWeight) -> Tensor:
+    """x [..., K] times a weight, in x's dtype, a few of its outputs at a time."""
+    return torch.cat([F.linear(x, piece.t()) for piece in weight.pieces(x.dtype)], -1)
+
+
 class Product(torch.autograd.Function):
-    """x [..., K] times a weight, in x's dtype. For the gradient by x it is dequantized anew, instead of being kept."""
+    """`product`, for whose gradient by x the weight is dequantized anew, instead of being kept."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: BlockWeight) -> Tensor:
         context.weight = weight
-        return torch.cat([F.linear(x, piece.t()) for piece in weight.pieces(x.dtype)], -1)
+        return product(x, weight)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
