@@ -57,9 +57,9 @@ def load_model(
 ) -> Transformer:
     """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
 
-    Quantized weights stay so; `dtype` is of what is computed, and of all else; None stands for what the file says of a
-    GGUF file's values, whose norms are fp32. On the CPU tensors stay memory-mapped
-    unless it changes them. Raises ValueError on an unsound file; `thorough` also reads what would stay memory-mapped.
+    Quantized weights stay so; `dtype` is of what is computed, and of all else. A file with a GGUF file's values says
+    itself what None stands for, since its norms are fp32. On the CPU tensors stay memory-mapped unless the type changes
+    them. Raises ValueError on an unsound file; `thorough` also reads what would stay memory-mapped.
     """
     args, path = model_args(read_config(folder)), folder / WEIGHTS
     tensors: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ def read_format(
 def read_parts(path: Path, metadata: dict[str, str], dtype: torch.dtype | None) -> BlockFormat:
     """The format of a GGUF file's own values. Whether its parts fit the model shows when that is made of them."""
     name, stated = metadata.get("name", ""), metadata.get("dtype")
-    if not re.fullmatch(r"\w{1,32}", name):
+    if not re.fullmatch(r"[A-Za-z0-9_]{1,32}", name):
         raise ValueError(f"{path}: name is {short(name)}, expected that of a GGUF file's types: {AGAIN}")
     if stated not in DTYPES:
         raise ValueError(f"{path}: dtype is {short(stated)}, expected {' or '.join(DTYPES)}: {AGAIN}")

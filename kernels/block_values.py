@@ -70,11 +70,14 @@ def _columns_cpu(tensors: list[Tensor | None], kind: int, begin: int, end: int, 
 
 
 def _outputs_cpu(tensors: list[Tensor | None], kind: int, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    N = tensors[2].shape[1]
+    if len(outputs) and not 0 <= outputs.min() <= outputs.max() < N:  # here, where values are: a compiled call has none
+        raise IndexError(f"outputs from {outputs.min()} to {outputs.max()} are not all from 0 to {N - 1}")
     if (native := library()) is None or dtype not in TYPES:
         return _outputs_torch(tensors, kind, outputs, dtype)
     K, outputs = blocks_of(tensors, kind).K, outputs.contiguous()
     y = torch.empty(len(outputs), K, dtype=dtype)
-    part = ctypes.byref(part_of(tensors, kind, K, tensors[2].shape[1]))
+    part = ctypes.byref(part_of(tensors, kind, K, N))
     native.teal_block_outputs(TYPES[dtype], part, pointer(outputs), c_int64(len(outputs)), pointer(y))
     return y
 
@@ -114,6 +117,4 @@ def block_outputs(blocks: Blocks, outputs: Tensor, dtype: torch.dtype) -> Tensor
     """Values [T, K] of outputs int64 [T]. Raises ValueError on others, IndexError outside the weight."""
     if outputs.dim() != 1 or outputs.dtype != torch.int64:
         raise ValueError(f"block_outputs takes outputs [T] int64, got {list(outputs.shape)} {outputs.dtype}")
-    if len(outputs) and not 0 <= outputs.min() <= outputs.max() < blocks.N:
-        raise IndexError(f"outputs from {outputs.min()} to {outputs.max()} are not all from 0 to {blocks.N - 1}")
     return _block_outputs(tensors_of(blocks), KINDS.index(blocks.kind.name), outputs, dtype)

@@ -14,6 +14,7 @@ from teal_fast import calibrate, generate, quantize
 from teal_fast import eval as evaluate
 from teal_fast.calibration.methods import METHODS
 from teal_fast.engine.load import load
+from teal_fast.engine.prefill import prompt_logits
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.steps import PlainStep, fast_step
@@ -25,7 +26,7 @@ from teal_fast.files.paths import ROOT
 from teal_fast.report.page import main as report
 from teal_fast.report.plot_activations import main as plot_activations
 from teal_fast.scripts.convert_gguf import main as convert
-from teal_fast.sparse_model import sparse_layers
+from teal_fast.sparse_model import DENSE, sparse_layers
 from teal_fast.tests.files.test_gguf_kept import WIDE, q4_k_m
 from teal_fast.tests.gguf_models import make_model, write_gguf
 
@@ -165,6 +166,20 @@ def test_the_fast_step_says_what_the_plain_one_does(calibrated):
             given = torch.tensor([[token]]), torch.tensor([position])
             plain, fast = (step(*given).flatten() for step in steps)
             torch.testing.assert_close(fast, plain, rtol=0, atol=0.05 * plain.std().item())
+
+
+def test_a_compiled_prompt_is_one_graph(calibrated):
+    """As --compile_prefill makes it, but for the code in the end."""
+    model = load(calibrated, "cpu")[0].model
+    tokens, last = torch.arange(20)[None], torch.tensor([19])
+    caches = [model.new_cache(1, 32) for _ in range(2)]
+    compiled = torch.compile(prompt_logits, dynamic=True, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        expected, found = (
+            compute(model, cache, tokens, None, last, DENSE)
+            for compute, cache in zip((prompt_logits, compiled), caches, strict=True)
+        )
+    assert torch.equal(found, expected)
 
 
 def test_plain_pytorch_when_it_is_asked_for(calibrated):

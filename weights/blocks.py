@@ -118,20 +118,26 @@ class BlockWeight(nn.Module):
         return whole
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = Product.apply(x.to(product_dtype(x)), self)
+        wide = x.to(product_dtype(x))
+        y = Product.apply(wide, self) if x.requires_grad else by_pieces(wide, self)
         return (y if bias is None else y + bias).to(x.dtype)
 
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         return block_gemv(x, self.operand, threshold, bias)
 
 
+def by_pieces(x: Tensor, weight: BlockWeight) -> Tensor:
+    """x [..., K] times a weight, in x's dtype, a few of its outputs at a time."""
+    return torch.cat([product(x, piece) for piece in weight.pieces(x.dtype)], -1)
+
+
 class Product(torch.autograd.Function):
-    """x [..., K] times a weight, in x's dtype. For the gradient by x it is dequantized anew, instead of being kept."""
+    """`by_pieces`, for whose gradient by x the weight is dequantized anew, instead of being kept."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: BlockWeight) -> Tensor:
         context.weight = weight
-        return torch.cat([product(x, piece) for piece in weight.pieces(x.dtype)], -1)
+        return by_pieces(x, weight)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
