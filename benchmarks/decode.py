@@ -70,7 +70,7 @@ def print_record(record: dict) -> None:
 
 def benchmark(name: str, choice: Choice, plan: Plan, common: dict) -> list[dict]:
     """The records of one model in all its formats and, where asked for, of the peers on its weights."""
-    models = choice.load()
+    models = choice.load(calibrated=any(plan.sparsities))
     vocab_size = models[0][0].args.vocab_size
     prompts = [random_prompt(vocab_size, tokens) for tokens in plan.prompt_tokens]
     decoders: list[Decoder] = [

@@ -93,7 +93,7 @@ class Decoder:
 
 def make_decoders(
     model: Transformer,
-    calibration: Calibration,
+    calibration: Calibration | None,
     prompt: list[int],
     new_tokens: int,
     sparsities: list[float],
