@@ -30,6 +30,7 @@ from teal_fast.evaluation.record import check_records_path, describe, write_reco
 from teal_fast.files.demo import find_gguf
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import DENSE, format_of
+from teal_fast.weights.formats import DTYPES
 from teal_fast.weights.output import output_weight
 
 WINDOW = 512
@@ -101,7 +102,7 @@ def compare_texts(engine: Engine, decoder: Decoder, prompts: list[list[int]], ne
 
 
 def compare_perplexity(model: Transformer, scorer: Scorer, windows: list[list[int]]) -> dict:
-    """Both perplexities and how far ours is from llama.cpp's, as a fraction of it."""
+    """Both perplexities and how far ours is from llama.cpp's, as a fraction of it, with its standard error."""
     ours = our_losses(model, windows)
     theirs = [scorer.loss(window) for window in tqdm(windows, "llama.cpp", unit="window")]
     perplexities = [math.exp(sum(losses) / len(losses)) for losses in (ours, theirs)]
@@ -111,17 +112,18 @@ def compare_perplexity(model: Transformer, scorer: Scorer, windows: list[list[in
         "perplexity": perplexities[0],
         "llama_cpp_perplexity": perplexities[1],
         "apart": perplexities[0] / perplexities[1] - 1,
+        "apart_error": float(np.std(np.subtract(ours, theirs), ddof=1) / math.sqrt(len(ours))) if ours[1:] else None,
         "losses": ours,
         "llama_cpp_losses": theirs,
     }
 
 
-def compare(gguf: Path, text: list[Path], windows: int | None, prompts: int, new_tokens: int) -> dict:
-    """The record of one file."""
-    opened = open_model(ModelChoice(str(gguf), "cpu"), calibrated=False)
-    theirs, model = load(gguf), opened.model
+def compare(choice: ModelChoice, text: list[Path], windows: int | None, prompts: int, new_tokens: int) -> dict:
+    """The record of one file, which the choice names."""
+    opened = open_model(choice, calibrated=False)
+    theirs, model = load(Path(choice.checkpoint)), opened.model
     if not theirs:
-        raise ValueError(f"llama.cpp cannot load {gguf}: take another file")
+        raise ValueError(f"llama.cpp cannot load {choice.checkpoint}: take another file")
     vocabulary = native().llama_model_get_vocab(theirs)
     bos = native().llama_vocab_bos(vocabulary) if native().llama_vocab_get_add_bos(vocabulary) else None
     ids, size = read_ids(text, opened.tokenizer, model.args), native().llama_vocab_n_tokens(vocabulary)
@@ -137,7 +139,8 @@ def compare(gguf: Path, text: list[Path], windows: int | None, prompts: int, new
 def print_record(record: dict) -> None:
     print(f"{record['model']}, {record['format']}: {record['protocol']}")
     ours, theirs = record["perplexity"], record["llama_cpp_perplexity"]
-    print(f"perplexity {ours:.4f}, llama.cpp's {theirs:.4f}: {record['apart']:+.3%}")
+    error = "" if record["apart_error"] is None else f" (standard error {record['apart_error']:.3%})"
+    print(f"perplexity {ours:.4f}, llama.cpp's {theirs:.4f}: {record['apart']:+.3%}{error}")
     parted = [f"{text['parted']} ({text['margin']:.3f})" for text in record["texts"] if text["parted"] is not None]
     equal = len(record["texts"]) - len(parted)
     where = f"; others part at token (margin in nats): {', '.join(parted)}" if parted else ""
@@ -155,6 +158,7 @@ def check(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, help="the file (default: the demo's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="what we compute in (default: bf16)")
     parser.add_argument("--text", type=Path, nargs="+", default=[DEFAULT_TEXT], help="files or folders of text")
     parser.add_argument("--windows", type=positive_int, help=f"of {WINDOW} tokens, spread over the text (default: all)")
     parser.add_argument("--prompts", type=positive_int, default=10, help="greedy texts (default: %(default)s)")
@@ -164,7 +168,8 @@ def main() -> None:
     check_records_path(options.out)
     check_installed([("llama.cpp", FILE)])
     gguf = options.gguf or find_gguf()
-    record = compare(gguf, options.text, options.windows, options.prompts, options.new_tokens)
+    choice = ModelChoice(str(gguf), "cpu", options.dtype)
+    record = compare(choice, options.text, options.windows, options.prompts, options.new_tokens)
     print_record(record)
     print(json.dumps([record]))
     if options.out:
