@@ -1,6 +1,7 @@
 """Generates text: dense prefill, sparse decoding, sampling, chat, streamed output, and what it cost.
 
     python generate.py --checkpoint demo --sparsity 0.5 --prompt "Once upon a time"
+    python generate.py --checkpoint coder.gguf --fim "def area(r):" "    return a"
 
 Text goes to stdout as it is decoded; timings and achieved sparsity go to stderr.
 """
@@ -35,14 +36,19 @@ from teal_fast.files.memory import OutOfMemoryError
 from teal_fast.files.store import check_writable
 from teal_fast.sparse_model import format_of
 
+DEFAULT_PROMPT = "Hello, my name is"
+
 
 def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
-    parser.add_argument("--prompt", default="Hello, my name is", help="text to continue (default: %(default)r)")
+    parser.add_argument("--prompt", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one after another")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message of a chat")
+    parser.add_argument(
+        "--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="fill in what stands between two pieces of code"
+    )
     parser.add_argument("--sparsity", type=sparsity, default=0.0, help="fraction of input channels skipped, 0 to 0.95")
     parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
     parser.add_argument("--num_samples", type=positive_int, default=1, help="texts to generate (default: %(default)s)")
@@ -64,18 +70,22 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     options, choice = parse_with_model(parser)
     if options.system is not None and not options.chat:
         parser.error("--system is the system message of a chat: use it with --chat")
+    if options.fim and (options.prompt is not None or options.chat or options.interactive):
+        parser.error("--fim has a prompt of its own: drop --prompt, --chat and --interactive")
     if options.interactive and (options.json or options.profile or options.num_samples > 1):
         parser.error("--json, --profile and --num_samples are for single prompts: drop --interactive")
+    if options.prompt is None:
+        options.prompt = DEFAULT_PROMPT
     return options, choice
 
 
-def generate(session: Session, prompt: str, ids: list[int], texts: int, profile: Path | None) -> list[Sample]:
-    """Prints so many texts after the prompt, whose ids are given; of an interrupted one what it cost so far."""
+def generate(session: Session, shown: str, ids: list[int], texts: int, profile: Path | None) -> list[Sample]:
+    """Prints so many texts after a prompt, of which `shown` is; of an interrupted one what it cost so far."""
     samples: list[Sample] = []
     try:
         for index in range(texts):
             samples.append(Sample(len(ids)))
-            print(prompt if session.chat is None else "", end="", flush=True)
+            print(shown, end="", flush=True)
             with session.counted(samples[-1]), profiler(profile if index == texts - 1 else None):
                 session.answer(ids, samples[-1])
     except KeyboardInterrupt:
@@ -116,7 +126,7 @@ def main() -> None:
     if options.interactive:
         context = min(options.max_seq_length, model.args.max_position)
     else:
-        ids = encode_prompt(tokenizer, options.prompt, chat)
+        ids = tokenizer.encode_fill_in(*options.fim) if options.fim else encode_prompt(tokenizer, options.prompt, chat)
         if len(ids) >= model.args.max_position:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens, but this model's context is {model.args.max_position} with the "
@@ -133,7 +143,8 @@ def main() -> None:
     )
     if options.interactive:
         return interactive(session)
-    samples = generate(session, options.prompt, ids, options.num_samples, options.profile)
+    shown = "" if options.chat or options.fim else options.prompt
+    samples = generate(session, shown, ids, options.num_samples, options.profile)
     measured = summarize(session.engine, samples)
     print(describe_cost(measured), file=sys.stderr)
     if options.json:

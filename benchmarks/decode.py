@@ -1,17 +1,20 @@
 """Times single-stream decoding at several sparsities, in one process and interleaved, so that ratios can be trusted.
 
     python -m teal_fast.benchmarks.decode --checkpoint demo checkpoints/demo-int8 --sparsity 0 0.25 0.4 0.5
+    python -m teal_fast.benchmarks.decode --gguf model.gguf --device cpu --prompt_tokens 12 500 --peers llama.cpp file
     python -m teal_fast.benchmarks.decode --checkpoint demo --device cpu --peers llama.cpp bf16 q8_0 q4_0, transformers
     python -m teal_fast.benchmarks.decode --shapes llama-3-8b --formats dense int8 int4 --dense \\
         --peers transformers
 
-Each round decodes once in every configuration; the median over rounds is reported, with the extremes. The first round
-warms up. The read bandwidth that the shares refer to is measured in between. `--shapes` takes random weights, and
-thresholds calibrated on random tokens. Prints one JSON line of records; --out writes the same.
+Each round decodes once in every configuration, then reads each prompt once in every program that has a way to; the
+median over rounds is reported, with the extremes. The first round warms up. The read bandwidth that the shares refer to
+is measured in between. `--shapes` takes random weights, and thresholds calibrated on random tokens. Prints one JSON
+line of records; --out writes the same.
 
-Peers are other programs on the same weights, which --gguf names for other checkpoints than the demo. On the CPU they
-take turns with our rows; on CUDA they need the memory and come after our model is gone. A row's host share is what a
-token costs outside the C++ step: Python and drawing it.
+Peers are other programs on the same weights, which lie in the --gguf file, in a --checkpoint that is one, or in the
+demo's. We decode the --gguf file too, unless a --checkpoint that was made of it is named. `llama.cpp file` decodes the
+file as it is, with other formats a copy of it. On the CPU peers take turns with our rows; on CUDA they need the memory
+and come after our model is gone. A row's host share is what a token costs outside the C++ step: Python and drawing it.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from teal_fast.benchmarks.bandwidth import bandwidth_meter
 from teal_fast.benchmarks.decoder import Decoder, make_decoders
 from teal_fast.benchmarks.models import Choice
 from teal_fast.benchmarks.peers import Peer, check_installed, parse_peers, peer_rows
-from teal_fast.benchmarks.rows import Task, measure, random_prompt, ratios
+from teal_fast.benchmarks.rows import Task, first_token_ratios, measure, random_prompt, ratios
 from teal_fast.benchmarks.shapes import COMMON, SHAPES
 from teal_fast.cli import open_checkpoint, pick_device, positive_int, run, sparsity
 from teal_fast.engine.measure import profiler
@@ -54,17 +57,20 @@ class Plan:
 def print_record(record: dict) -> None:
     shares = [f"{record['bandwidth_share']:>4.0%} of read bandwidth"] if "bandwidth_share" in record else []
     shares += [f"host {record['host_share']:.1%}"] if "host_share" in record else []
+    if "first_token_s" in record:
+        shares.append(f"first token {record['first_token_s']:.2f} s (best {min(record['first_token_s_rounds']):.2f})")
     mode = record["peer"] or f"{record['format']} {record['mode']}"
     print(
         f"{record['model']:<14} {mode:<21} {record['sparsity']:>4.0%} after "
-        f"{record['prompt_tokens']:>5}  {record['tokens_per_s']:>7.1f} tokens/s  {', '.join(shares)}",
+        f"{record['prompt_tokens']:>5}  {record['tokens_per_s']:>7.1f} tokens/s (best "
+        f"{record['tokens_per_s_spread'][1]:.1f})  {', '.join(shares)}",
         flush=True,
     )
 
 
 def benchmark(name: str, choice: Choice, plan: Plan, common: dict) -> list[dict]:
     """The records of one model in all its formats and, where asked for, of the peers on its weights."""
-    models = choice.load()
+    models = choice.load(calibrated=any(plan.sparsities))
     vocab_size = models[0][0].args.vocab_size
     prompts = [random_prompt(vocab_size, tokens) for tokens in plan.prompt_tokens]
     decoders: list[Decoder] = [
@@ -102,9 +108,11 @@ def benchmark(name: str, choice: Choice, plan: Plan, common: dict) -> list[dict]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--checkpoint", nargs="+", help="a model's converted checkpoints, such as demo and quantized ones"
+        "--checkpoint",
+        nargs="+",
+        help="a model's checkpoints, such as demo and quantized ones (default: the --gguf file)",
     )
     what.add_argument("--shapes", nargs="+", choices=SHAPES, help="random weights in these models' shapes")
     parser.add_argument(
@@ -120,12 +128,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="decode by plain PyTorch")
     parser.add_argument("--dense", action="store_true", help="a dense baseline row: cuBLAS in the captured step (CUDA)")
     parser.add_argument(
-        "--peers", nargs="+", default=[], help="programs to time as well: llama.cpp [FORMAT], transformers"
+        "--peers", nargs="+", default=[], help="programs to time as well: llama.cpp [FORMAT or file], transformers"
     )
-    parser.add_argument("--gguf", type=Path, help="file with the checkpoint's weights, for peers (default: the demo's)")
+    parser.add_argument("--gguf", type=Path, help="file with the weights, for peers and without --checkpoint for us")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="profile one more decoding of the last row")
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.gguf and not (options.checkpoint or options.shapes):
+        options.checkpoint = [str(options.gguf)]
+    if not (options.checkpoint or options.shapes):
+        parser.error("what is to be timed? name a --checkpoint, a --gguf file or --shapes")
+    return options
 
 
 def find_weights(peers: list[Peer], checkpoints: list[str] | None, gguf: Path | None) -> Path | None:
@@ -134,6 +147,8 @@ def find_weights(peers: list[Peer], checkpoints: list[str] | None, gguf: Path | 
         return None
     if gguf is None and checkpoints[0] == "demo":
         return find_gguf()
+    if gguf is None and Path(checkpoints[0]).is_file():
+        gguf = Path(checkpoints[0])
     if gguf is None:
         raise ValueError("--peers decode the GGUF file that the checkpoint was converted from: name it with --gguf")
     if not gguf.is_file():
@@ -171,7 +186,7 @@ def main() -> None:
         found = benchmark(name, choice, plan, common)
         for record in found:
             print_record(record)
-        print("\n".join(ratios(found)), flush=True)
+        print("\n".join(ratios(found) + first_token_ratios(found)), flush=True)
         records += found
     print(json.dumps(records))
     if options.out:

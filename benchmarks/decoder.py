@@ -38,7 +38,8 @@ class TimedCalls:
 class Decoder:
     """An engine at one sparsity after one prompt, whose prefix stays in the engine's cache from round to round.
 
-    native: what times the calls into C++, where the step is in C++.
+    native: what times the calls into C++, where the step is in C++. reads: whether the row also times its prompt, which
+    is dense at every sparsity, so that one of an engine's rows is enough.
     """
 
     engine: Engine
@@ -47,6 +48,7 @@ class Decoder:
     prompt: list[int]
     new_tokens: int
     native: TimedCalls | None = None
+    reads: bool = False
     achieved: float | None = None
     host_shares: list[float] = field(default_factory=list)
 
@@ -63,6 +65,14 @@ class Decoder:
             self.achieved = self.engine.achieved_sparsity()["all"]
         return sample.tokens_per_s
 
+    def read(self) -> float:
+        """Computes the whole prompt; seconds to the first token."""
+        self.engine.forget()
+        sample, request = Sample(len(self.prompt)), Request(self.prompt, Sampling(0.0), 0.0, 1, stop=())
+        for _ in sample.watch(self.engine.stream(request)):
+            pass
+        return sample.first_token_s
+
     def row(self) -> Row:
         """The configuration as a row that takes turns with others."""
         about = {
@@ -71,7 +81,7 @@ class Decoder:
             "sparsity": self.sparsity,
             "prompt_tokens": len(self.prompt),
         }
-        return Row(about, self.decode, self.details)
+        return Row(about, self.decode, self.details, self.read if self.reads else None)
 
     def details(self) -> dict:
         """Fields of the row's record that were counted on the way."""
@@ -83,7 +93,7 @@ class Decoder:
 
 def make_decoders(
     model: Transformer,
-    calibration: Calibration,
+    calibration: Calibration | None,
     prompt: list[int],
     new_tokens: int,
     sparsities: list[float],
@@ -99,5 +109,6 @@ def make_decoders(
     if isinstance(engine.step, CpuStep):
         engine.step.native = native = TimedCalls(engine.step.native)
     return decoders + [
-        Decoder(engine, engine.step.mode, sparsity, prompt, new_tokens, native) for sparsity in sparsities
+        Decoder(engine, engine.step.mode, sparsity, prompt, new_tokens, native, reads=not i)
+        for i, sparsity in enumerate(sparsities)
     ]

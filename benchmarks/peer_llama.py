@@ -1,12 +1,14 @@
-"""llama.cpp as a peer, by the low-level API of llama-cpp-python: the same weights, in bf16 or in formats of its own.
+"""llama.cpp as a peer, by the low-level API of llama-cpp-python: a GGUF file as it is, or its weights requantized.
 
 It decodes with its own defaults (flash attention, repacked weights, keys and values in fp16) and our number of threads.
-The weights come from the GGUF file that our checkpoint was made of, so that its bf16 holds the values that ours does.
+Our checkpoint was made of the same file, so that its bf16 holds the values that ours does. A requantized copy is kept
+for the next run, in a line that says where.
 """
 
 import ctypes
 import functools
 import hashlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,11 @@ import numpy as np
 import torch
 
 from teal_fast.benchmarks.rows import Row, Task
+from teal_fast.files.gguf import file_type_name
 from teal_fast.files.store import new_file
 from teal_fast.kernels.native import cache_folder
 
+FILE = "file"  # the format of a peer that has the file's own weights
 BATCH = 512  # prompt tokens at once
 SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
@@ -26,10 +30,12 @@ SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
 def rows(task: Task, format: str) -> Iterator[Row]:
     if not isinstance(task.weights, Path) or task.device.type != "cpu":
         raise ValueError("--peers llama.cpp decodes a GGUF file on the CPU: use it with --checkpoint and --device cpu")
-    path = requantized(task.weights, format)
-    model = native().llama_model_load_from_file(str(path).encode(), native().llama_model_default_params())
+    path = task.weights if format == FILE else requantized(task.weights, format)
+    model = load(path)
     if not model:
-        raise ValueError(f"llama.cpp cannot load {path}: remove it to have it made again")
+        todo = "take another file" if format == FILE else "remove it to have it made again"
+        raise ValueError(f"llama.cpp cannot load {path}: {todo}")
+    format = type_of(model) if format == FILE else format
     vocab_size = native().llama_vocab_n_tokens(native().llama_model_get_vocab(model))
     if vocab_size != task.vocab_size:
         raise ValueError(f"{task.weights} has {vocab_size} tokens, the checkpoint {task.vocab_size}")
@@ -42,7 +48,7 @@ def rows(task: Task, format: str) -> Iterator[Row]:
     }
     for prompt in task.prompts:
         decoder = Decoder(model, vocab_size, prompt, task.new_tokens)
-        yield Row(about | {"prompt_tokens": len(prompt)}, decoder.decode)
+        yield Row(about | {"prompt_tokens": len(prompt)}, decoder.decode, read=decoder.read)
 
 
 @functools.cache
@@ -53,6 +59,18 @@ def native() -> ModuleType:
     llama_cpp.llama_log_set(SILENT, None)
     llama_cpp.llama_backend_init()
     return llama_cpp
+
+
+def load(path: Path) -> ctypes.c_void_p:
+    """The model of a GGUF file, 0 where llama.cpp cannot load it."""
+    return native().llama_model_load_from_file(str(path).encode(), native().llama_model_default_params())
+
+
+def type_of(model: ctypes.c_void_p) -> str:
+    """What the model's file calls its mixture of tensor types, as our formats are called."""
+    number = ctypes.create_string_buffer(32)
+    found = native().llama_model_meta_val_str(model, b"general.file_type", number, len(number)) > 0
+    return file_type_name(int(number.value) if found else -1)
 
 
 def requantized(source: Path, format: str) -> Path:
@@ -67,6 +85,8 @@ def requantized(source: Path, format: str) -> Path:
         with new_file(target) as temporary:
             if native().llama_model_quantize(str(source).encode(), str(temporary).encode(), ctypes.byref(options)):
                 raise ValueError(f"llama.cpp cannot convert {source} to {format}")
+    size = target.stat().st_size / 1e9
+    print(f"a copy for llama.cpp in {format} is kept, remove it at will: {target} ({size:.2f} GB)", file=sys.stderr)
     return target
 
 
@@ -80,21 +100,36 @@ class Decoder:
         self.context = native().llama_init_from_model(model, options)
         if not self.context:
             raise ValueError(f"llama.cpp makes no context of {options.n_ctx} tokens")
-        self.vocab_size, self.prompt_tokens, self.new_tokens = vocab_size, len(prompt), new_tokens
-        for start in range(0, len(prompt), BATCH):
-            self.first = self.step(prompt[start : start + BATCH])
+        self.vocab_size, self.prompt, self.new_tokens = vocab_size, prompt, new_tokens
+        self.read()
 
-    def step(self, tokens: list[int]) -> int:
-        """The likeliest token after these."""
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """fp32 [vocab], of what comes after these tokens. They are llama.cpp's, and gone with the next step."""
         ids = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch points there
         if code := native().llama_decode(self.context, native().llama_batch_get_one(ids, len(tokens))):
             raise ValueError(f"llama.cpp cannot decode: it says {code}")
         logits = native().llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(logits, shape=(self.vocab_size,))
+
+    def step(self, tokens: list[int]) -> int:
+        """The likeliest token after these."""
         # Not by PyTorch, whose threads would still wait for more work while llama.cpp's need the cores.
-        return int(np.ctypeslib.as_array(logits, shape=(self.vocab_size,)).argmax())
+        return int(self.logits(tokens).argmax())
+
+    def keep(self, tokens: int) -> None:
+        """Forgets what comes after so many tokens."""
+        native().llama_memory_seq_rm(native().llama_get_memory(self.context), 0, tokens, -1)
+
+    def read(self) -> float:
+        """Computes the whole prompt; seconds to the first token."""
+        self.keep(0)
+        started = time.perf_counter()
+        for start in range(0, len(self.prompt), BATCH):
+            self.first = self.step(self.prompt[start : start + BATCH])
+        return time.perf_counter() - started
 
     def decode(self) -> float:
-        native().llama_memory_seq_rm(native().llama_get_memory(self.context), 0, self.prompt_tokens, -1)
+        self.keep(len(self.prompt))
         token, started = self.first, time.perf_counter()
         for _ in range(self.new_tokens - 1):
             token = self.step([token])

@@ -4,16 +4,17 @@ import importlib
 from collections.abc import Iterator
 
 from teal_fast.benchmarks import peer_llama, peer_transformers
+from teal_fast.benchmarks.peer_llama import FILE
 from teal_fast.benchmarks.rows import Row, Task
 
-FORMATS = {"llama.cpp": ("bf16", "q8_0", "q4_0"), "transformers": ("",)}  # the first is meant when none is named
+FORMATS = {"llama.cpp": ("bf16", "q8_0", "q4_0", FILE), "transformers": ("",)}  # the first is meant when none is named
 MODULES = {"llama.cpp": ("llama_cpp",), "transformers": ("transformers", "accelerate")}
 INSTALL = {
     "llama.cpp": "pip install --no-binary llama-cpp-python llama-cpp-python",
     "transformers": "pip install transformers accelerate",
 }
 
-Peer = tuple[str, str]  # a program, and the format in which it has the weights ("": the model's own)
+Peer = tuple[str, str]  # a program, and the format in which it has the weights ("": the model's own; or FILE)
 
 
 def parse_peers(words: list[str]) -> list[Peer]:

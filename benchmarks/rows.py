@@ -33,7 +33,9 @@ class Row:
     about: dict  # fields of its record that are known beforehand
     decode: Callable[[], float]  # decodes once; tokens a second
     details: Callable[[], dict] = dict  # further fields, known once it has decoded
+    read: Callable[[], float] | None = None  # reads the prompt anew; seconds to the first token
     rates: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
     bandwidths: list[float] = field(default_factory=list)  # bytes a second, one a rate
 
     def record(self) -> dict:
@@ -52,6 +54,9 @@ class Row:
         }
         if "bytes_per_token" in record:
             record["bandwidth_share"] = statistics.median(map(operator.truediv, reads, bandwidths))
+        if self.first_token_s:
+            record["first_token_s"] = statistics.median(self.first_token_s)
+            record["first_token_s_rounds"] = self.first_token_s
         return record
 
 
@@ -75,10 +80,14 @@ def take_turns(
 
 
 def measure(rows: list[Row], rounds: int, meter: Callable[[], float]) -> None:
-    """Fills the rows' rates and bandwidths."""
-    results = take_turns([row.decode for row in rows], rounds, meter, "decoding")
-    for row, (rates, bandwidths) in zip(rows, results, strict=True):
+    """Fills the rows' rates, bandwidths and, of those that read prompts, times to the first token."""
+    readers = [row for row in rows if row.read]
+    measures = [row.decode for row in rows] + [row.read for row in readers]
+    results = take_turns(measures, rounds, meter, "decoding")
+    for row, (rates, bandwidths) in zip(rows, results, strict=False):
         row.rates, row.bandwidths = rates, bandwidths
+    for row, (seconds, _) in zip(readers, results[len(rows) :], strict=True):
+        row.first_token_s = seconds
 
 
 def random_prompt(vocab_size: int, tokens: int) -> list[int]:
@@ -104,6 +113,25 @@ def ratios(records: list[dict]) -> list[str]:
             compared = ", ".join(f"{_ratio(longest, other)} of after {other['prompt_tokens']}" for other in shorter)
             lines.append(f"{name} after {longest['prompt_tokens']}: {compared}")
     return lines
+
+
+def first_token_ratios(records: list[dict]) -> list[str]:
+    """Lines that compare how long our prompts take with other programs': median, the rounds' ratios, best."""
+    timed = [record for record in records if "first_token_s" in record]
+    lines = []
+    for mine in filter(_is_ours, timed):
+        others = [r for r in timed if not _is_ours(r) and r["prompt_tokens"] == mine["prompt_tokens"]]
+        if others:
+            compared = ", ".join(f"{_first_token_ratio(mine, other)} of {_name(other)}" for other in others)
+            lines.append(f"{mine['format']}, first token after {mine['prompt_tokens']}: {compared}")
+    return lines
+
+
+def _first_token_ratio(record: dict, other: dict) -> str:
+    mine, theirs = record["first_token_s_rounds"], other["first_token_s_rounds"]
+    paired = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+    median = record["first_token_s"] / other["first_token_s"]
+    return f"{median:.2f}x (rounds {paired:.2f}x, best {min(mine) / min(theirs):.2f}x)"
 
 
 def _is_ours(record: dict) -> bool:

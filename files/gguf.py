@@ -222,7 +222,11 @@ def stated_scaling(
 
 def file_type(reader: gguf.GGUFReader) -> str:
     """What the file calls its mixture of tensor types, as Q4_K_M."""
-    number = find_value(reader, "general.file_type", int, -1)
+    return file_type_name(find_value(reader, "general.file_type", int, -1))
+
+
+def file_type_name(number: int) -> str:
+    """The name of a mixture of tensor types."""
     known = {kind.value: kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType}
     return known.get(number, "gguf")
 

@@ -15,17 +15,22 @@ from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
+from teal_fast.files.fill_in import KEYS
 from teal_fast.files.pre_tokenizers import SPLITTINGS, find_name
 from teal_fast.files.store import one_line, short
 
 PREFIX = "tokenizer.ggml."
 AGAIN = "take another GGUF file"
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_KEYS += ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")  # as in llama.cpp, which ends at these as well
+FILL_IN = [("fim_pre_token_id", "prefix_token_id"), ("fim_suf_token_id", "suffix_token_id")]
+FILL_IN += [("fim_mid_token_id", "middle_token_id")]  # in the order of KEYS, each with its older name
+IDS = (*END_KEYS, *(key for keys in FILL_IN for key in keys))
 NO_ID = 2**32 - 1  # -1 as an unsigned number: some converters wrote it for a token that the model lacks
 NAMED = {"unk_token": "unknown_token_id", "bos_token": "bos_token_id"}
 NAMED |= {"eos_token": "eos_token_id", "pad_token": "padding_token_id"}  # in the order of sentencepiece's fields
 LISTS = {"tokens": str, "merges": str, "scores": int | float, "token_type": int}  # of what
-SCALARS = dict.fromkeys((*NAMED.values(), *END_KEYS), int) | {"model": str, "pre": str}
+SCALARS = dict.fromkeys((*NAMED.values(), *IDS), int) | {"model": str, "pre": str}
 SCALARS |= {"add_bos_token": bool, "add_space_prefix": bool}
 SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)  # no text
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -76,7 +81,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     if len(set(tokens)) < len(tokens):
         ((twice, _),) = Counter(tokens).most_common(1)
         raise ValueError(f"{PREFIX}tokens holds {twice[:80]!r} twice: {AGAIN}")
-    if beyond := [name for name in (*NAMED.values(), *END_KEYS) if not 0 <= given.get(name, 0) < len(tokens)]:
+    if beyond := [name for name in (*NAMED.values(), *IDS) if not 0 <= given.get(name, 0) < len(tokens)]:
         raise ValueError(f"{beyond[0]} is {given[beyond[0]]} of {len(tokens)} tokens: {AGAIN}")
     if model == "llama":  # llama.cpp's defaults
         defaults = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -108,7 +113,8 @@ def _config(given: dict[str, Any]) -> dict[str, Any]:
     }
     if sentencepiece:
         config["legacy"] = True  # a text that follows an added token begins with a space, as the prompt does
-    config |= {name: tokens[given[key]] for name, key in NAMED.items() if key in given}
+    named = NAMED | {name: new if new in given else old for name, (new, old) in zip(KEYS, FILL_IN, strict=True)}
+    config |= {name: tokens[given[key]] for name, key in named.items() if key in given}
     if given.get("chat_template"):
         config["chat_template"] = given["chat_template"]
     config["added_tokens_decoder"] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 from teal_fast.files.chat_ids import ChatEncoder, chat_of
 from teal_fast.files.decoding import PieceStream
+from teal_fast.files.fill_in import find_fill_in
 from teal_fast.files.stop import stop_ids
 from teal_fast.files.store import one_line, read_text, short
 from teal_fast.files.tokenizer_json import load_json
@@ -49,6 +50,7 @@ class Tokenizer:
         self.eos_ids = stop_ids(vocabulary, ends | {"the vocabulary's EOS": vocabulary.eos}, template)
         self.vocab_size: int = max(vocabulary.ids.values()) + 1
         self.chat_template = template
+        self._fill_in = find_fill_in(vocabulary.ids, settings)
         self._added = {token.content: i for i, token in vocabulary.added.items()}
         self._encode, self._first = vocabulary.encode, vocabulary.first
         self.pieces = {token: piece for token, piece in vocabulary.pieces.items() if token not in named.values()}
@@ -99,6 +101,14 @@ class Tokenizer:
         what else the template may use, documents and enable_thinking for example.
         """
         return self._chat_encoder().encode(chat_of(messages, tools, variables, add_generation_prompt))
+
+    def encode_fill_in(self, prefix: str, suffix: str) -> list[int]:
+        """Ids after which the model writes what stands between two texts, in which control tokens are text."""
+        if self._fill_in is None:
+            raise ValueError("this checkpoint has no tokens to fill a gap with: drop --fim or use a model of code")
+        before, between, after = self._fill_in
+        first, last = self._ids(prefix, control=False), self._ids(suffix, control=False, start=False)
+        return [*self._prefix, before, *first, between, *last, after]
 
     def render_chat(
         self,

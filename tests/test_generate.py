@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,11 @@ def test_ctrl_c_ends_cleanly(calibrated):
         (("--top_k", "-1"), 2, "argument --top_k: got '-1', expected a whole number of at least 0"),
         (("--prompt", "  "), 1, "the prompt is empty"),
         (("--prompt", "word " * 600), 1, "the prompt has 601 tokens"),
+        (("--fim", "a"), 2, "argument --fim: expected 2 arguments"),
+        (("--fim", "a", "b", "--prompt", "c"), 2, "--fim has a prompt of its own: drop --prompt"),
+        (("--fim", "a", "b", "--chat"), 2, "--fim has a prompt of its own"),
+        (("--fim", "a", "b", "--interactive"), 2, "--fim has a prompt of its own"),
+        (("--fim", "a", "b"), 1, "this checkpoint has no tokens to fill a gap with: drop --fim or use a model of code"),
         (("--device", "tpu"), 1, "--device tpu is not known here"),
         (("--calibration", "nowhere.safetensors", "--sparsity", "0.5"), 1, "nowhere.safetensors is missing"),
         (("--checkpoint", "nowhere"), 1, "nowhere does not exist"),
@@ -169,6 +175,22 @@ def test_a_chat_prints_the_answer_alone_and_a_text_its_prompt(calibrated, run_ma
     texts = [run_main(main, *arguments, *more)[1] for more in ((), ("--chat",), ("--eager",))]
     assert texts[0].startswith("The light") and texts[2] == texts[0]
     assert "The light" not in texts[1] and texts[1]
+
+
+def test_fim_prints_what_fills_the_gap(calibrated, tmp_path, run_main):
+    """By tokens that the folder names; the answer is that of the same ids."""
+    folder = shutil.copytree(calibrated, tmp_path / "coder")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    names = {"prefix_token": "<gh_stars>", "suffix_token": "<issue_start>", "middle_token": "<jupyter_text>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | names))
+    arguments = ("--checkpoint", folder, "--temperature", 0, "--max_new_tokens", 5, "--json")
+    code, out, errors = run_main(main, *arguments, "--fim", "The light", " of the sea")
+    assert code == 0, errors
+    engine, tokenizer = load(folder)
+    ids = tokenizer.encode("<gh_stars>The light<issue_start> of the sea<jupyter_text>")
+    tokens = engine.stream(Request(ids, Sampling(0.0), 0, 5))
+    assert out.rsplit("\n", 2)[0] == "".join(stream_text(tokens, tokenizer, ids))
+    assert json.loads(out.splitlines()[-1])["prompt_tokens"] == len(ids)
 
 
 def test_an_answer_that_the_context_cuts_says_so(calibrated, run_main):

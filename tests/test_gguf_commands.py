@@ -12,6 +12,7 @@ from gguf import LlamaFileType
 
 from teal_fast import calibrate, generate, quantize
 from teal_fast import eval as evaluate
+from teal_fast.benchmarks import decode
 from teal_fast.calibration.methods import METHODS
 from teal_fast.engine.load import load
 from teal_fast.engine.prefill import prompt_logits
@@ -180,6 +181,29 @@ def test_a_compiled_prompt_is_one_graph(calibrated):
             for compute, cache in zip((prompt_logits, compiled), caches, strict=True)
         )
     assert torch.equal(found, expected)
+
+
+def test_decode_times_the_file(calibrated, tmp_path, run_main):
+    out = tmp_path / "out.json"
+    settings = ("--device", "cpu", "--new_tokens", 5, "--rounds", 1, "--sparsity", 0, 0.5, "--prompt_tokens", 3, 40)
+    code, printed, errors = run_main(decode.main, "--gguf", calibrated, *settings, "--out", out)
+    assert code == 0, errors
+    records = json.loads(out.read_text())
+    assert {(record["model"], record["format"]) for record in records} == {("coder.Q4_K_M", "Q4_K_M")}
+    assert [r["prompt_tokens"] for r in records if r.get("first_token_s", 0) > 0] == [3, 40]  # once an engine
+    assert "first token" in printed
+
+
+def test_decode_wants_something_to_time(run_main):
+    code, _, errors = run_main(decode.main, "--device", "cpu")
+    assert code == 2 and "name a --checkpoint, a --gguf file or --shapes" in errors.splitlines()[-1]
+
+
+def test_the_peers_file_is_the_checkpoint_or_named(file):
+    peers, other = [("llama.cpp", "file")], file.parent / "other"
+    assert decode.find_weights(peers, [str(file)], None) == decode.find_weights(peers, [str(other)], file) == file
+    with pytest.raises(ValueError, match="name it with --gguf"):
+        decode.find_weights(peers, [str(other)], None)
 
 
 def test_plain_pytorch_when_it_is_asked_for(calibrated):

@@ -5,9 +5,12 @@ import sys
 import pytest
 import torch
 
+from teal_fast.benchmarks import peer_llama
 from teal_fast.benchmarks.peers import check_installed, parse_peers, peer_rows
 from teal_fast.benchmarks.rows import Task, random_prompt
 from teal_fast.benchmarks.shapes import COMMON
+from teal_fast.tests.files.test_gguf_kept import WIDE, q4_k_m
+from teal_fast.tests.gguf_models import SIZES, make_model, write_gguf
 
 CONFIG = COMMON | {
     "hidden_size": 64,
@@ -26,6 +29,7 @@ CONFIG = COMMON | {
         (["llama.cpp,transformers"], [("llama.cpp", "bf16"), ("transformers", "")]),
         (["transformers", "llama.cpp", "q8_0"], [("transformers", ""), ("llama.cpp", "q8_0")]),
         (["llama.cpp, llama.cpp q4_0"], [("llama.cpp", "bf16"), ("llama.cpp", "q4_0")]),
+        (["llama.cpp", "file", "q8_0"], [("llama.cpp", "file"), ("llama.cpp", "q8_0")]),
         (["llama.cpp bf16 q8_0", "llama.cpp"], [("llama.cpp", "bf16"), ("llama.cpp", "q8_0")]),
     ],
 )
@@ -35,7 +39,9 @@ def test_peers_are_named_by_words_apart_by_commas_or_spaces(words, peers):
 
 @pytest.mark.parametrize("words", [["vllm"], ["q8_0"], ["transformers q8_0"], ["llama.cpp q5_0"]])
 def test_an_unknown_peer_is_named_with_those_there_are(words):
-    with pytest.raises(ValueError, match=r"llama\.cpp bf16, llama\.cpp q8_0, llama\.cpp q4_0, transformers"):
+    with pytest.raises(
+        ValueError, match=r"llama\.cpp bf16, llama\.cpp q8_0, llama\.cpp q4_0, llama\.cpp file, transformers"
+    ):
         parse_peers(words)
 
 
@@ -58,6 +64,34 @@ def test_transformers_decodes_the_same_tokens_each_time(monkeypatch):
         assert row.decode() > 0 and row.decode() > 0
         tokens = torch.cat(drawn).flatten().tolist()
         assert len(tokens) == 16 and tokens[:8] == tokens[8:]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A small GGUF file that llama.cpp loads, where it is installed."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    write_gguf(tmp_path / "small.gguf", make_model(**WIDE), q4_k_m, metadata={"general.file_type": 15})
+    return tmp_path / "small.gguf"
+
+
+def test_llama_cpp_decodes_the_very_file_and_announces_a_copy(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peer_llama, "cache_folder", lambda: tmp_path / "cache")
+    vocab_size = WIDE.get("vocab_size", SIZES["vocab_size"])
+    task = Task(file, vocab_size, [[1, 2], [3] * 20], 8, torch.device("cpu"), "bf16")
+    rows = list(peer_rows([("llama.cpp", "file")], task))
+    assert [row.about["format"] for row in rows] == ["Q4_K_M"] * 2 and rows[0].about["peer"] == "llama.cpp Q4_K_M"
+    assert all(row.read() > 0 and row.decode() > 0 for row in rows)
+    assert not (tmp_path / "cache").exists() and "copy" not in capsys.readouterr().err
+    list(peer_rows([("llama.cpp", "q8_0")], task))
+    (copy,) = (tmp_path / "cache").iterdir()
+    assert f"a copy for llama.cpp in q8_0 is kept, remove it at will: {copy}" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_one_line(file):
+    file.write_bytes(file.read_bytes()[:5000])
+    task = Task(file, 500, [[1, 2]], 8, torch.device("cpu"), "bf16")
+    with pytest.raises(ValueError, match=r"llama\.cpp cannot load .*: take another file"):
+        list(peer_rows([("llama.cpp", "file")], task))
 
 
 def test_llama_cpp_wants_a_gguf_file_on_the_cpu():

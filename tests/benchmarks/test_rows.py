@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from teal_fast.benchmarks.rows import Row, measure, random_prompt, ratios
+from teal_fast.benchmarks.rows import Row, first_token_ratios, measure, random_prompt, ratios
 
 
 def make(
@@ -26,6 +26,28 @@ def test_rows_take_turns_and_the_first_round_does_not_count():
     measure(rows, 2, lambda: 1.0)
     assert turns == list("ababab")
     assert [row.rates for row in rows] == [[3.0, 5.0], [4.0, 6.0]]
+
+
+def test_prompts_are_read_after_all_have_decoded():
+    turns, seconds = [], iter([9.0, 2.0, 4.0, 3.0])
+    read = lambda: turns.append("read") or next(seconds)  # noqa: E731
+    rows = [Row({}, lambda: turns.append("a") or 1.0), Row({}, lambda: turns.append("b") or 1.0, read=read)]
+    measure(rows, 3, lambda: 1.0)
+    assert turns == ["a", "b", "read"] * 4
+    assert rows[1].record()["first_token_s"] == 3 and rows[1].record()["first_token_s_rounds"] == [2, 4, 3]
+    assert "first_token_s" not in rows[0].record()
+
+
+def test_first_tokens_are_compared_where_prompts_are_as_long():
+    def record(peer: str | None, tokens: int, *seconds: float) -> dict:
+        about = {"peer": peer, "mode": "compiled", "sparsity": 0, "prompt_tokens": tokens, "format": "Q4_K_M"}
+        row = Row(about, float, rates=[1.0], bandwidths=[1.0], first_token_s=[*seconds])
+        return row.record()
+
+    records = [record(None, 12, 1, 2, 3), record("llama.cpp Q4_K_M", 12, 2, 2, 4), record("llama.cpp bf16", 500, 9)]
+    assert first_token_ratios(records) == [
+        "Q4_K_M, first token after 12: 1.00x (rounds 0.75x, best 0.50x) of llama.cpp Q4_K_M"
+    ]
 
 
 def test_a_record_has_the_median_the_extremes_and_the_share_of_the_bandwidth_around_each_decoding():

@@ -18,6 +18,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from teal_fast.files import pre_tokenizers as pre_tokenizers_by_name
 from teal_fast.files import tokenizer
+from teal_fast.files.fill_in import FAMILIES
 from teal_fast.files.gguf_tokenizer import write_tokenizer
 
 TEXTS = [
@@ -222,6 +223,34 @@ def test_an_end_of_a_turn_alone_ends_generation(tmp_path, key):
     assert convert(tmp_path, "gpt2", pre="gpt-2", **{key: 8}, **fields_of(train(BYTE_LEVEL))).eos_ids == {8}
 
 
+@pytest.mark.parametrize("key", ["fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id"])
+def test_what_follows_a_filled_gap_ends_generation(tmp_path, key):
+    ends = {"eos_token_id": 7, key: 8}
+    assert convert(tmp_path, "gpt2", pre="gpt-2", **ends, **fields_of(train(BYTE_LEVEL))).eos_ids == {7, 8}
+
+
+OLD_FILL_IN, FILL_IN = (
+    [f"{name}_token_id" for name in names]
+    for names in (("prefix", "suffix", "middle"), ("fim_pre", "fim_suf", "fim_mid"))
+)
+
+
+@pytest.mark.parametrize("given", [OLD_FILL_IN, FILL_IN, [FILL_IN[0], *OLD_FILL_IN[1:]]])
+def test_the_file_names_the_tokens_around_a_gap(tmp_path, given):
+    library = train(BYTE_LEVEL)
+    added = [(name, TokenType.CONTROL) for name in ("<a>", "<b>", "<c>", *FAMILIES[0])]
+    n, fields = library.get_vocab_size(), fields_of(library, added)
+    fields |= {key: n + i for i, key in enumerate(given)}
+    converted = convert(tmp_path, "gpt2", pre="gpt-2", **fields)
+    assert converted.encode_fill_in("", "") == [n, n + 1, n + 2]
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("hi <c>") == converted.encode("hi <c>")
+
+
+def test_the_newer_name_of_a_token_counts(tmp_path):
+    fields = fields_of(train(BYTE_LEVEL)) | dict(zip([*OLD_FILL_IN, *FILL_IN], range(40, 46), strict=True))
+    assert convert(tmp_path, "gpt2", pre="gpt-2", **fields).encode_fill_in("", "") == [43, 44, 45]
+
+
 # --- sentencepiece
 
 
@@ -401,6 +430,8 @@ def test_sentencepiece_vocabulary_without_an_unknown_token(tmp_path):
         ("gpt2", {"merges": ["nospace"]}, "merges do not fit"),
         ("gpt2", {"token_type": [1, 1]}, "differ in length"),
         ("gpt2", {"bos_token_id": 100_000}, "bos_token_id is 100000"),
+        ("gpt2", {"fim_mid_token_id": 100_000}, "fim_mid_token_id is 100000"),
+        ("gpt2", {"prefix_token_id": "a"}, "prefix_token_id 'a', expected one int"),
         ("llama", {"merges": None}, "tokenizer.ggml.scores"),
     ],
 )

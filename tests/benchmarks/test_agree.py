@@ -1,0 +1,40 @@
+"""The comparison with llama.cpp on a small file, where it is installed, and what counts as apart."""
+
+import json
+
+import pytest
+
+from teal_fast.benchmarks import agree
+from teal_fast.files import gguf_cache
+from teal_fast.tests.files.test_gguf_kept import WIDE, q4_k_m
+from teal_fast.tests.gguf_models import make_model, write_gguf
+
+
+def test_windows_are_spread_and_begin_with_bos():
+    ids = [*range(agree.WINDOW * 4 + 5)]
+    assert [window[0] for window in agree.cut(ids, 2, None)] == [0, 2 * agree.WINDOW]
+    ((first, *_),) = agree.cut(ids, 1, -7)
+    assert first == -7 and all(len(window) == agree.WINDOW for window in agree.cut(ids, None, -7))
+    with pytest.raises(ValueError, match="fewer than one window"):
+        agree.cut(ids[:100], None, None)
+
+
+@pytest.mark.parametrize("apart, margin, said", [(0.003, 0, "+0.300% apart"), (-0.0019, 0.31, "margin is 0.310")])
+def test_what_is_apart_is_an_error(apart, margin, said):
+    with pytest.raises(ValueError) as error:
+        agree.check({"apart": apart, "texts": [{"parted": 3, "margin": margin}]})
+    assert said in str(error.value)
+    agree.check({"apart": -0.0019, "texts": [{"parted": 3, "margin": 0.29}]})
+
+
+def test_both_programs_score_and_continue_the_same_file(tmp_path, monkeypatch, run_main):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    monkeypatch.setattr(gguf_cache, "cache_folder", lambda: tmp_path / "cache")
+    sizes = WIDE | {"max_position_embeddings": 1024}
+    write_gguf(tmp_path / "small.gguf", make_model(**sizes), q4_k_m, metadata={"general.file_type": 15})
+    (tmp_path / "text.txt").write_text("the thin inn in the thing " * 400)
+    words = ("--gguf", tmp_path / "small.gguf", "--text", tmp_path / "text.txt", "--windows", 2, "--prompts", 2)
+    code, out, errors = run_main(agree.main, *words, "--new_tokens", 4)
+    (record,) = json.loads(out.splitlines()[-1])
+    assert record["peer"] == "llama.cpp Q4_K_M" and record["tokens"] == 2 * 255 and len(record["texts"]) == 2
+    assert abs(record["apart"]) < 0.02, (code, errors)  # random weights: rounding weighs more than in a trained model
