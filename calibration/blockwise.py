@@ -5,32 +5,41 @@ the block: from the one whose further dropping changes the block's output least.
 model's hidden states, so blocks do not see each other's errors.
 """
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from teal_fast.calibration.allocation import Sizes
-from teal_fast.model import Call, Transformer
+from teal_fast.calibration.block_passes import calls
+from teal_fast.calibration.progress import Progress
+from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, Phase, sparse_layers
 
 STEPS = 20  # of a block's bytes: 5 % each
+LAYERS = 4  # sparse ones of a block
+
+
+def blockwise_work(model: Transformer, sequence: list[int]) -> float:
+    """Layers x tokens: each step tries every layer of a block, the last ones fewer."""
+    return STEPS * LAYERS * len(sequence) * len(model.layers)
 
 
 @torch.no_grad()
-def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[str, Tensor]) -> Tensor:
+def blockwise_shares(
+    model: Transformer, sequence: list[int], quantiles: dict[str, Tensor], progress: Progress | None = None
+) -> Tensor:
     """The share of entries that each layer drops, fp64 [layers, STEPS + 1], at sparsities evenly spaced from 0 to 1.
 
-    sequence: token ids; quantiles: of |x| at levels evenly spaced from 0 to 1, by layer name. Leaves the model's
-    thresholds at sparsity 0.
+    sequence: token ids; quantiles: of |x| at levels evenly spaced from 0 to 1, by layer name; progress: of which this
+    is a part. Leaves the model's thresholds at sparsity 0.
     """
-    device = model.norm.weight.device
-    x = model.tok_embeddings(torch.tensor([sequence], device=device))
-    positions = torch.arange(len(sequence), device=device)
+    x = model.tok_embeddings(torch.tensor([sequence], device=model.norm.weight.device))
     shares = []
-    with tqdm(total=STEPS * len(model.layers), desc="allocating", unit="step") as progress:
-        for index, block in enumerate(model.layers):
-            mask = model.mask(positions, None, model.args.sliding_windows[index])
-            inputs = (Call(*model.rotary(positions, x.dtype), positions, phase=Phase(1)), mask, index)
+    with ExitStack() as stack:
+        progress = progress or stack.enter_context(Progress(blockwise_work(model, sequence), "allocating"))
+        progress.turn_to("allocating")
+        for index, (block, inputs) in enumerate(calls(model, len(sequence), Phase(1))):
             layers = sparse_layers(block)
             points = [quantiles[f"layers.{index}.{name}"] for name in layers]
             weights = Sizes.of([layer.weight for layer in layers.values()]).weight
@@ -39,7 +48,7 @@ def blockwise_shares(model: Transformer, sequence: list[int], quantiles: dict[st
             expected = block(x, *inputs)
             for _ in range(STEPS):
                 found.append(_next_shares(block, x, inputs, expected, found[-1], step, points))
-                progress.update()
+                progress.add(LAYERS * len(sequence))
             for layer in layers.values():
                 layer.threshold.fill_(KEEP_ALL)
             shares.append(torch.stack(found, dim=1))

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from teal_fast.calibration.allocation import Costs, Sizes, Spread, allocate, correct_costs, curves, thresholds
-from teal_fast.calibration.blockwise import blockwise_shares
+from teal_fast.calibration.blockwise import blockwise_shares, blockwise_work
 from teal_fast.calibration.passes import Passes, column
 from teal_fast.calibration.probe import POINTS
+from teal_fast.calibration.progress import Progress
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
 
 METHODS = ("measured", "fisher", "global", "blockwise", "uniform")
@@ -51,11 +52,25 @@ def find_costs(passes: Passes, sizes: Sizes, flat: list[Tensor], method: str) ->
     return Costs(corrected), flat
 
 
+def total_work(passes: Passes, method: str) -> float:
+    """Layers x tokens of a method, of which every pass and what blockwise does between them are told to the bar."""
+    by_method = {"measured": ["text"] + ["divergence"] * len(CORRECTION_SPARSITIES), "fisher": ["text"]}
+    by_method["global"] = by_method["fisher"]
+    losses = by_method.get(method, []) + [None] * (1 + len(OBSERVED_SPARSITIES))
+    between = blockwise_work(passes.model, passes.sequences[0]) if method == "blockwise" else 0
+    return between + sum(passes.work(turn, loss) for turn, loss in enumerate(losses))
+
+
 def fit_curves(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs a method and returns the curves and factors of a `Calibration`.
 
     Leaves the model's thresholds at sparsity 0.
     """
+    with Progress(total_work(passes, method), "calibrating") as passes.progress:
+        return _fit_curves(passes, method)
+
+
+def _fit_curves(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     layers = sparse_layers(passes.model)
     sizes = Sizes.of([layer.weight for layer in layers.values()])
     factors = [torch.ones(layer.weight.in_features).double() for layer in layers.values()]
@@ -66,7 +81,7 @@ def fit_curves(passes: Passes, method: str) -> tuple[dict[str, Tensor], dict[str
         rule = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(layers), 2)
     elif method == "blockwise":
         quantiles = dict(zip(layers, column(seen, "quantiles"), strict=True))
-        rule = blockwise_shares(passes.model, passes.sequences[0], quantiles)
+        rule = blockwise_shares(passes.model, passes.sequences[0], quantiles, passes.progress)
     spreads = [Spread(0.0, torch.stack(column(seen, "quantiles")))]
     for sparsity in OBSERVED_SPARSITIES:
         found = thresholds(spreads[-1], sizes, rule, sparsity)

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from teal_fast.calibration.block_passes import work
 from teal_fast.calibration.probe import observe
+from teal_fast.calibration.progress import Progress
 from teal_fast.files.store import check_writable, new_file, open_safetensors
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
@@ -93,6 +95,15 @@ class Passes:
         self.count = min(max(round(tokens / average), 1), len(sequences))
         self.tokens = round(self.count * average)
         self.turn = 0
+        self.progress: Progress | None = None  # None: each pass has a bar of its own
+
+    def part(self, turn: int) -> list[list[int]]:
+        """The sequences of a pass."""
+        return [self.sequences[(turn * self.count + i) % len(self.sequences)] for i in range(self.count)]
+
+    def work(self, turn: int, loss: str | None) -> float:
+        """Layers x tokens of a pass."""
+        return sum(work(self.model, len(sequence), loss) for sequence in self.part(turn))
 
     def next(self, title: str, thresholds: Tensor | None, factors: list[Tensor], loss: str | None = None) -> Seen:
         """Runs one pass and returns what `observe` returns.
@@ -102,9 +113,16 @@ class Passes:
         """
         for index, layer in enumerate(sparse_layers(self.model).values()):
             layer.threshold.copy_(torch.tensor(KEEP_ALL) if thresholds is None else thresholds[index] * factors[index])
-        start, self.turn = self.turn * self.count, self.turn + 1
-        part = [self.sequences[(start + i) % len(self.sequences)] for i in range(self.count)]
-        seen = self.journal.keep(f"{self.turn} {title}", lambda: observe(self.model, part, title, loss, factors))
+        turn, self.turn = self.turn, self.turn + 1
+
+        def run() -> Seen:
+            observed.append(turn)
+            return observe(self.model, self.part(turn), title, loss, factors, self.progress)
+
+        observed: list[int] = []
+        seen = self.journal.keep(f"{self.turn} {title}", run)
+        if self.progress and not observed:
+            self.progress.skip(self.work(turn, loss))
         return {name: seen[name] for name in sparse_layers(self.model)}  # the journal has an order of its own
 
 

@@ -2,7 +2,8 @@
 
 `observe` runs the model at the thresholds that are set, with the inputs of all tokens but a sequence's first masked as
 in decoding. Values of |x| go into a histogram whose bins are the leading bits of the float itself: exact for bf16,
-0.8 % fine for fp16 and fp32. It needs no range in advance, keeps no activations and takes 256 KB per layer.
+0.8 % fine for fp16 and fp32. It needs no range in advance, keeps no activations and takes 256 KB per layer. Gradients
+take the memory of one block besides (block_passes.py).
 
 Costs come from gradients, and gradients pass the masks by a straight-through estimator (arXiv:1308.3432): the backward
 pass treats a mask as the identity. The true derivative of a mask is 0 for dropped entries and ignores that an entry
@@ -10,17 +11,24 @@ jumps when it crosses its threshold; averaged over tokens, the jumps weigh as mu
 estimator early layers seem hardly to matter.
 """
 
+from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from teal_fast.calibration.block_passes import (
+    OUTPUT_WORK,
+    backpropagate,
+    hidden_states,
+    loss_gradient,
+    output_layers,
+    work,
+)
+from teal_fast.calibration.progress import Progress
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import SparseLinear, sparse_layers, watch_inputs
-from teal_fast.weights.output import output_weight
 
 SHIFT = 23 - 7  # bins keep fp32's sign, exponent and 7 of its 23 mantissa bits, as bf16 does
 BINS = 1 << (31 - SHIFT)
@@ -69,15 +77,19 @@ class Observed:
         self.loss, self.square = self.fisher.new_zeros(()), self.fisher.new_zeros(())
 
     def mask(self, x: Tensor) -> Tensor:
-        """Counts the input x [1, T, K] and returns it with its dropped entries zeroed; gradients pass the mask."""
+        """Counts the input x [1, T, K] and returns it with its dropped entries zeroed; gradients pass the mask.
+
+        An input with a gradient was counted before, when its block was computed without.
+        """
         given = x.detach()
         dropped = self.layer.dropped(given)
         dropped[:, 0] = False
-        self.histogram.add(given[:, 1:] if self.factor is None else given[:, 1:] / self.factor)
         kept = given.masked_fill(dropped, 0)
         if x.requires_grad:
             kept = x + (kept - given)  # the straight-through estimator
             kept.register_hook(lambda gradient: self.add_gradient(given, gradient))
+        else:
+            self.histogram.add(given[:, 1:] if self.factor is None else given[:, 1:] / self.factor)
         return kept
 
     def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
@@ -102,34 +114,6 @@ class Observed:
         return found
 
 
-@contextmanager
-def gradients(model: Transformer) -> Iterator[None]:
-    """In the block, autograd records hidden states from the embeddings on; weights get no gradients."""
-    hook = model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
-    with hook, torch.enable_grad():
-        yield
-
-
-def backward(hidden: Tensor, output: Tensor, tokens: Tensor, dense: Tensor | None) -> None:
-    """Backpropagates a loss, summed over tokens, from the final hidden states; logits exist for LOGIT_ROWS at a time.
-
-    The loss is the KL divergence from the dense model's predictions if `dense` is given, else the cross-entropy of the
-    tokens. hidden, dense: final hidden states [T, dim]; output: the output layer's weight, fp32 [vocab, dim], for both;
-    tokens: [T].
-    """
-    leaf = hidden.detach().requires_grad_()
-    for start in range(0, len(tokens) - 1, LOGIT_ROWS):  # the last token has no successor to predict
-        rows = slice(start, min(start + LOGIT_ROWS, len(tokens) - 1))
-        found = F.linear(leaf[rows].float(), output).log_softmax(-1)
-        if dense is None:
-            loss = F.nll_loss(found, tokens[1:][rows], reduction="sum")
-        else:
-            expected = F.linear(dense[rows].float(), output).log_softmax(-1)
-            loss = F.kl_div(found, expected, log_target=True, reduction="sum")
-        loss.backward()
-    hidden.backward(leaf.grad)
-
-
 @torch.no_grad()
 def observe(
     model: Transformer,
@@ -137,32 +121,53 @@ def observe(
     title: str,
     loss: str | None = None,
     factors: list[Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Runs the model over token sequences and returns `Observed.summary` for each sparse layer, by name.
 
     title: of the progress bar; loss: whose gradients to take, "text" (cross-entropy of the tokens), "divergence" (from
-    the dense model's predictions) or None for none; factors: [K] for each layer. Raises ValueError when hidden states
-    are not finite.
+    the dense model's predictions) or None for none; factors: [K] for each layer; progress: of which this is a part.
+    Raises ValueError when hidden states are not finite.
     """
-    device = model.norm.weight.device
-    output = output_weight(model.output).detach() if loss else None
     layers = sparse_layers(model)
     pairs = zip(layers.items(), factors or [None] * len(layers), strict=True)
     observed = {name: Observed(layer, factor) for (name, layer), factor in pairs}
-    with tqdm(total=sum(map(len, sequences)), desc=title, unit="token") as progress:
+    with ExitStack() as stack:
+        if progress is None:
+            total = sum(work(model, len(sequence), loss) for sequence in sequences)
+            progress = stack.enter_context(Progress(total, title))
+        progress.turn_to(title)
         for sequence in sequences:
-            tokens = torch.tensor([sequence], device=device)
-            dense = model.hidden(tokens)[0] if loss == "divergence" else None
-            with watch_inputs(model, lambda name, layer, x, phase: observed[name].mask(x)), ExitStack() as stack:
-                if loss:
-                    stack.enter_context(gradients(model))
-                hidden = model.hidden(tokens)[0]
-                if loss:
-                    backward(hidden, output, tokens[0], dense)
-            if not hidden.isfinite().all():
-                raise ValueError("the model's hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
-            progress.update(len(sequence))
+            tokens = torch.tensor([sequence], device=model.norm.weight.device)
+            _observe(model, tokens, observed, loss, progress)
     return {name: found.summary() for name, found in observed.items()}
+
+
+def _observe(
+    model: Transformer, tokens: Tensor, observed: dict[str, Observed], loss: str | None, progress: Progress
+) -> None:
+    """One sequence [1, T]."""
+    dense = _final(model, hidden_states(model, tokens, progress.add)) if loss == "divergence" else None
+    with watch_inputs(model, lambda name, layer, x, phase: observed[name].mask(x)):
+        passed = hidden_states(model, tokens, progress.add)
+        states = list(passed) if loss else deque(passed, 1)
+        hidden = model.norm(states[-1])
+        if not hidden.isfinite().all():
+            raise ValueError("the model's hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
+        if loss:
+            per_token = OUTPUT_WORK[loss] * output_layers(model)
+            gradient = loss_gradient(
+                hidden[0],
+                model.output,
+                tokens[0],
+                None if dense is None else dense[0],
+                lambda count: progress.add(per_token * count),
+            )
+            backpropagate(model, states, gradient[None], progress.add)
+
+
+def _final(model: Transformer, states: Iterator[Tensor]) -> Tensor:
+    return model.norm(deque(states, 1)[0])
 
 
 def measure_quantiles(model: Transformer, sequences: list[list[int]]) -> dict[str, Tensor]:

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from teal_fast.calibration.probe import backward, gradients
+from teal_fast.calibration.block_passes import loss_gradient
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers
-from teal_fast.weights.output import output_weight
 
 SPARSITIES = (0.0, 0.5)  # of the two losses, which count alike
 RATE = 3e-3  # Adam's first learning rate for factors that start at 1; it decays to 0 along half a cosine
@@ -38,6 +37,14 @@ def rescaled(model: Transformer, factors: dict[str, Tensor]) -> Iterator[None]:
         for name, layer in sparse_layers(model).items():
             hook = layer.register_forward_hook(lambda layer, inputs, y, name=name: rescale(name, layer, y))
             hooks.enter_context(hook)
+        yield
+
+
+@contextmanager
+def gradients(model: Transformer) -> Iterator[None]:
+    """In the block, autograd records hidden states from the embeddings on; weights get no gradients."""
+    hook = model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
+    with hook, torch.enable_grad():
         yield
 
 
@@ -65,7 +72,6 @@ def tune_scales(
     optimizer = torch.optim.Adam(factors.values(), lr=RATE, betas=BETAS)
     steps = cut_steps(sequences)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
-    output = output_weight(model.output).detach()
     with (
         tqdm(total=sum(map(len, sequences)), desc="tuning scales", unit="token") as progress,
         rescaled(model, factors),
@@ -76,7 +82,7 @@ def tune_scales(
                 tokens = torch.tensor([sequence], device=device)
                 with torch.no_grad():
                     dense = original.hidden(tokens)[0]
-                add_gradients(model, calibration, output, tokens, dense)
+                add_gradients(model, calibration, tokens, dense)
                 progress.update(len(sequence))
             optimizer.step()
             optimizer.zero_grad()
@@ -84,14 +90,14 @@ def tune_scales(
     return {name: factor.detach() for name, factor in factors.items()}
 
 
-def add_gradients(model: Transformer, calibration: Calibration, output: Tensor, tokens: Tensor, dense: Tensor) -> None:
+def add_gradients(model: Transformer, calibration: Calibration, tokens: Tensor, dense: Tensor) -> None:
     """Adds the gradients of one sequence's losses, one for each of SPARSITIES.
 
-    output: the output layer's weight, fp32 [vocab, dim]; tokens: [1, T]; dense: the original's hidden states [T, dim].
+    tokens: [1, T]; dense: the original's final hidden states [T, dim].
     """
     for sparsity in SPARSITIES:
         set_sparsity(model, calibration, sparsity)
         hidden = model.hidden(tokens, phase=Phase(1))[0]
         if not hidden.isfinite().all():
             raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
-        backward(hidden, output, tokens[0], dense)
+        hidden.backward(loss_gradient(hidden, model.output, tokens[0], dense))

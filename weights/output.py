@@ -5,6 +5,8 @@ Its weight is kept as [vocab, dim], one row per logit, unlike the weights of the
 a plain nn.Linear instead.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from teal_fast.kernels.packed import PackedWeight
 from teal_fast.weights.blocks import BlockWeight
 from teal_fast.weights.grids import Int8Grid
 from teal_fast.weights.product import product_by_columns
+
+PIECE = 2**24  # values of the output layer that are widened at a time: 64 MB
 
 
 class Int8Output(nn.Module):
@@ -51,6 +55,23 @@ def output_weight(output: nn.Module) -> Tensor:
     if isinstance(output, Int8Output):
         return output.weight * output.scale[:, None]
     return output.weight.dequantize().t() if isinstance(output.weight, BlockWeight) else output.weight.float()
+
+
+def output_pieces(output: nn.Module) -> Iterator[Tensor]:
+    """The output layer's weight, as `output_weight` gives it, in pieces fp32 [n, dim] of the vocabulary.
+
+    What is fp32 already comes whole.
+    """
+    if isinstance(output.weight, BlockWeight):
+        yield from (piece.t() for piece in output.weight.pieces())
+    elif output.weight.dtype == torch.float32:
+        yield output.weight.detach()
+    else:
+        scale = output.scale[:, None] if isinstance(output, Int8Output) else None
+        rows = max(PIECE // output.weight.shape[1], 1)
+        for begin in range(0, len(output.weight), rows):
+            piece = output.weight[begin : begin + rows].detach()
+            yield piece.float() if scale is None else piece * scale[begin : begin + rows]
 
 
 def operand_of(module: nn.Module) -> PackedWeight | Parts:
