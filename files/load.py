@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, read_config
+from teal_fast.files.huge_pages import in_huge_pages
 from teal_fast.files.memory import memory_for
 from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, one_line, open_safetensors, parse_json, short
 from teal_fast.kernels.blocks import BLOCK_TYPES
@@ -84,6 +85,8 @@ def load_model(
                 narrower = min(tensor, moved, key=Tensor.element_size)  # less to read; to narrow may give inf
                 check_finite(path, stored_name, narrower)
             tensors[name] = tensor
+        if own_values and torch.device(device).type == "cpu":
+            tensors |= in_huge_pages({name: tensor for name, tensor in tensors.items() if in_blocks(name)})
     model.load_state_dict(tensors, strict=False, assign=True)
     if isinstance(model.output, nn.Linear) and args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
