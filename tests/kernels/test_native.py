@@ -160,7 +160,7 @@ def test_cache_lies_in_the_home_by_default(monkeypatch):
 BROKEN = {  # what the compiler does, and what is said of it
     "nothing works": ("echo it is broken >&2; exit 1", "it is broken"),
     "no object": ('[ "$*" = --version ] || { echo it is broken >&2; echo and more >&2; exit 1; }', "it is broken"),
-    "half a library": ('[ "$1" != -shared ] || { echo half > "$5"; echo it is broken >&2; exit 1; }', "it is broken"),
+    "half a library": ('[ "$1" != -shared ] || { for o; do :; done; echo half > "$o"; echo bad >&2; exit 1; }', "bad"),
     "another file": ('while [ $# -gt 1 ]; do shift; done; [ "$1" = --version ] || echo text > "$1"', ".so: "),
     "nothing is said": ("exit 1", "Command '"),
 }
