@@ -5,7 +5,53 @@
 namespace blocks {
 
 constexpr int64_t TILE = 8 * STRIP;  // outputs whose sums stay in L1 for SUPER inputs
-constexpr int64_t AHEAD = 2;         // strips that are fetched ahead
+constexpr int64_t AHEAD = 6;         // strips that are fetched ahead: of 2, 4 and 6 the best on a Zen 5, cold weights
+
+// As `fetch`, but GCC 12 leaves loops and calls out that do nothing but __builtin_prefetch.
+inline void fetch_line(const void* p) {
+#if defined(__x86_64__)
+    asm volatile("prefetcht1 %0" : : "m"(*(const char*)p));
+#else
+    fetch(p);
+#endif
+}
+
+// The way through blocks and strips: SUPER inputs at a time, of which a TILE of outputs, of which block by block. Blocks
+// without a kept channel are left out.
+struct Walk {
+    const Kept* kept;
+    int64_t begin, end, last;         // outputs, and the end of the blocks
+    int64_t super, super_end, n;      // blocks that share scales, and the tile's first output
+    int64_t b, s;                     // the block, and the strip's first output
+
+    Walk(const Kept* kept, int64_t begin, int64_t end, int64_t first, int64_t last)
+        : kept(kept), begin(begin), end(end), last(last), n(begin), b(first), s(begin) {
+        enter(first);
+        settle();
+    }
+    bool done() const { return super >= last; }
+    int64_t tile_end() const { return std::min(n + TILE, end); }
+    void next() {
+        s += STRIP;
+        if (s < tile_end()) return;
+        s = n, b++;
+        settle();
+    }
+
+  private:
+    void enter(int64_t block) {
+        super = block, super_end = std::min(last, (block / (SUPER / BLOCK) + 1) * (SUPER / BLOCK));
+    }
+    void settle() {
+        while (!done()) {
+            while (b < super_end && !kept[b].groups) b++;
+            if (b < super_end) return;
+            n += TILE;
+            if (n >= end) n = begin, enter(super_end);
+            b = super, s = n;
+        }
+    }
+};
 
 template <class Kind> class Product {
     typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
@@ -25,54 +71,46 @@ template <class Kind> class Product {
 
     // y = the product of blocks `first` to `last`.
     void run(int64_t first, int64_t last) {
-        if (begin < std::min(end, w.N)) std::fill(y + begin, y + std::min(end, w.N), 0.0f);
-        for (int64_t super = first; super < last;) {
-            int64_t next = std::min(last, (super / (SUPER / BLOCK) + 1) * (SUPER / BLOCK));
-            for (int64_t n = begin; n < end; n += TILE) add_tile(super, next, n, std::min(n + TILE, end));
-            super = next;
-        }
+        if (begin >= std::min(end, w.N)) return;
+        std::fill(y + begin, y + std::min(end, w.N), 0.0f);
+        Walk at(kept, begin, end, first, last), later = at;
+        for (int i = 0; i < AHEAD && !later.done(); i++) later.next();
+        while (!at.done()) add_tile(at, later);
     }
 
   private:
-    void add_tile(int64_t first, int64_t last, int64_t n, int64_t to) {
+    void add_tile(Walk& at, Walk& later) {
+        int64_t n = at.n, super = at.super, to = at.tile_end();
         std::fill_n(sums, to - n, 0.0f);
         if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, to - n, 0.0f);
-        bool any = false;
-        for (int64_t b = first; b < last; b++) {
-            if (!kept[b].groups) continue;
-            any = true;
-            for (int64_t s = n; s < to; s += STRIP) {
-                ahead(b, s, n, to, last);
-                if (to - s >= STRIP) add_strip<STRIP>(kept[b], b, s, s - n);
-                else add_strip<HALF>(kept[b], b, s, s - n);
+        for (; at.n == n && at.super == super; at.next()) {
+            if (!later.done()) {
+                ahead(later.b, later.s);
+                later.next();
             }
+            if (to - at.s >= STRIP) add_strip<STRIP>(kept[at.b], at.b, at.s, at.s - n);
+            else add_strip<HALF>(kept[at.b], at.b, at.s, at.s - n);
         }
-        if (any) finish(first / (SUPER / BLOCK) * N + n, n, std::min(to, w.N) - n);
+        finish(super / (SUPER / BLOCK) * N + n, n, std::min(to, w.N) - n);
     }
 
     // Fetches what comes AHEAD strips later.
-    void ahead(int64_t b, int64_t s, int64_t n, int64_t to, int64_t last) const {
-        s += AHEAD * STRIP;
-        if (s >= to) {
-            s = n + (s - to) / STRIP * STRIP;
-            for (b++; b < last && !kept[b].groups; b++) {}
-            if (b >= last || s >= to) return;
-        }
+    void ahead(int64_t b, int64_t s) const {
         const Kept& x = kept[b];
         const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
         const uint8_t* high = w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8;
         for (int i = 0; i < 4 * x.groups; i++) {
-            fetch(low + x.row[i] * (STRIP * Kind::LOW / 8));
-            if (Kind::LOW == 8) fetch(low + x.row[i] * STRIP + LINE);
-            if (Kind::HIGH) fetch(high + x.row[i] * (STRIP * Kind::HIGH / 8));
+            fetch_line(low + x.row[i] * (STRIP * Kind::LOW / 8));
+            if (Kind::LOW == 8) fetch_line(low + x.row[i] * STRIP + LINE);
+            if (Kind::HIGH) fetch_line(high + x.row[i] * (STRIP * Kind::HIGH / 8));
         }
         for (int64_t i = 0; i < SCALES; i++) {
             const Scale* scale = (const Scale*)w.scale + (b * SCALES + i) * N + s;
-            for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch(scale + j);
+            for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch_line(scale + j);
         }
         if (Kind::MINIMUM)
             for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Minimum)))
-                fetch((const Minimum*)w.minimum + b * N + s + j);
+                fetch_line((const Minimum*)w.minimum + b * N + s + j);
     }
 
     // Block b's share of the sums of the strip from output s on, which is output `at` of its tile.
