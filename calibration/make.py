@@ -38,6 +38,10 @@ class Settings:
     seed: int = 1234  # draws the sequences
 
 
+# For who wants to start soon: docs/usage.md says what it loses beside the above.
+QUICK = Settings(tokens=9 * 384, pass_tokens=384, context=256)
+
+
 def make_calibration(
     folder: Path, out: Path, device: torch.device, dtype: str | None = None, settings: Settings | None = None
 ) -> Calibration:
