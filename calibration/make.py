@@ -38,8 +38,8 @@ class Settings:
     seed: int = 1234  # draws the sequences
 
 
-# For who wants to start soon: docs/usage.md says what it loses beside the above.
-QUICK = Settings(tokens=9 * 384, pass_tokens=384, context=256)
+# For who wants to start soon; docs/usage.md says what it loses beside the above, docs/quality_log.md what was tried.
+QUICK = Settings("global", tokens=7 * 1024, pass_tokens=1024, context=256)
 
 
 def make_calibration(
