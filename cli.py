@@ -11,14 +11,14 @@ from typing import NoReturn
 
 import torch
 
-from teal_fast.calibration.make import make_calibration
+from teal_fast.calibration.make import QUICK, Settings, make_calibration
 from teal_fast.engine.device import find_device
 from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
 from teal_fast.files.chat_ids import SURROGATES
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
 from teal_fast.files.gguf import convert_gguf
-from teal_fast.files.gguf_cache import MissingPreparedError, prepare_folder, prepared_folder
+from teal_fast.files.gguf_cache import MissingPreparedError, is_prepared, prepare_folder, prepared_folder
 from teal_fast.files.load import load_model
 from teal_fast.files.memory import OutOfMemoryError, explain_memory
 from teal_fast.files.paths import command, demo_folder
@@ -219,14 +219,20 @@ def prepare_demo(out: Path, dtype: torch.dtype) -> None:
 def open_calibration(
     folder: Path, path: Path | None = None, device: torch.device | str = "cpu", prepare: bool = True
 ) -> Calibration:
-    """The calibration at `path` or the checkpoint's own, which is made first when it is missing and prepare is true."""
+    """The calibration at `path` or the checkpoint's own, which is made first when it is missing and prepare is true.
+
+    For a GGUF file as it is the quick one is made: who runs one wants to try it.
+    """
     try:
         return load_calibration(folder, path)
     except MissingCalibrationError:
         if not prepare:
             raise
-    print(f"calibrating, once: {command('calibrate')} --checkpoint {folder} --device {device}", file=sys.stderr)
-    make_calibration(folder, folder / CALIBRATION, torch.device(device))
+    words, settings = f"{command('calibrate')} --checkpoint {folder} --device {device}", Settings()
+    if is_prepared(folder):
+        words, settings = f"{words} --quick (in full, without --quick, it loses less)", QUICK
+    print(f"calibrating, once: {words}", file=sys.stderr)
+    make_calibration(folder, folder / CALIBRATION, torch.device(device), None, settings)
     return load_calibration(folder)
 
 

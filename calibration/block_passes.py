@@ -28,7 +28,8 @@ Done = Callable[[float], None]  # is told of work that was done, in layers x tok
 
 def work(model: Transformer, tokens: int, loss: str | None) -> float:
     """Layers x tokens that gradients of `loss`, or a pass without any, take; see `observe` of probe.py."""
-    return tokens * (BLOCK_WORK[loss] * len(model.layers) + OUTPUT_WORK[loss] * output_layers(model))
+    output = OUTPUT_WORK[loss] * output_layers(model)  # the last token has no successor to predict
+    return tokens * BLOCK_WORK[loss] * len(model.layers) + (tokens - 1) * output
 
 
 def output_layers(model: Transformer) -> float:

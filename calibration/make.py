@@ -38,6 +38,10 @@ class Settings:
     seed: int = 1234  # draws the sequences
 
 
+# For who wants to start soon; docs/usage.md says what it loses beside the above, docs/quality_log.md what was tried.
+QUICK = Settings("global", tokens=7 * 1024, pass_tokens=1024, context=256)
+
+
 def make_calibration(
     folder: Path, out: Path, device: torch.device, dtype: str | None = None, settings: Settings | None = None
 ) -> Calibration:

@@ -36,7 +36,7 @@ class Progress:
 
     def add(self, work: float) -> None:
         """Work that was done."""
-        self.bar.update(work)
+        self.bar.update(min(work, self.bar.total - self.bar.n))  # sums of fractions may be a little more
         seconds = time.perf_counter() - self.started
         if not self.said and seconds >= SAID_AFTER:
             self.said = True

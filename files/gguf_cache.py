@@ -49,6 +49,11 @@ def prepared_folder(path: Path) -> Path:
     return cache_folder() / "gguf" / f"{hash_of(path)[:16]}-{LAYOUT}-{name}" / name
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a checkpoint folder is the cache's own, made of a GGUF file."""
+    return folder.resolve().is_relative_to((cache_folder() / "gguf").resolve())
+
+
 def hash_of(path: Path) -> str:
     """sha256 of the file's bytes, in hex."""
     about = identity(path)

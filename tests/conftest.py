@@ -107,4 +107,4 @@ def run_main(monkeypatch, capsys):
 def little_calibration(monkeypatch):
     """A calibration that a command makes for itself, because there is none, takes little text."""
     settings, usual = Settings(tokens=1024, pass_tokens=1024, context=256), cli.make_calibration
-    monkeypatch.setattr(cli, "make_calibration", lambda *arguments: usual(*arguments, None, settings))
+    monkeypatch.setattr(cli, "make_calibration", lambda *arguments: usual(*arguments[:3], None, settings))

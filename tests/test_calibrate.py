@@ -1,5 +1,6 @@
 """Targets are hit, methods differ as they should, sampling of the corpus, resuming, and the command."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -14,7 +15,7 @@ from teal_fast.calibrate import main
 from teal_fast.calibration import make
 from teal_fast.calibration import passes as passes_module
 from teal_fast.calibration.corpus import read_corpus
-from teal_fast.calibration.make import DEFAULT_CORPUS
+from teal_fast.calibration.make import DEFAULT_CORPUS, QUICK
 from teal_fast.calibration.methods import METHODS, fit_curves
 from teal_fast.calibration.passes import Journal, Passes, cut_sequences
 from teal_fast.engine.accounting import tally_kept
@@ -232,6 +233,18 @@ def test_command_writes_beside_the_checkpoint_and_says_when_text_runs_out(run_he
     assert re.search(r"the corpus holds \d+ tokens, fewer than the 16384 asked for", err)
     Calibration.load(folder / "calibration.safetensors").check(folder)
     assert load_file(folder / WEIGHTS)["norm.weight"].dtype == torch.float32
+
+
+def test_quick_reads_less_and_flags_count_more(run_here, tiny, tmp_path):
+    for more, expected in (
+        ((), QUICK),
+        (("--tokens", 600, "--pass_tokens", 100), dataclasses.replace(QUICK, tokens=600, pass_tokens=100)),
+    ):
+        code, out, err = run_here("--checkpoint", tiny, "--quick", "--out", tmp_path / "out", *more)
+        assert code == 0 and f"by the method {expected.method} over {expected.tokens} tokens" in out, err
+        origin = Calibration.load(tmp_path / "out").origin
+        about = ("method", "tokens", "pass_tokens", "context", "seed")
+        assert all(origin[name] == str(getattr(expected, name)) for name in about)
 
 
 def test_command_rejects_bad_input(run_here, tiny, corpus, tmp_path):

@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
-from teal_fast import calibrate, generate, quantize
+from teal_fast import calibrate, cli, generate, quantize
 from teal_fast import eval as evaluate
 from teal_fast.benchmarks import decode
+from teal_fast.calibration.make import QUICK
 from teal_fast.calibration.methods import METHODS
 from teal_fast.engine.load import load
 from teal_fast.engine.prefill import prompt_logits
@@ -56,6 +58,22 @@ def calibrated(file, run_main):
         code, out, errors = run_main(calibrate.main, "--checkpoint", file, *SETTINGS)
         assert code == 0 and CALIBRATION in out, errors
     return file
+
+
+def test_a_file_without_calibration_gets_the_quick_one(tmp_path, monkeypatch, run_main):
+    path = tmp_path / "coder.gguf"
+    write_gguf(path, make_model(**WIDE), q4_k_m)
+    monkeypatch.setattr(gguf_cache, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cli, "QUICK", replace(QUICK, tokens=300, pass_tokens=100, context=50))
+    words = ("--checkpoint", path, "--prompt", "the in", "--max_new_tokens", 3, "--sparsity", 0.4)
+    code, _, errors = run_main(generate.main, *words)
+    assert code == 0, errors
+    said = [line for line in errors.splitlines() if line.startswith("calibrating, once: ")]
+    assert len(said) == 1 and "--quick (in full, without --quick, it loses less)" in said[0]
+    (made,) = tmp_path.glob(f"cache/gguf/*/*/{CALIBRATION}")
+    assert load_calibration(made.parent).origin["tokens"] == "300"
+    code, _, errors = run_main(generate.main, *words)
+    assert code == 0 and "calibrating" not in errors
 
 
 def test_generate(calibrated, run_main):
