@@ -14,12 +14,14 @@ from teal_fast.scripts import convert_gguf
 from teal_fast.tests.gguf_models import make_model, write_gguf
 
 QUESTION = [{"role": "user", "content": "Explain how plants make food from sunlight."}]
-# Greedy, in fp32: 23 tokens that no rounding tips over on one machine or another.
-BEGINNING = (
-    "Plants make food from sunlight through a process called photosynthesis. This process involves a series of "
-    "chemical reactions that convert light"
-)
-GOLDEN = {0.0: f"{BEGINNING} energy", 0.4: f"{BEGINNING} into"}
+# Greedy, in fp32, and as many tokens as no rounding tips over: sparse ones are those of twelve models that differ by
+# 2e-6 of their embeddings. At 40 % an input 6e-8 from its threshold made another text of the second token.
+GOLDEN = {
+    0.0: "Plants make food from sunlight through a process called photosynthesis. This process involves a series of "
+    "chemical reactions that convert light energy",
+    0.25: "Plants make food from sunlight through a process called photosynthesis. This process",
+}
+TOKENS = {0.0: 23, 0.25: 13}
 
 
 def test_a_file_becomes_a_sparse_quantized_text(run_main, tmp_path):
@@ -43,6 +45,6 @@ def test_a_file_becomes_a_sparse_quantized_text(run_main, tmp_path):
 def test_golden_text(demo, sparsity, set_threads):
     set_threads(1)
     engine, tokenizer = load(demo, "cpu", "fp32", context=256)
-    request = Request(tokenizer.encode_chat(QUESTION), Sampling(temperature=0), sparsity, 23)
+    request = Request(tokenizer.encode_chat(QUESTION), Sampling(temperature=0), sparsity, TOKENS[sparsity])
     with torch.no_grad():
         assert "".join(stream_text(engine.stream(request), tokenizer, request.prompt)) == GOLDEN[sparsity]
