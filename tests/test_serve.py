@@ -71,8 +71,8 @@ def serve(folder, *arguments):
 
 @pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "interrupted\n")])
 @pytest.mark.parametrize("seconds", [0, 0.3])
-def test_a_signal_while_it_loads(tiny, number, code, said, seconds):
-    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", tiny, "--port", "0"]
+def test_a_signal_while_it_loads(calibrated, number, code, said, seconds):
+    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", calibrated, "--port", "0"]
     process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     process.stderr.readline()
     time.sleep(seconds)

@@ -157,7 +157,7 @@ def test_no_body_is_too_strange(body):
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "is missing"),
         ({"reasoning": "high"}, "reasoning", "an object"),
         ({"truncation": "middle"}, "truncation", "'auto' or 'disabled'"),
-        ({"max_output_tokens": 0}, "max_output_tokens", "a whole number from 1"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "a whole number of at least 1"),
         ({"metadata": []}, "metadata", "an object"),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"sparsity": 2}, "sparsity", "a number from 0"),
@@ -352,7 +352,7 @@ def test_logprobs(live):
 
 
 def test_a_tool_that_must_be_called_is(live):
-    body = GREEDY | {"max_output_tokens": 64, "tools": [TOOL], "tool_choice": "required"}
+    body = GREEDY | {"max_output_tokens": 64, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
     with live.responses.stream(**body) as stream:
         final = stream.get_final_response()
     call = next(item for item in final.output if item.type == "function_call")
