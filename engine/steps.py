@@ -1,7 +1,7 @@
 """A decode step bound to its model and cache: step(token [1, 1], position [1]) -> logits [vocab].
 
 There are three: plain PyTorch, C++ on the CPU (cpu_step.py), a CUDA graph of fused sparse kernels (cuda_step.py). The
-last two return the same tensor each time. A GGUF file's own values are decoded in plain PyTorch.
+last two return the same tensor each time. A GGUF file's own values are decoded by the first two alone.
 """
 
 import sys

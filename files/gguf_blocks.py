@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_fast.kernels.block_planes import BLOCK, NARROW, pack_plane
-from teal_fast.kernels.blocks import BLOCK_TYPES, SUPER, Blocks
+from teal_fast.kernels.block_planes import NARROW, pack_plane
+from teal_fast.kernels.blocks import BLOCK_TYPES, Blocks
 
 HALF = torch.float16
 
@@ -115,8 +115,7 @@ PARSERS: dict[str, Callable[[Tensor], Parsed]] = {
 def to_blocks(stored: Tensor, name: str, K: int) -> Blocks:
     """The weight [K, N] that a GGUF tensor's bytes, uint8 [N, bytes of K inputs], hold in a type of BLOCK_TYPES."""
     kind, N = BLOCK_TYPES[name], len(stored)
-    inputs = SUPER if kind.nested else BLOCK
-    parsed = PARSERS[name](stored.reshape(N * (K // inputs), -1))
+    parsed = PARSERS[name](stored.reshape(N * (K // kind.inputs), -1))
     padding = -N % NARROW
 
     def turn(part: Tensor | None) -> Tensor | None:  # [B, n] to [K / …, N]

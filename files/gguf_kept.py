@@ -18,9 +18,10 @@ from teal_fast.files.conversion import find_sources, stack, stored_shape
 from teal_fast.files.gguf_blocks import to_blocks
 from teal_fast.files.load import stored_as
 from teal_fast.files.store import write_safetensors
+from teal_fast.kernels.block_operand import tensors_of
 from teal_fast.kernels.block_planes import STRIP
 from teal_fast.kernels.block_values import some_outputs
-from teal_fast.kernels.blocks import BLOCK_TYPES, Blocks
+from teal_fast.kernels.blocks import BLOCK_TYPES
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import sparsify
 from teal_fast.weights.blocks import BlockPart
@@ -127,10 +128,6 @@ class Writer:
             found = to_blocks(rows[begin : begin + step], part.kind, K)
             places = some_outputs(made.blocks, begin, begin + step)
             for place, tensor in zip(tensors_of(places), tensors_of(found), strict=True):
-                place.copy_(tensor)
+                if place is not None:
+                    place.copy_(tensor)
         return made
-
-
-def tensors_of(blocks: Blocks) -> list[Tensor]:
-    _, planes, *scales = blocks
-    return [*planes, *(scale for scale in scales if scale is not None)]

@@ -40,15 +40,15 @@ def blocks_of(tensors: Sequence[Tensor | None], kind: int) -> Blocks:
 def part_of(tensors: Sequence[Tensor | None], kind: int, K: int, N: int) -> Part:
     """For C++. N: the outputs without padding. Raises ValueError on tensors that are not such a part's."""
     found = [None if tensor is None else (*tensor.shape, tensor.dtype) for tensor in tensors]
-    if found != (expected := _expected(BLOCK_TYPES[KINDS[kind]], K, tensors[2].shape[1])):
+    if found != (expected := layout_of(BLOCK_TYPES[KINDS[kind]], K, tensors[2].shape[1])):
         raise ValueError(f"a weight in {KINDS[kind]} has tensors {expected}, got {found}")
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     return Part(kind, K, N, *(pointer(tensor).value for tensor in tensors))
 
 
 @functools.cache
-def _expected(kind: BlockType, K: int, N: int) -> list[tuple | None]:
-    """Shape and dtype of each tensor, as `Blocks` says."""
+def layout_of(kind: BlockType, K: int, N: int) -> list[tuple | None]:
+    """Shape and dtype of each tensor of `tensors_of`, as `Blocks` says. N counts padding."""
     planes = [(K // BLOCK, BLOCK * N * bits // 8, torch.uint8) for bits in kind.planes]
     above = (K // SUPER, N, torch.float16) if kind.nested else None
     scale = (K // kind.scale_block, N, torch.int8 if kind.nested else torch.float16)

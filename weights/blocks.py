@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_fast.kernels.block_gemv import block_gemv
-from teal_fast.kernels.block_operand import Parts
-from teal_fast.kernels.block_planes import BLOCK, NARROW, STRIP
+from teal_fast.kernels.block_operand import KINDS, Parts, blocks_of, layout_of
+from teal_fast.kernels.block_planes import NARROW, STRIP
 from teal_fast.kernels.block_values import block_columns, block_outputs
-from teal_fast.kernels.blocks import BLOCK_TYPES, SUPER, Blocks, BlockType
+from teal_fast.kernels.blocks import BLOCK_TYPES, Blocks, BlockType
 from teal_fast.weights.product import product, product_dtype
 
 NAMES = ("scale", "minimum", "super_scale", "super_minimum")
@@ -40,22 +40,9 @@ class BlockPart(nn.Module):
         """A part whose tensors are yet to be filled. Raises ValueError on inputs that the type does not divide."""
         if K % kind.inputs:
             raise ValueError(f"{K} inputs are no multiple of {kind.inputs}, as {kind.name} needs")
-        padded, half = N + -N % NARROW, torch.float16
-        planes = tuple(torch.empty(K // BLOCK, BLOCK * padded * bits // 8, dtype=torch.uint8) for bits in kind.planes)
-        scale = torch.empty(K // kind.scale_block, padded, dtype=torch.int8 if kind.nested else half)
-        minimum = torch.empty(K // BLOCK, padded, dtype=torch.uint8 if kind.nested else half)
-        above = torch.empty(K // SUPER, padded, dtype=half)
-        return cls(
-            Blocks(
-                kind,
-                planes,
-                scale,
-                minimum if kind.minimum else None,
-                above if kind.nested else None,
-                above.clone() if kind.nested and kind.minimum else None,
-            ),
-            N,
-        )
+        layout = layout_of(kind, K, N + -N % NARROW)
+        tensors = [None if place is None else torch.empty(place[:-1], dtype=place[-1]) for place in layout]
+        return cls(blocks_of(tensors, KINDS.index(kind.name)), N)
 
     @property
     def blocks(self) -> Blocks:
