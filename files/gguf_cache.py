@@ -19,7 +19,7 @@ from pathlib import Path
 from teal_fast.files.store import new_file, new_folder, read_json
 from teal_fast.kernels.native import cache_folder
 
-LAYOUT = "3"  # of the entries; entries of another are not found
+LAYOUT = "4"  # of the entries; entries of another are not found
 MAGIC = b"GGUF"
 LIST = "files.json"
 LARGE = 2**26  # a file of more bytes is told by its size

@@ -49,7 +49,7 @@ def part_of(tensors: Sequence[Tensor | None], kind: int, K: int, N: int) -> Part
 @functools.cache
 def layout_of(kind: BlockType, K: int, N: int) -> list[tuple | None]:
     """Shape and dtype of each tensor of `tensors_of`, as `Blocks` says. N counts padding."""
-    planes = [(K // BLOCK, BLOCK * N * bits // 8, torch.uint8) for bits in kind.planes]
+    planes = [(K, N * bits // 8, torch.uint8) for bits in kind.planes]
     above = (K // SUPER, N, torch.float16) if kind.nested else None
     scale = (K // kind.scale_block, N, torch.int8 if kind.nested else torch.float16)
     minimum = (K // BLOCK, N, torch.uint8 if kind.nested else torch.float16) if kind.minimum else None

@@ -1,4 +1,4 @@
-"""How the codes of a weight in blocks (kernels/blocks.py) lie in memory: planes of one to eight bits, by strips."""
+"""How the codes of a weight in blocks (kernels/blocks.py) lie in memory: planes of one to eight bits, rows in strips."""
 
 import torch
 from torch import Tensor
@@ -29,14 +29,14 @@ def runs(N: int) -> list[tuple[int, int, int]]:
 
 
 def pack_plane(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [K / BLOCK, BLOCK * N * bits / 8] of codes uint8 [K, N] below 2 ** bits.
+    """uint8 [K, N * bits / 8] of codes uint8 [K, N] below 2 ** bits.
 
-    In a row of a strip, place p is in byte p % row, shifted by bits * (p // row), where row is the bytes of the row.
+    In a strip's `row` bytes, place p is in byte p % row, shifted by bits * (p // row).
     """
-    blocks, parts = codes.unflatten(0, (-1, BLOCK)), []
+    parts = []
     for n, count, width in runs(codes.shape[1]):
-        strips = blocks[:, :, n : n + count * width].unflatten(-1, (count, width)).transpose(1, 2)
-        fields = _place(strips).unflatten(-1, (8 // bits, -1))  # [K / BLOCK, count, BLOCK, 8 / bits, row]
+        strips = codes[:, n : n + count * width].unflatten(-1, (count, width))
+        fields = _place(strips).unflatten(-1, (8 // bits, -1))  # [K, count, 8 / bits, row]
         packed = fields[..., 0, :].clone()
         for i in range(1, 8 // bits):
             packed |= fields[..., i, :] << i * bits
@@ -47,10 +47,9 @@ def pack_plane(codes: Tensor, bits: int) -> Tensor:
 def unpack_plane(plane: Tensor, bits: int) -> Tensor:
     """uint8 [K, N]: `pack_plane` undone."""
     parts = []
-    for n, count, width in runs(plane.shape[1] * 8 // (BLOCK * bits)):
-        stored = plane[:, BLOCK * n * bits // 8 :][:, : BLOCK * count * width * bits // 8]
-        fields = stored.unflatten(-1, (count, BLOCK, 1, -1)).transpose(1, 2)
+    for n, count, width in runs(plane.shape[1] * 8 // bits):
+        stored = plane[:, n * bits // 8 :][:, : count * width * bits // 8]
+        fields = stored.unflatten(-1, (count, 1, -1))
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=plane.device)[:, None]
-        found = _place(((fields >> shifts) & (2**bits - 1)).flatten(-2))  # [K / BLOCK, BLOCK, count, width]
-        parts.append(found.flatten(2).flatten(0, 1))
+        parts.append(_place(((fields >> shifts) & (2**bits - 1)).flatten(-2)).flatten(1))
     return torch.cat(parts, 1)

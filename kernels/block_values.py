@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teal_fast.kernels.backend import register
 from teal_fast.kernels.block_operand import KINDS, blocks_of, part_of, tensors_of
-from teal_fast.kernels.block_planes import BLOCK, STRIP, places
+from teal_fast.kernels.block_planes import STRIP, places
 from teal_fast.kernels.blocks import Blocks, dequantize_blocks
 from teal_fast.kernels.native import TYPES, library, pointer
 
@@ -33,7 +33,7 @@ def _columns_torch(tensors: list[Tensor | None], kind: int, begin: int, end: int
 def some_outputs(blocks: Blocks, begin: int, end: int) -> Blocks:
     """The outputs from `begin` to before `end`, multiples of STRIP or beyond the last; tensors are shared."""
     planes = zip(blocks.planes, blocks.kind.planes, strict=True)
-    part = tuple(plane[:, BLOCK * begin * bits // 8 : BLOCK * end * bits // 8] for plane, bits in planes)
+    part = tuple(plane[:, begin * bits // 8 : end * bits // 8] for plane, bits in planes)
     return _with(blocks, part, slice(begin, end))
 
 
@@ -50,11 +50,10 @@ def _outputs_torch(tensors: list[Tensor | None], kind: int, outputs: Tensor, dty
     place = places(STRIP).to(outputs.device)[outputs % STRIP]
     for plane, bits in zip(blocks.planes, blocks.kind.planes, strict=True):
         row = width * bits // 8
-        rows = torch.arange(BLOCK, device=outputs.device)[:, None] * row
-        stored = plane[:, BLOCK * strip * bits // 8 + rows + place % row]  # [K / BLOCK, BLOCK, T]
+        stored = plane[:, strip * bits // 8 + place % row]  # [K, T]
         codes = codes | (stored >> (place // row * bits).byte() & (2**bits - 1)) << shift
         shift += bits
-    return dequantize_blocks(_with(blocks, (), outputs), codes.flatten(0, 1)).t().to(dtype).contiguous()
+    return dequantize_blocks(_with(blocks, (), outputs), codes).t().to(dtype).contiguous()
 
 
 def _columns_cpu(tensors: list[Tensor | None], kind: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,9 @@
 """Weights in llama.cpp's block formats, re-laid so that a skipped input channel is skipped in memory.
 
-A GGUF tensor holds an output's weights in a row, whose inputs share scales in blocks of 16 or 32. Its codes and scales
-are kept here in another order: by blocks of BLOCK inputs; within a block by strips of STRIP outputs (the last one may
-have 64); within a strip a row for each input. So a block is worked through at once, its integer sums scaled once, a
-skipped channel is one or more skipped lines of 64 bytes, and a dense read is sequential.
+A GGUF tensor holds an output's weights in a row, whose inputs share scales in blocks of 16 or 32. Its codes are kept
+here as [K, N], as all weights are: an input channel is a contiguous row. (In pieces of 64 bytes, one for 128 outputs,
+of which a block's lay together, nothing was won by skipping half of them on a Zen 3, as the processor fetches what lies
+between.) Scales lie as [inputs / 32, N], so that a block is worked through at once, its integer sums scaled once.
 
     w[k, n] = scale[k, n] u[k, n] + offset[k, n], where u is the code, or what the type's table has for it, less `zero`
 
@@ -65,7 +65,7 @@ BLOCK_TYPES = {
 class Blocks(NamedTuple):
     """A weight [K, N] of one type. N counts padding: it is a multiple of NARROW.
 
-    planes: uint8 [K / BLOCK, BLOCK * N * bits / 8] each. scale: fp16 [K / BLOCK, N], or of nested types int8
+    planes: uint8 [K, N * bits / 8] each. scale: fp16 [K / BLOCK, N], or of nested types int8
     [K / scale_block, N]. minimum: the same of uint8 for nested types, else fp16; or None. super_scale, super_minimum:
     fp16 [K / SUPER, N] of nested types, else None. Padded outputs have scales of zero.
     """

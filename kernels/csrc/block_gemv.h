@@ -1,6 +1,6 @@
 // The product of a sparse x and a weight in blocks: see kernels/block_gemv.py.
 //
-// A block of inputs and a strip of outputs are worked through at once: whole numbers are summed, then scaled. As threads
+// A block of inputs is worked through at once, some of its rows at a time: whole numbers are summed, then scaled. As threads
 // share the work at fixed places and fp32 terms are added in the order of the blocks, sums have the same bits on any
 // number of threads and on every instruction set.
 #pragma once

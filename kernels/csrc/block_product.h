@@ -1,11 +1,13 @@
-// A block of inputs and a strip of outputs at a time: whole numbers are summed, then scaled. See block_gemv.h.
+// A few rows of a block of inputs at a time, along many outputs: whole numbers are summed, then scaled. See
+// block_gemv.h.
 #pragma once
 #include "block_gemv.h"
 
 namespace blocks {
 
-constexpr int64_t TILE = 8 * STRIP;  // outputs whose sums stay in L1 for SUPER inputs
-constexpr int64_t AHEAD = 6;         // strips that are fetched ahead: of 2, 4 and 6 the best on a Zen 5, cold weights
+// Chosen on a Zen 3, cold weights, 1536 x 17920 and 8960 x 1536: 4 groups, 16, 140 and all strips of a row are no faster.
+constexpr int PASS = 2;               // groups of four rows that are read beside each other
+constexpr int64_t TILE = 32 * STRIP;  // outputs whose sums stay near the core for SUPER inputs
 
 // As `fetch`, but GCC 12 leaves loops and calls out that do nothing but __builtin_prefetch.
 inline void fetch_line(const void* p) {
@@ -16,39 +18,46 @@ inline void fetch_line(const void* p) {
 #endif
 }
 
-// The way through blocks and strips: SUPER inputs at a time, of which a TILE of outputs, of which block by block. Blocks
-// without a kept channel are left out.
+// The way through passes: SUPER inputs at a time, of which a TILE of outputs, of which block by block, of which PASS
+// groups of kept rows. Blocks without a kept channel are left out.
 struct Walk {
     const Kept* kept;
-    int64_t begin, end, last;         // outputs, and the end of the blocks
-    int64_t super, super_end, n;      // blocks that share scales, and the tile's first output
-    int64_t b, s;                     // the block, and the strip's first output
+    int64_t begin, end, last;     // outputs, and the end of the blocks
+    bool halves;                  // whether each half of a block has a scale of its own
+    int64_t super, super_end, n;  // blocks that share scales, and the tile's first output
+    int64_t b;                    // the block
+    int half, group, group_end;   // the groups of this pass
 
-    Walk(const Kept* kept, int64_t begin, int64_t end, int64_t first, int64_t last)
-        : kept(kept), begin(begin), end(end), last(last), n(begin), b(first), s(begin) {
+    Walk(const Kept* kept, int64_t begin, int64_t end, int64_t first, int64_t last, bool halves)
+        : kept(kept), begin(begin), end(end), last(last), halves(halves), n(begin), b(first), half(0), group(0) {
         enter(first);
         settle();
     }
     bool done() const { return super >= last; }
     int64_t tile_end() const { return std::min(n + TILE, end); }
+    bool starts() const { return group == (half ? kept[b].middle : 0); }
+    bool ends() const { return group_end == groups(); }
     void next() {
-        s += STRIP;
-        if (s < tile_end()) return;
-        s = n, b++;
+        group = group_end;
         settle();
     }
 
   private:
+    int groups() const { return halves && !half ? kept[b].middle : kept[b].groups; }
     void enter(int64_t block) {
         super = block, super_end = std::min(last, (block / (SUPER / BLOCK) + 1) * (SUPER / BLOCK));
     }
     void settle() {
         while (!done()) {
-            while (b < super_end && !kept[b].groups) b++;
-            if (b < super_end) return;
+            for (; b < super_end; b++, half = group = 0)
+                for (; half <= halves; half++)
+                    if (group < groups()) {
+                        group_end = std::min(group + PASS, groups());
+                        return;
+                    }
             n += TILE;
             if (n >= end) n = begin, enter(super_end);
-            b = super, s = n;
+            b = super, half = group = 0;
         }
     }
 };
@@ -62,6 +71,7 @@ template <class Kind> class Product {
     const Kept* const kept;
     const int64_t N, begin, end;  // N: with padding; begin, end: outputs that are computed
     float* const y;               // output 0's place
+    alignas(LINE) int32_t wholes[TILE];
     alignas(LINE) float sums[TILE];
     alignas(LINE) float minimums[TILE];
 
@@ -73,78 +83,74 @@ template <class Kind> class Product {
     void run(int64_t first, int64_t last) {
         if (begin >= std::min(end, w.N)) return;
         std::fill(y + begin, y + std::min(end, w.N), 0.0f);
-        Walk at(kept, begin, end, first, last), later = at;
-        for (int i = 0; i < AHEAD && !later.done(); i++) later.next();
-        while (!at.done()) add_tile(at, later);
+        Walk at(kept, begin, end, first, last, SCALES > 1);
+        while (!at.done()) add_tile(at);
     }
 
   private:
-    void add_tile(Walk& at, Walk& later) {
+    void add_tile(Walk& at) {
         int64_t n = at.n, super = at.super, to = at.tile_end();
         std::fill_n(sums, to - n, 0.0f);
         if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, to - n, 0.0f);
-        for (; at.n == n && at.super == super; at.next()) {
-            if (!later.done()) {
-                ahead(later.b, later.s);
-                later.next();
+        while (!at.done() && at.n == n && at.super == super) {
+            Walk now = at;
+            at.next();
+            for (int64_t s = n; s < to; s += STRIP) {
+                if (!at.done()) ahead(at, at.n + s - n);
+                if (to - s >= STRIP) add_strip<STRIP>(now, s, s - n);
+                else add_strip<HALF>(now, s, s - n);
             }
-            if (to - at.s >= STRIP) add_strip<STRIP>(kept[at.b], at.b, at.s, at.s - n);
-            else add_strip<HALF>(kept[at.b], at.b, at.s, at.s - n);
         }
         finish(super / (SUPER / BLOCK) * N + n, n, std::min(to, w.N) - n);
     }
 
-    // Fetches what comes AHEAD strips later.
-    void ahead(int64_t b, int64_t s) const {
-        const Kept& x = kept[b];
-        const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
-        const uint8_t* high = w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8;
-        for (int i = 0; i < 4 * x.groups; i++) {
-            fetch_line(low + x.row[i] * (STRIP * Kind::LOW / 8));
-            if (Kind::LOW == 8) fetch_line(low + x.row[i] * STRIP + LINE);
-            if (Kind::HIGH) fetch_line(high + x.row[i] * (STRIP * Kind::HIGH / 8));
+    // Fetches what the next pass reads at the strip from output s on.
+    void ahead(const Walk& next, int64_t s) const {
+        if (s >= next.tile_end()) return;
+        const Kept& x = kept[next.b];
+        const Codes at(w, next.b, s, Kind::LOW, Kind::HIGH);
+        for (int i = 4 * next.group; i < 4 * next.group_end; i++) {
+            fetch_line(at.low + x.row[i] * at.low_row);
+            if (Kind::LOW == 8) fetch_line(at.low + x.row[i] * at.low_row + LINE);
+            if (Kind::HIGH) fetch_line(at.high + x.row[i] * at.high_row);
         }
-        for (int64_t i = 0; i < SCALES; i++) {
-            const Scale* scale = (const Scale*)w.scale + (b * SCALES + i) * N + s;
-            for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch_line(scale + j);
-        }
-        if (Kind::MINIMUM)
+        if (!next.starts()) return;
+        const Scale* scale = (const Scale*)w.scale + (next.b * SCALES + next.half) * N + s;
+        for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch_line(scale + j);
+        if (Kind::MINIMUM && !next.half)
             for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Minimum)))
-                fetch_line((const Minimum*)w.minimum + b * N + s + j);
+                fetch_line((const Minimum*)w.minimum + next.b * N + s + j);
     }
 
-    // Block b's share of the sums of the strip from output s on, which is output `at` of its tile.
-    template <int64_t WIDTH> void add_strip(const Kept& x, int64_t b, int64_t s, int64_t at) {
-        const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
-        const uint8_t* high = Kind::HIGH ? w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8 : nullptr;
-        const Scale* scale = (const Scale*)w.scale + b * SCALES * N + s;
-        const Minimum* minimum = (const Minimum*)w.minimum + b * N + s;
-        UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            if (SCALES == 1) {
-                add<WIDTH>(x, 0, x.groups, x.sum[0] + x.sum[1], low, high, chunk, scale, sums + at);
-            } else {
-                if (x.middle) add<WIDTH>(x, 0, x.middle, x.sum[0], low, high, chunk, scale, sums + at);
-                if (x.groups > x.middle)
-                    add<WIDTH>(x, x.middle, x.groups, x.sum[1], low, high, chunk, scale + N, sums + at);
-            }
-        }
-        if (!Kind::MINIMUM) return;
+    // A pass's share of the sums of the strip from output s on, which is output `at` of its tile.
+    template <int64_t WIDTH> void add_strip(const Walk& now, int64_t s, int64_t at) {
+        const Kept& x = kept[now.b];
+        const Codes codes(w, now.b, s, Kind::LOW, Kind::HIGH);
+        const Scale* scale = (const Scale*)w.scale + (now.b * SCALES + now.half) * N + s;
+        int32_t sum = Kind::ZERO * (SCALES > 1 ? x.sum[now.half] : x.sum[0] + x.sum[1]);
+        UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) add<WIDTH>(x, now, sum, codes, chunk, scale, at);
+        if (!Kind::MINIMUM || !now.ends()) return;
+        const Minimum* minimum = (const Minimum*)w.minimum + now.b * N + s;
         float share = x.scale * float(x.sum[0] + x.sum[1]), *to = (Kind::NESTED ? minimums : sums) + at;
         UNROLL for (int64_t n = 0; n < WIDTH; n += LANES)
             store(to + n, load(to + n) + apart(load(minimum + n) * share));
     }
 
-    // Groups `first` to `last` of four kept rows, for chunk `chunk` of each half of the strip.
+    // The same for chunk `chunk` of each half of the strip.
     template <int64_t WIDTH>
-    static void add(const Kept& x, int first, int last, int32_t sum, const uint8_t* low, const uint8_t* high, int chunk,
-                    const Scale* scale, float* to) {
+    void add(const Kept& x, const Walk& now, int32_t sum, const Codes& at, int chunk, const Scale* scale, int64_t begin) {
         constexpr int HALVES = WIDTH / HALF;
         vi total[HALVES][QUADS];
+        bool starts = now.starts(), ends = now.ends();
         UNROLL for (int half = 0; half < HALVES; half++)
-            UNROLL for (int q = 0; q < QUADS; q++) total[half][q] = vi{} - Kind::ZERO * sum;
-        for (int g = first; g < last; g++) {
+            UNROLL for (int q = 0; q < QUADS; q++) {
+                int64_t n = half * HALF + q * 16 + chunk * LANES;
+                if (starts) total[half][q] = vi{} - sum;
+                else std::memcpy(&total[half][q], wholes + begin + n, sizeof(vi));
+            }
+        for (int g = now.group; g < now.group_end; g++) {
             vb codes[HALVES][QUADS];
-            unpack<Kind, WIDTH>(low, high, x.row + 4 * g, chunk, codes);
+            unpack<Kind, WIDTH>(at, x.row + 4 * g, chunk, codes);
             UNROLL for (int half = 0; half < HALVES; half++)
                 UNROLL for (int q = 0; q < QUADS; q++)
                     total[half][q] = dot<Kind::EIGHT>(total[half][q], codes[half][q], x.factor[g]);
@@ -152,8 +158,13 @@ template <class Kind> class Product {
         UNROLL for (int half = 0; half < HALVES; half++)
             UNROLL for (int q = 0; q < QUADS; q++) {
                 int64_t n = half * HALF + q * 16 + chunk * LANES;
+                if (!ends) {
+                    std::memcpy(wholes + begin + n, &total[half][q], sizeof(vi));
+                    continue;
+                }
+                float* to = sums + begin + n;
                 vf scaled = __builtin_convertvector(total[half][q], vf) * apart(load(scale + n) * x.scale);
-                store(to + n, load(to + n) + apart(scaled));
+                store(to, load(to) + apart(scaled));
             }
     }
 

@@ -32,13 +32,12 @@ template <class Kind> class Values {
 
     template <int64_t WIDTH> __attribute__((noinline)) void strip(StripValues y) {
         for (int64_t n = 0; n < WIDTH; n += LANES) scales_at(n);
-        const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
-        const uint8_t* high = Kind::HIGH ? w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8 : nullptr;
+        const Codes codes_at(w, b, s, Kind::LOW, Kind::HIGH);
         for (int g = 0; g < BLOCK / 4; g++) {
             const uint8_t row[4] = {uint8_t(4 * g), uint8_t(4 * g + 1), uint8_t(4 * g + 2), uint8_t(4 * g + 3)};
             for (int chunk = 0; chunk < CHUNKS; chunk++) {
                 vb codes[WIDTH / HALF][QUADS];
-                unpack<Kind, WIDTH>(low, high, row, chunk, codes);
+                unpack<Kind, WIDTH>(codes_at, row, chunk, codes);
                 for (int half = 0; half < WIDTH / HALF; half++)
                     for (int q = 0; q < QUADS; q++)
                         four(codes[half][q], 4 * g / Kind::SCALE_BLOCK, half * HALF + q * 16 + chunk * LANES, y + 4 * g);
@@ -97,7 +96,7 @@ template <class T> inline void columns(const Part& w, int64_t begin, int64_t end
 template <int BITS> inline int code(const uint8_t* plane, int64_t N, int64_t b, int64_t n, int64_t k) {
     int64_t s = n / STRIP * STRIP, row = std::min(STRIP, N - s) * BITS / 8;
     int64_t place = (n - s) / HALF * HALF + n / 4 % 4 * 16 + n / 16 % 4 * 4 + n % 4;
-    return plane[BLOCK * (b * N + s) * BITS / 8 + k * row + place % row] >> place / row * BITS & ((1 << BITS) - 1);
+    return plane[((b * BLOCK + k) * N + s) * BITS / 8 + place % row] >> place / row * BITS & ((1 << BITS) - 1);
 }
 
 template <class Kind> inline float value(const Part& w, int64_t N, int64_t b, int64_t n, int64_t k) {

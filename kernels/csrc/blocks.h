@@ -51,6 +51,18 @@ struct Part {
     int64_t padded() const { return (N + HALF - 1) / HALF * HALF; }
 };
 
+// Where the codes of a block's rows begin for a strip, in both planes.
+struct Codes {
+    const uint8_t *low, *high;
+    int64_t low_row, high_row;  // bytes from one row to the next
+
+    Codes(const Part& w, int64_t b, int64_t s, int low_bits, int high_bits)
+        : low_row(w.padded() * low_bits / 8), high_row(w.padded() * high_bits / 8) {
+        low = w.plane[0] + b * BLOCK * low_row + s * low_bits / 8;
+        high = high_bits ? w.plane[1] + b * BLOCK * high_row + s * high_bits / 8 : nullptr;
+    }
+};
+
 // SIZE bytes over and over.
 template <int64_t SIZE> inline vb repeat(const uint8_t* p) {
     vb v;
@@ -147,19 +159,19 @@ inline vb look_up(vb codes) {
 #define UNPACK __attribute__((noinline))  // plain loops, which are unrolled, are many instructions
 #endif
 
-// Codes of four rows of `kind` for chunk `chunk` of each half of a strip. low, high: the strip's first row in each plane.
+// Codes of four rows of `kind` for chunk `chunk` of each half of a strip.
 template <class Kind, int64_t WIDTH>
-UNPACK void unpack(const uint8_t* low, const uint8_t* high, const uint8_t* row, int chunk, vb codes[][QUADS]) {
+UNPACK void unpack(const Codes& at, const uint8_t* row, int chunk, vb codes[][QUADS]) {
     typedef Plane<Kind::LOW, WIDTH> Low;
     typedef Plane<Kind::HIGH ? Kind::HIGH : 1, WIDTH> High;
     vb rows[4], lower[QUADS], upper[QUADS];
     UNROLL for (int half = 0; half < WIDTH / HALF; half++) {
         if (half == 0 || Low::ROW == 2 * HALF) {
-            UNROLL for (int r = 0; r < 4; r++) rows[r] = Low::lanes(low + row[r] * Low::ROW, half, chunk);
+            UNROLL for (int r = 0; r < 4; r++) rows[r] = Low::lanes(at.low + row[r] * at.low_row, half, chunk);
             interleave(rows, lower);
         }
         if (Kind::HIGH && half == 0) {
-            UNROLL for (int r = 0; r < 4; r++) rows[r] = High::lanes(high + row[r] * High::ROW, half, chunk);
+            UNROLL for (int r = 0; r < 4; r++) rows[r] = High::lanes(at.high + row[r] * at.high_row, half, chunk);
             interleave(rows, upper);
         }
         UNROLL for (int q = 0; q < QUADS; q++) {

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from teal_fast.files.gguf_blocks import PARSERS, to_blocks
-from teal_fast.kernels.block_planes import BLOCK, NARROW, pack_plane, places, unpack_plane
+from teal_fast.kernels.block_planes import NARROW, pack_plane, places, unpack_plane
 from teal_fast.kernels.blocks import dequantize_blocks
 from teal_fast.tests.gguf_models import random_tensor
 
@@ -28,7 +28,7 @@ def test_values_are_gguf_pys_bit_for_bit(name, N):
 def test_planes_come_back(bits, N):
     codes = torch.randint(0, 2**bits, (64, N), dtype=torch.uint8)
     plane = pack_plane(codes, bits)
-    assert plane.shape == (2, BLOCK * N * bits // 8) and torch.equal(unpack_plane(plane, bits), codes)
+    assert plane.shape == (64, N * bits // 8) and torch.equal(unpack_plane(plane, bits), codes)
 
 
 def test_four_interleaved_rows_give_whole_neighbours():
