@@ -1,4 +1,4 @@
-"""How the codes of a weight in blocks (kernels/blocks.py) lie in memory: planes of one to eight bits, rows in strips."""
+"""How the codes of a weight in blocks (kernels/blocks.py) lie in memory: planes of one to eight bits."""
 
 import torch
 from torch import Tensor
