@@ -1,4 +1,4 @@
-"""Writes docs/results.md: the tables of all benchmark records, between the paragraphs of a template.
+"""Writes docs/results.md: the tables of all benchmark records, between the paragraphs of a template; and its pictures.
 
     python -m teal_fast.report.results
 
@@ -18,11 +18,14 @@ from pathlib import Path
 from teal_fast.evaluation.record import read_records, reading_records
 from teal_fast.files.paths import IN_A_CLONE, ROOT
 from teal_fast.files.store import check_writable, new_file
+from teal_fast.report.figures import save
 from teal_fast.report.results_quality import (
+    agree_section,
     perplexity_section,
     quality_section,
     rounding_section,
     tasks_section,
+    tradeoff_section,
 )
 from teal_fast.report.results_section import Record, Section, by, read_text, unique
 from teal_fast.report.results_speed import (
@@ -33,6 +36,7 @@ from teal_fast.report.results_speed import (
     serve_section,
     table_section,
 )
+from teal_fast.report.tradeoff import tradeoff_figures
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 TEMPLATE = Path(__file__).with_name("results_template.md")
@@ -56,6 +60,8 @@ SECTIONS = {
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),
+    "tradeoff": Kind(("file", "run", "model"), tradeoff_section),
+    "agree": Kind(("file",), agree_section),
     "rounding": Kind(("file", "run", "model"), rounding_section),
     "tasks": Kind(("file", "model", "format", "protocol"), tasks_section),
     "table": Kind(("file", "run"), table_section),
@@ -133,10 +139,13 @@ def main() -> None:
         raise ValueError("docs/results.md is a page of the repository: run it in a clone")
     check_writable(options.out)
     with reading_records(options.results):
-        page = make_page(read_results(options.results), TEMPLATE.read_text(encoding="utf-8"))
+        records = read_results(options.results)
+        page, figures = make_page(records, TEMPLATE.read_text(encoding="utf-8")), tradeoff_figures(records)
     with new_file(options.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print(f"wrote {options.out}")
+    for figure in figures:
+        save(figure, options.out.parent)
+    print(f"wrote {', '.join([str(options.out), *(f'{figure.name}.svg' for figure in figures)])}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from teal_fast.report.results_section import (
     Record,
     Section,
     by,
+    each,
+    listed,
     markdown,
     percent,
     thresholds,
@@ -125,3 +127,34 @@ def rounding_section(records: list[Record]) -> Section:
     columns = ["as it is" if factor == 1 else f"one entry {factor:,} times the rest" for factor in factors]
     title = f"{records[0]['model']} on {records[0]['device']}"
     return Section(title, [markdown(["error, %", "product", "step", *columns], rows)])
+
+
+def tradeoff_section(records: list[Record]) -> Section:
+    rows = []
+    for record in records:
+        error = record["loss_error"]
+        loss = f"{record['loss_over_file']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+        low, high = record["tokens_per_s_spread"]
+        rate = f"{record['tokens_per_s']:.1f}"
+        achieved = each([record], "achieved_sparsity", lambda value: percent(value, 1))
+        rows.append(
+            [record["peer"] or f"ours, {percent(record['sparsity'])}", achieved, rate, f"{low:.1f} to {high:.1f}", loss]
+        )
+    about = records[0]
+    head = ["", "achieved", "tokens/s", "rounds", "nats over the file itself"]
+    notes = [f"{about['texts']}, {about['protocol']}", f"{about['new_tokens']} tokens a round"]
+    notes += [listed(f"llama.cpp {r['peer_version']}" for r in records if r.get("peer_version"))]
+    return Section(f"{about['model']} on {about['device']}", [markdown(head, rows)], notes)
+
+
+def agree_section(records: list[Record]) -> Section:
+    rows = []
+    for r in records:
+        parted = [f"{text['parted']} ({text['margin']:.3f})" for text in r["texts"] if text["parted"] is not None]
+        equal = f"{len(r['texts']) - len(parted)} of {len(r['texts'])}"
+        apart = f"{100 * r['apart']:+.3f} ± {100 * (r['apart_error'] or 0):.3f}"
+        what = f"{r['model']}, {r['format']} in {r['dtype']}"
+        scores = [f"{r['perplexity']:.4f}", f"{r['llama_cpp_perplexity']:.4f}", apart]
+        rows.append([what, r["peer"], r["protocol"], *scores, equal, ", ".join(parted)])
+    head = ["", "beside", "windows", "perplexity", "llama.cpp's", "apart, %", "greedy texts equal"]
+    return Section(records[0]["device"], [markdown([*head, "others part at token (margin, nats)"], rows)])
