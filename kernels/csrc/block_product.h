@@ -1,10 +1,10 @@
 // A block of inputs and a strip of outputs at a time: whole numbers are summed, then scaled. See block_gemv.h.
 #pragma once
-#include "block_gemv.h"
+#include "block_tokens.h"
 
 namespace blocks {
 
-constexpr int64_t TILE = 8 * STRIP;  // outputs whose sums stay in L1 for SUPER inputs
+constexpr int64_t TILE = 8 * STRIP;  // outputs whose sums stay in L1 for SUPER inputs; of several tokens a STRIP
 constexpr int64_t AHEAD = 6;         // strips that are fetched ahead: of 2, 4 and 6 the best on a Zen 5, cold weights
 
 // As `fetch`, but GCC 12 leaves loops and calls out that do nothing but __builtin_prefetch.
@@ -16,21 +16,21 @@ inline void fetch_line(const void* p) {
 #endif
 }
 
-// The way through blocks and strips: SUPER inputs at a time, of which a TILE of outputs, of which block by block. Blocks
+// The way through blocks and strips: SUPER inputs at a time, of which a tile of outputs, of which block by block. Blocks
 // without a kept channel are left out.
 struct Walk {
     const Kept* kept;
-    int64_t begin, end, last;         // outputs, and the end of the blocks
+    int64_t begin, end, last, tile;   // outputs, the end of the blocks, and the outputs of a tile
     int64_t super, super_end, n;      // blocks that share scales, and the tile's first output
     int64_t b, s;                     // the block, and the strip's first output
 
-    Walk(const Kept* kept, int64_t begin, int64_t end, int64_t first, int64_t last)
-        : kept(kept), begin(begin), end(end), last(last), n(begin), b(first), s(begin) {
+    Walk(const Kept* kept, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t tile)
+        : kept(kept), begin(begin), end(end), last(last), tile(tile), n(begin), b(first), s(begin) {
         enter(first);
         settle();
     }
     bool done() const { return super >= last; }
-    int64_t tile_end() const { return std::min(n + TILE, end); }
+    int64_t tile_end() const { return std::min(n + tile, end); }
     void next() {
         s += STRIP;
         if (s < tile_end()) return;
@@ -46,34 +46,37 @@ struct Walk {
         while (!done()) {
             while (b < super_end && !kept[b].groups) b++;
             if (b < super_end) return;
-            n += TILE;
+            n += tile;
             if (n >= end) n = begin, enter(super_end);
             b = super, s = n;
         }
     }
 };
 
-template <class Kind> class Product {
-    typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
-    typedef std::conditional_t<Kind::NESTED, uint8_t, fp16> Minimum;
-    static constexpr int64_t SCALES = BLOCK / Kind::SCALE_BLOCK;
+// The products of up to MOST tokens with a part; several keep all their channels.
+template <class Kind, int MOST> class Product {
+    typedef ScaleOf<Kind> Scale;
+    typedef MinimumOf<Kind> Minimum;
+    static constexpr int64_t SCALES = BLOCK / Kind::SCALE_BLOCK, TILE = MOST == 1 ? blocks::TILE : STRIP;
 
     const Part& w;
-    const Kept* const kept;
+    const Kept* const kept;  // [tokens, K / BLOCK]
+    const int64_t tokens;
     const int64_t N, begin, end;  // N: with padding; begin, end: outputs that are computed
-    float* const y;               // output 0's place
-    alignas(LINE) float sums[TILE];
-    alignas(LINE) float minimums[TILE];
+    float* const y;               // output 0's place, and the next token's `stride` further on
+    const int64_t stride;
+    alignas(LINE) float sums[MOST * TILE];
+    alignas(LINE) float minimums[MOST * TILE];
 
   public:
-    Product(const Part& w, const Kept* kept, int64_t begin, int64_t end, float* y)
-        : w(w), kept(kept), N(w.padded()), begin(begin), end(end), y(y) {}
+    Product(const Part& w, const Kept* kept, int64_t tokens, int64_t begin, int64_t end, float* y, int64_t stride)
+        : w(w), kept(kept), tokens(MOST == 1 ? 1 : tokens), N(w.padded()), begin(begin), end(end), y(y), stride(stride) {}
 
     // y = the product of blocks `first` to `last`.
     void run(int64_t first, int64_t last) {
         if (begin >= std::min(end, w.N)) return;
-        std::fill(y + begin, y + std::min(end, w.N), 0.0f);
-        Walk at(kept, begin, end, first, last), later = at;
+        for (int64_t t = 0; t < tokens; t++) std::fill(y + t * stride + begin, y + t * stride + std::min(end, w.N), 0.0f);
+        Walk at(kept, begin, end, first, last, TILE), later = at;
         for (int i = 0; i < AHEAD && !later.done(); i++) later.next();
         while (!at.done()) add_tile(at, later);
     }
@@ -81,17 +84,18 @@ template <class Kind> class Product {
   private:
     void add_tile(Walk& at, Walk& later) {
         int64_t n = at.n, super = at.super, to = at.tile_end();
-        std::fill_n(sums, to - n, 0.0f);
-        if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, to - n, 0.0f);
+        std::fill_n(sums, (tokens - 1) * TILE + to - n, 0.0f);
+        if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, (tokens - 1) * TILE + to - n, 0.0f);
         for (; at.n == n && at.super == super; at.next()) {
             if (!later.done()) {
                 ahead(later.b, later.s);
                 later.next();
             }
-            if (to - at.s >= STRIP) add_strip<STRIP>(kept[at.b], at.b, at.s, at.s - n);
-            else add_strip<HALF>(kept[at.b], at.b, at.s, at.s - n);
+            if (to - at.s >= STRIP) add_strip<STRIP>(at.b, at.s, at.s - n);
+            else add_strip<HALF>(at.b, at.s, at.s - n);
         }
-        finish(super / (SUPER / BLOCK) * N + n, n, std::min(to, w.N) - n);
+        for (int64_t t = 0; t < tokens; t++)
+            finish(super / (SUPER / BLOCK) * N + n, t, n, std::min(to, w.N) - n);
     }
 
     // Fetches what comes AHEAD strips later.
@@ -114,11 +118,22 @@ template <class Kind> class Product {
     }
 
     // Block b's share of the sums of the strip from output s on, which is output `at` of its tile.
-    template <int64_t WIDTH> void add_strip(const Kept& x, int64_t b, int64_t s, int64_t at) {
+    template <int64_t WIDTH> void add_strip(int64_t b, int64_t s, int64_t at) {
         const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
         const uint8_t* high = Kind::HIGH ? w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8 : nullptr;
         const Scale* scale = (const Scale*)w.scale + b * SCALES * N + s;
         const Minimum* minimum = (const Minimum*)w.minimum + b * N + s;
+        if constexpr (MOST > 1) {
+            const Strip<Kind, WIDTH> strip(low, high);
+            return in_groups<TOKENS_AT_ONCE>(tokens, [&](auto number, int64_t t) {
+                const Kept* x[number];
+                for (int k = 0; k < number; k++) x[k] = kept + (t + k) * (w.K / BLOCK) + b;
+                strip.template add<number>(x, scale, N, sums + t * TILE, TILE);
+                if (Kind::MINIMUM)
+                    strip.template add_minimum<number>(x, minimum, (Kind::NESTED ? minimums : sums) + t * TILE, TILE);
+            });
+        }
+        const Kept& x = kept[b];
         UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
             if (SCALES == 1) {
                 add<WIDTH>(x, 0, x.groups, x.sum[0] + x.sum[1], low, high, chunk, scale, sums + at);
@@ -157,19 +172,20 @@ template <class Kind> class Product {
             }
     }
 
-    // y += the tile's sums times the scales of the scales, which begin at `at`.
-    void finish(int64_t at, int64_t n, int64_t count) {
-        float* to = y + n;
+    // y += token t's sums of the tile times the scales of the scales, which begin at `at`.
+    void finish(int64_t at, int64_t t, int64_t n, int64_t count) {
+        float* to = y + t * stride + n;
         int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + finished(at, i));
+        for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + finished(at, t, i));
         if (i >= count) return;
-        vf rest = finished(at, i);  // the scales have room for whole vectors
+        vf rest = finished(at, t, i);  // the scales have room for whole vectors
         for (int64_t j = i; j < count; j++) to[j] += rest[j - i];
     }
-    vf finished(int64_t at, int64_t i) const {
-        vf found = load(sums + i);
+    vf finished(int64_t at, int64_t t, int64_t i) const {
+        vf found = load(sums + t * TILE + i);
         if (Kind::NESTED) found = apart(found * load(w.super_scale + at + i));
-        if (Kind::NESTED && Kind::MINIMUM) found -= apart(load(minimums + i) * load(w.super_minimum + at + i));
+        if (Kind::NESTED && Kind::MINIMUM)
+            found -= apart(load(minimums + t * TILE + i) * load(w.super_minimum + at + i));
         return apart(found);
     }
 };

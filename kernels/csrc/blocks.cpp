@@ -7,13 +7,20 @@
 
 using namespace blocks;
 
-void blocks::multiply(const Kept* kept, const Part& w, int64_t begin, int64_t end, int first, int last, float* partial,
-                      int64_t at, int64_t stride) {
+template <int MOST>
+static void multiply_some(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, int first, int last,
+                          Partial to) {
     with_kind(w.type, [&](auto kind) {
         for (int split = first; split < last; split++)
-            Product<decltype(kind)>(w, kept, begin, end, partial + split * stride + at)
+            Product<decltype(kind), MOST>(w, x, tokens, begin, end, to.first + split * to.split, to.token)
                 .run(part(w.K / BLOCK, split, SPLITS), part(w.K / BLOCK, split + 1, SPLITS));
     });
+}
+void blocks::multiply(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, int first, int last,
+                      Partial to) {
+    if (tokens == 1) return multiply_some<1>(x, 1, w, begin, end, first, last, to);
+    for (int64_t t = 0; t < tokens; t += MOST_TOKENS, to.first += MOST_TOKENS * to.token, x += MOST_TOKENS * (w.K / BLOCK))
+        multiply_some<MOST_TOKENS>(x, std::min(MOST_TOKENS, tokens - t), w, begin, end, first, last, to);
 }
 
 struct BlockScratch {
@@ -33,7 +40,7 @@ static void block_gemv(const T* x, Weight weight, const float* threshold, const 
 #pragma omp parallel num_threads(threads)
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads()};
-        multiply(kept, weight, partial, worker);
+        multiply(kept, 1, weight, partial, worker);
 #pragma omp barrier
         int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
         std::vector<float> sums(end - begin);
