@@ -34,6 +34,8 @@ inline vs pairs(vb, int32_t) { return vs{}; }
 inline vi added(vs x) { return x; }
 #endif
 
+#define ROLLED _Pragma("GCC unroll 1")  // else codes are loaded long before they are used, and put away again
+
 template <class Kind, int64_t WIDTH> class Strip {
     static constexpr int HALVES = WIDTH / HALF, GROUPS = BLOCK / 4, SCALES = BLOCK / Kind::SCALE_BLOCK;
     static constexpr int MOST = (1 << (Kind::LOW + Kind::HIGH)) - 1;  // the largest code
@@ -56,8 +58,8 @@ template <class Kind, int64_t WIDTH> class Strip {
     // sums [TOKENS, stride] += the block's share of each token's x; scale [SCALES, N].
     template <int TOKENS>
     void add(const Kept* const* x, const ScaleOf<Kind>* scale, int64_t N, float* sums, int64_t stride) const {
-        for (int chunk = 0; chunk < CHUNKS; chunk++)
-            for (int half = 0; half < HALVES; half++)
+        ROLLED for (int chunk = 0; chunk < CHUNKS; chunk++)
+            ROLLED for (int half = 0; half < HALVES; half++)
                 UNROLL for (int i = 0; i < SCALES; i++) {
                     vi total[TOKENS][QUADS];
                     UNROLL for (int t = 0; t < TOKENS; t++) {
@@ -97,14 +99,14 @@ template <class Kind, int64_t WIDTH> class Strip {
         if constexpr (IN_PAIRS && !Kind::EIGHT) {
             UNROLL for (int from = first; from < first + END; from += RUN) {
                 vs part[TOKENS][QUADS] = {};
-                UNROLL for (int g = from; g < from + RUN; g++)
+                ROLLED for (int g = from; g < from + RUN; g++)
                     UNROLL for (int t = 0; t < TOKENS; t++)
                         UNROLL for (int q = 0; q < QUADS; q++) part[t][q] += pairs(code[g][q], x[t]->factor[g]);
                 UNROLL for (int t = 0; t < TOKENS; t++)
                     UNROLL for (int q = 0; q < QUADS; q++) total[t][q] += added(part[t][q]);
             }
         } else {
-            UNROLL for (int g = first; g < first + END; g++)
+            ROLLED for (int g = first; g < first + END; g++)
                 UNROLL for (int t = 0; t < TOKENS; t++)
                     UNROLL for (int q = 0; q < QUADS; q++)
                         total[t][q] = dot<Kind::EIGHT>(total[t][q], code[g][q], x[t]->factor[g]);
