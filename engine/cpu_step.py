@@ -1,11 +1,13 @@
 """The decode step on the CPU: one call into C++ a token (kernels/csrc/decode_step.cpp), on a model's tensors in place.
 
+Several tokens at once are computed densely and read the weights once; each has the bits of a dense step of its own.
+
 Weights, thresholds and cache are handed over by address, so that thresholds change in place between two tokens.
 """
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
@@ -58,8 +60,8 @@ class CpuModel(ctypes.Structure):
 
 
 @functools.cache
-def native_step(native: ctypes.CDLL) -> Callable:
-    """The decode step of the compiled kernels. Raises ValueError when its structures are not those of this file."""
+def native_steps(native: ctypes.CDLL) -> tuple[Callable, Callable]:
+    """The decode step of the compiled kernels, and dense ones of several tokens. Raises ValueError when its structures are not those of this file."""
     found = (c_int64 * 2)()
     native.teal_struct_sizes(found)
     expected = [ctypes.sizeof(CpuLayer), ctypes.sizeof(CpuModel)]
@@ -68,7 +70,7 @@ def native_step(native: ctypes.CDLL) -> Callable:
             f"decode_step.cpp's Layer and Model have {found[0]} and {found[1]} bytes, cpu_step.py's {expected[0]} and "
             f"{expected[1]}: give both files the same fields"
         )
-    return native.teal_decode_step
+    return native.teal_decode_step, native.teal_dense_steps
 
 
 class CpuStep:
@@ -88,7 +90,7 @@ class CpuStep:
         self.row_bytes = torch.tensor([layer.weight.row_bytes for layer in layers])
         self.sparse_bytes = sum(layer.weight.row_bytes * layer.weight.in_features for layer in layers)
         self.type = TYPES[model.norm.weight.dtype]
-        self.native = native_step(library())
+        self.native, self.native_dense = native_steps(library())
         self.model = CpuModel(
             dim=args.dim,
             heads=args.n_heads,
@@ -147,8 +149,7 @@ class CpuStep:
         Raises ValueError outside vocabulary or cache.
         """
         token, position = int(token), int(input_pos)
-        if not (0 <= token < self.model.vocab_size and 0 <= position < self.model.max_seq_length):
-            raise ValueError(f"token {token} at position {position} is outside the vocabulary or the cache")
+        self._check([token], position)
         with torch.profiler.record_function("teal::decode_step"):
             self.native(
                 ctypes.byref(self.model),
@@ -159,3 +160,30 @@ class CpuStep:
                 torch.get_num_threads(),
             )
         return self.logits
+
+    def dense(self, tokens: Sequence[int], position: int, wanted: int = 1) -> Tensor:
+        """Logits [wanted, vocab] fp32 after the last ones of tokens at consecutive positions from `position` on.
+
+        Thresholds count for nothing. Logits, keys and values have the bits of dense steps, one token after another.
+        Earlier positions must be filled. Raises ValueError outside vocabulary or cache.
+        """
+        self._check(tokens, position)
+        ids, logits = torch.tensor(tokens, dtype=torch.int64), torch.empty(wanted, self.model.vocab_size)
+        with torch.profiler.record_function("teal::dense_steps"):
+            self.native_dense(
+                ctypes.byref(self.model),
+                self.type,
+                pointer(ids),
+                c_int64(len(tokens)),
+                c_int64(position),
+                c_int64(wanted),
+                pointer(logits),
+                torch.get_num_threads(),
+            )
+        return logits
+
+    def _check(self, tokens: Sequence[int], position: int) -> None:
+        for token in tokens:
+            if not (0 <= token < self.model.vocab_size and 0 <= position < self.model.max_seq_length):
+                raise ValueError(f"token {token} at position {position} is outside the vocabulary or the cache")
+            position += 1

@@ -72,10 +72,15 @@ inline int64_t keep(const float* x, const float* threshold, int64_t K, Kept* out
     return count;
 }
 
-// partial [SPLITS, stride] = each split's product of x, by blocks, and outputs `begin` to `end` of a part, for the splits
-// from `first` to `last`. `at`: where output 0 stands. It is compiled in blocks.cpp.
-void multiply(const Kept* kept, const Part& w, int64_t begin, int64_t end, int first, int last, float* partial,
-              int64_t at, int64_t stride);
+// Where products go: output 0 of the first token and split, and how far the next token's and split's are.
+struct Partial {
+    float* first;
+    int64_t token, split;
+};
+
+// to = each split's products of x [tokens, K / BLOCK] and outputs `begin` to `end` of a part, for the splits from `first`
+// to `last`. Several tokens keep all channels. It is compiled in blocks.cpp.
+void multiply(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, int first, int last, Partial to);
 
 // A weight as parts beside each other, N outputs in all.
 struct Weight {
@@ -83,30 +88,32 @@ struct Weight {
     int64_t count, N;
 };
 
-// This worker's share of partial [SPLITS, N], whose sum over splits is the product of x, by blocks, and the weight.
-inline void multiply(const Kept* kept, const Weight& weight, float* partial, Worker worker) {
+// This worker's share of partial [tokens, SPLITS, N], whose sums over splits are the products of x and the weight.
+inline void multiply(const Kept* x, int64_t tokens, const Weight& weight, float* partial, Worker worker) {
     int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, threads = worker.count / shared;
     int first = worker.id % shared * splits;
-    int64_t at = 0;
-    for (const Part* w = weight.part; w < weight.part + weight.count; at += w++->N) {
+    for (const Part* w = weight.part; w < weight.part + weight.count; partial += w++->N) {
         int64_t begin = part(w->padded(), worker.id / shared, threads, STRIP);
         int64_t end = part(w->padded(), worker.id / shared + 1, threads, STRIP);
-        multiply(kept, *w, begin, end, first, first + splits, partial, at, weight.N);
+        multiply(x, tokens, *w, begin, end, first, first + splits, {partial, SPLITS * weight.N, weight.N});
     }
 }
 
-// This worker's share of y [N], the same product to the last bit: for the many outputs of an output layer, whose partial
-// sums would be far from the core.
-inline void multiply_many(const Kept* kept, const Weight& weight, float* y, Worker worker) {
+// This worker's share of y [tokens, N], the same products to the last bit: for the many outputs of an output layer, whose
+// partial sums would be far from the core.
+inline void multiply_many(const Kept* x, int64_t tokens, const Weight& weight, float* y, Worker worker) {
     constexpr int64_t MANY = 32 * STRIP;
-    alignas(LINE) static thread_local float partial[SPLITS * MANY];
+    static thread_local Floats partial;
+    int64_t many = std::max(MANY / tokens / STRIP, int64_t(1)) * STRIP;
+    partial.resize(tokens * SPLITS * many);
     for (const Part* w = weight.part; w < weight.part + weight.count; y += w++->N) {
         int64_t begin = part(w->padded(), worker.id, worker.count, STRIP);
         int64_t end = part(w->padded(), worker.id + 1, worker.count, STRIP);
-        for (int64_t n = begin; n < end; n += MANY) {
-            multiply(kept, *w, n, std::min(n + MANY, end), 0, SPLITS, partial, -n, MANY);
-            int64_t count = std::min(std::min(n + MANY, end), w->N) - n;
-            collect<float>(partial, MANY, nullptr, nullptr, 0, count, y + n);
+        for (int64_t n = begin; n < end; n += many) {
+            multiply(x, tokens, *w, n, std::min(n + many, end), 0, SPLITS, {partial - n, SPLITS * many, many});
+            int64_t count = std::min(std::min(n + many, end), w->N) - n;
+            for (int64_t t = 0; t < tokens; t++)
+                collect<float>(partial + t * SPLITS * many, many, nullptr, nullptr, 0, count, y + t * weight.N + n);
         }
     }
 }

@@ -1,4 +1,4 @@
-// A few rows of a block of inputs at a time, along many outputs: whole numbers are summed, then scaled. See
+// The product of one token, of which channels may be left out: a few rows of a block at a time, along many outputs. See
 // block_gemv.h.
 #pragma once
 #include "block_gemv.h"
@@ -16,6 +16,22 @@ inline void fetch_line(const void* p) {
 #else
     fetch(p);
 #endif
+}
+
+// to [count] += sums of outputs times the scales of the scales, of which the first output's is at `at`.
+template <class Kind>
+inline void finish(const Part& w, int64_t at, const float* sums, const float* minimums, int64_t count, float* to) {
+    auto finished = [&](int64_t i) {
+        vf found = load(sums + i);
+        if (Kind::NESTED) found = apart(found * load(w.super_scale + at + i));
+        if (Kind::NESTED && Kind::MINIMUM) found -= apart(load(minimums + i) * load(w.super_minimum + at + i));
+        return apart(found);
+    };
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + finished(i));
+    if (i >= count) return;
+    vf rest = finished(i);  // the scales have room for whole vectors
+    for (int64_t j = i; j < count; j++) to[j] += rest[j - i];
 }
 
 // The way through passes: SUPER inputs at a time, of which a TILE of outputs, of which block by block, of which PASS
@@ -63,9 +79,9 @@ struct Walk {
 };
 
 template <class Kind> class Product {
-    typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
-    typedef std::conditional_t<Kind::NESTED, uint8_t, fp16> Minimum;
-    static constexpr int64_t SCALES = BLOCK / Kind::SCALE_BLOCK;
+    typedef typename Kind::Scale Scale;
+    typedef typename Kind::Minimum Minimum;
+    static constexpr int64_t SCALES = Kind::SCALES;
 
     const Part& w;
     const Kept* const kept;
@@ -101,7 +117,7 @@ template <class Kind> class Product {
                 else add_strip<HALF>(now, s, s - n);
             }
         }
-        finish(super / (SUPER / BLOCK) * N + n, n, std::min(to, w.N) - n);
+        finish<Kind>(w, super / (SUPER / BLOCK) * N + n, sums, minimums, std::min(to, w.N) - n, y + n);
     }
 
     // Fetches what the next pass reads at the strip from output s on.
@@ -166,22 +182,6 @@ template <class Kind> class Product {
                 vf scaled = __builtin_convertvector(total[half][q], vf) * apart(load(scale + n) * x.scale);
                 store(to, load(to) + apart(scaled));
             }
-    }
-
-    // y += the tile's sums times the scales of the scales, which begin at `at`.
-    void finish(int64_t at, int64_t n, int64_t count) {
-        float* to = y + n;
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + finished(at, i));
-        if (i >= count) return;
-        vf rest = finished(at, i);  // the scales have room for whole vectors
-        for (int64_t j = i; j < count; j++) to[j] += rest[j - i];
-    }
-    vf finished(int64_t at, int64_t i) const {
-        vf found = load(sums + i);
-        if (Kind::NESTED) found = apart(found * load(w.super_scale + at + i));
-        if (Kind::NESTED && Kind::MINIMUM) found -= apart(load(minimums + i) * load(w.super_minimum + at + i));
-        return apart(found);
     }
 };
 

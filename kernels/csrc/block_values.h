@@ -19,9 +19,9 @@ inline void put(bf16* p, vf v) {
 typedef float StripValues[BLOCK][STRIP];
 
 template <class Kind> class Values {
-    typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
-    typedef std::conditional_t<Kind::NESTED, uint8_t, fp16> Minimum;
-    static constexpr int64_t SCALES = BLOCK / Kind::SCALE_BLOCK;
+    typedef typename Kind::Scale Scale;
+    typedef typename Kind::Minimum Minimum;
+    static constexpr int64_t SCALES = Kind::SCALES;
 
     const Part& w;
     const int64_t N, b, s;  // N: with padding; b, s: the block and the strip's first output
@@ -100,8 +100,8 @@ template <int BITS> inline int code(const uint8_t* plane, int64_t N, int64_t b, 
 }
 
 template <class Kind> inline float value(const Part& w, int64_t N, int64_t b, int64_t n, int64_t k) {
-    typedef std::conditional_t<Kind::NESTED, int8_t, fp16> Scale;
-    typedef std::conditional_t<Kind::NESTED, uint8_t, fp16> Minimum;
+    typedef typename Kind::Scale Scale;
+    typedef typename Kind::Minimum Minimum;
     int64_t above = b / (SUPER / BLOCK) * N + n, own = (b * BLOCK + k) / Kind::SCALE_BLOCK * N + n;
     int found = code<Kind::LOW>(w.plane[0], N, b, n, k);
     if (Kind::HIGH) found |= code<Kind::HIGH ? Kind::HIGH : 1>(w.plane[1], N, b, n, k) << Kind::LOW;

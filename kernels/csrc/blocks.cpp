@@ -2,17 +2,25 @@
 // kernels/block_values.py.
 #include <omp.h>
 
-#include "block_product.h"
+#include "block_tokens.h"
 #include "block_values.h"
 
 using namespace blocks;
 
-void blocks::multiply(const Kept* kept, const Part& w, int64_t begin, int64_t end, int first, int last, float* partial,
-                      int64_t at, int64_t stride) {
+void blocks::multiply(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, int first, int last,
+                      Partial to) {
+    int64_t K = w.K / BLOCK;
     with_kind(w.type, [&](auto kind) {
-        for (int split = first; split < last; split++)
-            Product<decltype(kind)>(w, kept, begin, end, partial + split * stride + at)
-                .run(part(w.K / BLOCK, split, SPLITS), part(w.K / BLOCK, split + 1, SPLITS));
+        for (int split = first; split < last; split++) {
+            int64_t from = part(K, split, SPLITS), until = part(K, split + 1, SPLITS);
+            float* y = to.first + split * to.split;
+            if (tokens == 1) Product<decltype(kind)>(w, x, begin, end, y).run(from, until);
+            else
+                for (int64_t t = 0; t < tokens; t += MOST_TOKENS)
+                    Products<decltype(kind)>(w, x + t * K, std::min(MOST_TOKENS, tokens - t), begin, end,
+                                             y + t * to.token, to.token)
+                        .run(from, until);
+        }
     });
 }
 
@@ -33,7 +41,7 @@ static void block_gemv(const T* x, Weight weight, const float* threshold, const 
 #pragma omp parallel num_threads(threads)
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads()};
-        multiply(kept, weight, partial, worker);
+        multiply(kept, 1, weight, partial, worker);
 #pragma omp barrier
         int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
         std::vector<float> sums(end - begin);

@@ -23,6 +23,9 @@ struct Kind {
     static constexpr int64_t SCALE_BLOCK = SCALE_BLOCK_;
     static constexpr bool NESTED = NESTED_, MINIMUM = MINIMUM_, TABLE = TABLE_;
     static constexpr bool EIGHT = LOW == 8 || TABLE;  // whether codes may be beyond 127
+    static constexpr int64_t SCALES = BLOCK / SCALE_BLOCK;
+    typedef std::conditional_t<NESTED, int8_t, fp16> Scale;
+    typedef std::conditional_t<NESTED, uint8_t, fp16> Minimum;
 };
 
 // Calls f with the type that `type` numbers, in the order of BLOCK_TYPES.

@@ -1,105 +1,51 @@
-// One token through the whole model on the CPU, in one parallel region: see engine/cpu_step.py.
+// Tokens at consecutive positions through the whole model on the CPU, in one parallel region: see engine/cpu_step.py.
 //
-// Every thread keeps the residual stream and the lists of kept channels for itself: to compute them again is cheaper
-// than to wait for one another. What they share is written by all, each its share, and read by all after a barrier; at
-// least one more barrier lies between that and when it is written again.
+// Of a token alone every thread keeps the residual stream and the lists of kept channels for itself: to compute them
+// again is cheaper than to wait for one another. Several tokens are shared out instead, and are computed densely: all
+// their lists name the same rows, which are read once for all. Each has the bits that it has alone, since its sums have
+// the same terms in the same order.
+//
+// What threads share is written by all, each its share, and read by all after a barrier; at least one more barrier lies
+// between that and when it is written again.
 #include <omp.h>
 
-#include "attention.h"
-#include "block_gemv.h"
 #include "block_values.h"
-#include "quantized.h"
-
-extern "C" {
-
-// CpuWeight in engine/cpu_step.py: rows of values of so many bits, of four in groups of `group` outputs; or, with `parts`
-// of them, blocks.
-struct Weight {
-    const void* data;
-    const float* scale;  // of quantized ones, else null
-    int64_t bits, group;
-    const blocks::Part* part;
-    int64_t parts;
-};
-
-struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
-    const void *attention_norm, *ffn_norm, *q_norm, *k_norm;
-    Weight wqkv, wo, w13, w2;
-    const void *wqkv_bias, *wo_bias, *w13_bias, *w2_bias;
-    const float *wqkv_threshold, *wo_threshold, *w13_threshold, *w2_threshold;
-    void *k_cache, *v_cache;  // [key/value heads, max_seq_length, head_dim]
-    int64_t window;           // 0: the whole context
-};
-
-struct Model {  // CpuModel in engine/cpu_step.py
-    int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
-    double eps;
-    Weight embeddings, output;
-    const void* norm;
-    const float* frequencies;
-    const Layer* layer;
-    int64_t* kept;  // [layers, 4]: how many channels each product kept of its input
-};
-}
+#include "step_state.h"
 
 namespace {
 
-struct Shared {
-    Floats qkv, update, gate_up;  // products as partial sums [SPLITS, N]
-    Floats values, peak, total;   // attention: [heads, chunks, head_dim], [heads, chunks] twice
-    Floats h;                     // [ffn_dim]
-
-    void fit(const Model& m) {
-        int64_t chunks = (m.max_seq_length + CHUNK - 1) / CHUNK;
-        qkv.resize(SPLITS * (m.heads + 2 * m.kv_heads) * m.head_dim);
-        update.resize(SPLITS * m.dim);
-        gate_up.resize(SPLITS * 2 * m.ffn_dim);
-        values.resize(m.heads * chunks * m.head_dim);
-        peak.resize(m.heads * chunks), total.resize(m.heads * chunks);
-        h.resize(m.ffn_dim);
-    }
-};
-
-struct Private {
-    Floats residual, x, value, up, cos, sin, q, peak, scratch;
-    std::vector<int32_t> index;
-    std::vector<blocks::Kept> kept;
-    Fixed fixed;
-
-    void fit(const Model& m) {
-        int64_t widest = std::max({m.dim, m.ffn_dim, m.heads * m.head_dim});
-        residual.resize(m.dim);
-        x.resize(widest), value.resize(widest), index.resize(widest), up.resize(m.ffn_dim);
-        kept.resize(widest / blocks::BLOCK + 1);
-        cos.resize(m.head_dim / 2), sin.resize(m.head_dim / 2);
-        q.resize(m.heads * m.head_dim), scratch.resize(m.head_dim);
-        peak.resize((m.max_seq_length + CHUNK - 1) / CHUNK);
-    }
+struct Tokens {
+    const int64_t* id;
+    int64_t count, position;  // position: of the first one
+    bool dense;               // whether thresholds count for nothing
+    int64_t wanted;           // the last ones, whose logits are computed
 };
 
 template <class T> class Step {
     const Model& m;
-    const int64_t position, width;  // width: outputs of wqkv
+    const Tokens& tokens;
+    const int64_t width;  // outputs of wqkv
     Shared& all;
     Private& own;
+    State& now;
     const Worker worker;
-    float* const x;  // this thread's input of the next product
     int64_t* counted;  // where the next product's number of kept channels goes
 
   public:
-    Step(const Model& m, int64_t position, Shared& all, Private& own, Worker worker)
-        : m(m), position(position), width((m.heads + 2 * m.kv_heads) * m.head_dim), all(all), own(own), worker(worker),
-          x(own.x), counted(m.kept) {}
+    Step(const Model& m, const Tokens& tokens, Shared& all, Private& own, Worker worker)
+        : m(m), tokens(tokens), width((m.heads + 2 * m.kv_heads) * m.head_dim), all(all), own(own),
+          now(tokens.count == 1 ? own.state : all.state), worker(worker), counted(m.kept) {}
 
-    void run(int64_t token, float* logits) {
-        embed(token);
-        for (int64_t d = 0; d < m.head_dim / 2; d++) {
-            float angle = position * m.frequencies[d];
-            own.cos[d] = std::cos(angle), own.sin[d] = std::sin(angle);
-        }
+    void run(float* logits) {
+        each([&](int64_t t) {
+            embed(tokens.id[t], residual(t));
+            for (int64_t d = 0; d < m.head_dim / 2; d++) {
+                float angle = (tokens.position + t) * m.frequencies[d];
+                cos(t)[d] = std::cos(angle), sin(t)[d] = std::sin(angle);
+            }
+        });
         for (int64_t i = 0; i < m.layers; i++) block(m.layer[i]);
-        norm((const T*)m.norm);
-        put_out(logits);
+        if (tokens.wanted) put_out(logits);
     }
 
   private:
@@ -108,145 +54,197 @@ template <class T> class Step {
     }
     int64_t share(int64_t n, int end, int64_t grain = 1) { return part(n, worker.id + end, worker.count, grain); }
 
-    void embed(int64_t token) {
-        if (m.embeddings.parts) return blocks::look_up_output<T>(*m.embeddings.part, token, (float*)own.residual);
-        const T* row = (const T*)m.embeddings.data + token * m.dim;
-        for (int64_t k = 0; k < m.dim; k++) own.residual[k] = to_float(row[k]);
+    // Calls f for each token that is this thread's to compute; `meet` waits until the others are done with theirs.
+    template <class F> void each(F f) {
+        if (tokens.count == 1) return f(0);
+        for (int64_t t = share(tokens.count, 0); t < share(tokens.count, 1); t++) f(t);
+    }
+    void meet() {
+        if (tokens.count > 1) barrier();
+    }
+    float* residual(int64_t t) { return now.residual + t * m.dim; }
+    float* x(int64_t t) { return now.x + t * now.widest; }  // the input of the next product
+    float* q(int64_t t) { return now.q + t * m.heads * m.head_dim; }
+    float* cos(int64_t t) { return now.cos + t * (m.head_dim / 2); }
+    float* sin(int64_t t) { return now.sin + t * (m.head_dim / 2); }
+
+    void embed(int64_t id, float* y) {
+        if (m.embeddings.parts) return blocks::look_up_output<T>(*m.embeddings.part, id, y);
+        const T* row = (const T*)m.embeddings.data + id * m.dim;
+        for (int64_t k = 0; k < m.dim; k++) y[k] = to_float(row[k]);
     }
 
-    void put_out(float* logits) {
-        if (m.output.parts) {
-            blocks::keep(x, nullptr, m.dim, own.kept.data());
-            return blocks::multiply_many(own.kept.data(), {m.output.part, m.output.parts, m.vocab_size}, logits, worker);
+    void put_out(float* logits) {  // [wanted, vocab_size]
+        int64_t skipped = tokens.count - tokens.wanted;
+        blocks::Kept* kept = now.kept.data();
+        each([&](int64_t t) {
+            if (t < skipped) return;
+            norm(t, (const T*)m.norm);
+            if (m.output.parts) blocks::keep(x(t), nullptr, m.dim, kept + t * (m.dim / blocks::BLOCK));
+            else if (m.output.scale) now.fixed[t].set(x(t), m.dim);
+            else arrange<T>(x(t), m.dim, now.value + t * m.dim);
+        });
+        meet();
+        if (m.output.parts)
+            return blocks::multiply_many(kept + skipped * (m.dim / blocks::BLOCK), tokens.wanted,
+                                         {m.output.part, m.output.parts, m.vocab_size}, logits, worker);
+        int64_t last = share(m.vocab_size, 1);
+        for (int64_t i = share(m.vocab_size, 0); i < last; i++) {
+            if (m.output.scale)
+                for (int64_t t = 0; t < tokens.wanted; t++)
+                    logits[t * m.vocab_size + i] =
+                        now.fixed[skipped + t].times((const int8_t*)m.output.data + i * m.dim, m.output.scale[i]);
+            else
+                in_groups<AT_ONCE>(tokens.wanted, [&](auto number, int64_t t) {
+                    dot_rows<T, number>((const T*)m.output.data + i * m.dim, now.value + (skipped + t) * m.dim, m.dim, 1,
+                                        logits + t * m.vocab_size + i, m.vocab_size, nullptr);
+                });
         }
-        int64_t first = share(m.vocab_size, 0), last = share(m.vocab_size, 1);
-        if (!m.output.scale) {
-            arrange<T>(x, m.dim, own.value);
-            const T* rows = (const T*)m.output.data + first * m.dim;
-            return dot_rows<T, 1>(rows, own.value, m.dim, last - first, logits + first, 0, nullptr);
-        }
-        own.fixed.set(x, m.dim);
-        for (int64_t i = first; i < last; i++)
-            logits[i] = own.fixed.times((const int8_t*)m.output.data + i * m.dim, m.output.scale[i]);
     }
 
     void block(const Layer& layer) {
-        norm((const T*)layer.attention_norm);
-        product(x, layer.wqkv_threshold, layer.wqkv, m.dim, width, all.qkv);
+        each([&](int64_t t) { norm(t, (const T*)layer.attention_norm); });
+        product(now.x, now.widest, layer.wqkv_threshold, layer.wqkv, m.dim, width, all.qkv);
         attention(layer);
-        product(x, layer.wo_threshold, layer.wo, m.heads * m.head_dim, m.dim, all.update);
+        product(now.x, now.widest, layer.wo_threshold, layer.wo, m.heads * m.head_dim, m.dim, all.update);
         add(layer.wo.scale, layer.wo_bias);
-        norm((const T*)layer.ffn_norm);
-        product(x, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
+        each([&](int64_t t) { norm(t, (const T*)layer.ffn_norm); });
+        product(now.x, now.widest, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
         activate(layer.w13.scale, layer.w13_bias);
-        product(all.h, layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
+        product(all.h, m.ffn_dim, layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
         add(layer.w2.scale, layer.w2_bias);
     }
 
-    void product(const float* input, const float* threshold, const Weight& w, int64_t K, int64_t N, float* partial) {
-        int64_t count = w.parts ? multiply_blocks(input, threshold, w, K, N, partial)
-                                : multiply_rows(input, threshold, w, K, N, partial);
+    // partial [tokens, SPLITS, N] = input [tokens, stride], of which K each, times a weight.
+    void product(const float* input, int64_t stride, const float* threshold, const Weight& w, int64_t K, int64_t N,
+                 float* partial) {
+        int64_t count = K, inner = K / blocks::BLOCK;
+        if (tokens.dense) threshold = nullptr;
+        each([&](int64_t t) {
+            const float* x = input + t * stride;
+            if (w.parts) count = blocks::keep(x, threshold, K, now.kept.data() + t * inner);
+            else if (!threshold) now.list[t] = {now.every.data(), x, K};
+            else now.list[t] = compact(x, threshold, K, now.index.data(), now.value), count = now.list[t].count;
+        });
+        meet();
+        if (w.parts) blocks::multiply(now.kept.data(), tokens.count, {w.part, w.parts, N}, partial, worker);
+        else if (w.bits == 4) multiply_rows(Int4Rows((const uint8_t*)w.data, N, w.group), partial);
+        else if (w.bits == 8) multiply_rows(Rows<int8_t>{(const int8_t*)w.data, N}, partial);
+        else multiply_rows(Rows<T>{(const T*)w.data, N}, partial);
         if (worker.id == 0) *counted++ = count;
         barrier();
     }
-    int64_t multiply_blocks(const float* input, const float* threshold, const Weight& w, int64_t K, int64_t N,
-                            float* partial) {
-        int64_t count = blocks::keep(input, threshold, K, own.kept.data());
-        blocks::multiply(own.kept.data(), {w.part, w.parts, N}, partial, worker);
-        return count;
-    }
-    int64_t multiply_rows(const float* input, const float* threshold, const Weight& w, int64_t K, int64_t N,
-                          float* partial) {
-        CompactVector kept = compact(input, threshold, K, own.index.data(), own.value);
-        if (w.bits == 4) multiply(kept, Int4Rows((const uint8_t*)w.data, N, w.group), partial, worker);
-        else if (w.bits == 8) multiply(kept, Rows<int8_t>{(const int8_t*)w.data, N}, partial, worker);
-        else multiply(kept, Rows<T>{(const T*)w.data, N}, partial, worker);
-        return kept.count;
+    template <class Rows> void multiply_rows(const Rows& rows, float* partial) {
+        multiply(now.list.data(), tokens.count, rows, partial, worker);
     }
 
-    void norm(const T* weight) {  // x: the residual, normalised, as the model's type holds it
-        const float* residual = own.residual;
-        float scale = 1 / std::sqrt(sum_of_squares(residual, m.dim) / m.dim + float(m.eps));
-        for (int64_t k = 0; k < m.dim; k++) x[k] = rounded<T>(residual[k] * scale * to_float(weight[k]));
+    void norm(int64_t t, const T* weight) {  // x: the residual, normalised, as the model's type holds it
+        const float* from = residual(t);
+        float scale = 1 / std::sqrt(sum_of_squares(from, m.dim) / m.dim + float(m.eps)), *to = x(t);
+        for (int64_t k = 0; k < m.dim; k++) to[k] = rounded<T>(from[k] * scale * to_float(weight[k]));
     }
 
     void add(const float* scale, const void* bias) {
-        collect(all.update, m.dim, scale, (const T*)bias, 0, m.dim, x);
-        for (int64_t k = 0; k < m.dim; k++) own.residual[k] += x[k];
+        each([&](int64_t t) {
+            float *update = x(t), *to = residual(t);
+            collect(all.update + t * SPLITS * m.dim, m.dim, scale, (const T*)bias, 0, m.dim, update);
+            for (int64_t k = 0; k < m.dim; k++) to[k] += update[k];
+        });
     }
 
-    // Head `head` of the q/k/v product into y [head_dim], turned unless it is a value's.
-    void project(const Layer& layer, int64_t head, const void* norm, float* y) {
-        collect(all.qkv, width, layer.wqkv.scale, (const T*)layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
+    // Head `head` of a token's q/k/v product into y [head_dim], turned unless it is a value's.
+    void project(const Layer& layer, int64_t t, int64_t head, const void* norm, float* y) {
+        collect(all.qkv + t * SPLITS * width, width, layer.wqkv.scale, (const T*)layer.wqkv_bias, head * m.head_dim,
+                m.head_dim, y);
         if (head >= m.heads + m.kv_heads) return;
-        turn(y, (const T*)norm, float(m.eps), own.cos, own.sin, m.head_dim);
+        turn(y, (const T*)norm, float(m.eps), cos(t), sin(t), m.head_dim);
+    }
+
+    // Writes a token's key and value of one head to the cache.
+    void remember(const Layer& layer, int64_t t, int64_t kv) {
+        int64_t at = (kv * m.max_seq_length + tokens.position + t) * m.head_dim;
+        project(layer, t, m.heads + kv, layer.k_norm, own.scratch);
+        for (int64_t d = 0; d < m.head_dim; d++) ((T*)layer.k_cache)[at + d] = from_float<T>(own.scratch[d]);
+        project(layer, t, m.heads + m.kv_heads + kv, nullptr, own.scratch);
+        for (int64_t d = 0; d < m.head_dim; d++) ((T*)layer.v_cache)[at + d] = from_float<T>(own.scratch[d]);
     }
 
     void attention(const Layer& layer) {  // x: what the heads found
-        int64_t size = m.head_dim, group = m.heads / m.kv_heads;
-        Span span(position, layer.window);
+        int64_t size = m.head_dim, chunks = 0;
         float scale = 1 / std::sqrt(float(size)), *scratch = own.scratch;
-        for (int64_t head = 0; head < m.heads; head++) {
-            project(layer, head, layer.q_norm, scratch);
-            for (int64_t d = 0; d < size; d++) scratch[d] *= scale;
-            arrange<T>(scratch, size, own.q + head * size);
-        }
-        Found found{all.values, all.peak, all.total, span.chunks};
-        int64_t tasks = m.kv_heads * span.chunks;
-        for (int64_t task = share(tasks, 0); task < share(tasks, 1); task++) {
-            int64_t kv = task / span.chunks, chunk = task % span.chunks;
-            int64_t begin = std::max(span.begin, (span.first + chunk) * CHUNK);
-            int64_t count = std::min(span.end, (span.first + chunk + 1) * CHUNK) - begin;
-            T* keys = (T*)layer.k_cache + (kv * m.max_seq_length + begin) * size;
-            T* values = (T*)layer.v_cache + (kv * m.max_seq_length + begin) * size;
-            if (chunk == span.chunks - 1) {  // the token itself
-                project(layer, m.heads + kv, layer.k_norm, scratch);
-                for (int64_t d = 0; d < size; d++) keys[(count - 1) * size + d] = from_float<T>(scratch[d]);
-                project(layer, m.heads + m.kv_heads + kv, nullptr, scratch);
-                for (int64_t d = 0; d < size; d++) values[(count - 1) * size + d] = from_float<T>(scratch[d]);
+        each([&](int64_t t) {
+            for (int64_t head = 0; head < m.heads; head++) {
+                project(layer, t, head, layer.q_norm, scratch);
+                for (int64_t d = 0; d < size; d++) scratch[d] *= scale;
+                arrange<T>(scratch, size, q(t) + head * size);
             }
-            int64_t head = kv * group, last = head + group;
-            auto attend_some = [&](auto heads) {
-                for (constexpr int H = decltype(heads)::value; head + H <= last; head += H)
-                    attend<T, H>(own.q + head * size, keys, values, count, size, found.at(head, chunk, size));
-            };
-            attend_some(std::integral_constant<int, 4>());
-            attend_some(std::integral_constant<int, 3>());
-            attend_some(std::integral_constant<int, 1>());
-        }
+            for (int64_t kv = 0; tokens.count > 1 && kv < m.kv_heads; kv++) remember(layer, t, kv);
+        });
+        meet();
+        for (int64_t t = 0; t < tokens.count; t++) chunks = std::max(chunks, Span(tokens.position + t, layer.window).chunks);
+        Found found{all.values, all.peak, all.total, chunks};
+        int64_t tasks = m.kv_heads * chunks, last = share(tokens.count * tasks, 1);
+        for (int64_t task = share(tokens.count * tasks, 0); task < last; task++)
+            attend_chunk(layer, task / tasks, task % tasks / chunks, task % chunks, found);
         barrier();
-        float* peak = own.peak;
-        for (int64_t head = 0; head < m.heads; head++) {
-            int64_t at = head * span.chunks;
-            std::copy_n(all.peak + at, span.chunks, peak);
-            merge(all.values + at * size, peak, all.total + at, span.chunks, size, x + head * size);
-        }
-        for (int64_t k = 0; k < m.heads * size; k++) x[k] = rounded<T>(x[k]);
+        each([&](int64_t t) {
+            int64_t count = Span(tokens.position + t, layer.window).chunks;
+            float *peak = own.peak, *y = x(t);
+            for (int64_t head = 0; head < m.heads; head++) {
+                int64_t at = (t * m.heads + head) * chunks;
+                std::copy_n(all.peak + at, count, peak);
+                merge(all.values + at * size, peak, all.total + at, count, size, y + head * size);
+            }
+            for (int64_t k = 0; k < m.heads * size; k++) y[k] = rounded<T>(y[k]);
+        });
+    }
+    // What a token's heads that share a key's find in a chunk of the cache, unless the token sees none of it.
+    void attend_chunk(const Layer& layer, int64_t t, int64_t kv, int64_t chunk, Found found) {
+        int64_t size = m.head_dim, group = m.heads / m.kv_heads, head = kv * group, last = head + group;
+        Span span(tokens.position + t, layer.window);
+        if (chunk >= span.chunks) return;
+        int64_t begin = std::max(span.begin, (span.first + chunk) * CHUNK);
+        int64_t count = std::min(span.end, (span.first + chunk + 1) * CHUNK) - begin;
+        const T* keys = (const T*)layer.k_cache + (kv * m.max_seq_length + begin) * size;
+        const T* values = (const T*)layer.v_cache + (kv * m.max_seq_length + begin) * size;
+        if (tokens.count == 1 && chunk == span.chunks - 1) remember(layer, t, kv);
+        auto attend_some = [&](auto heads) {
+            for (constexpr int H = decltype(heads)::value; head + H <= last; head += H)
+                attend<T, H>(q(t) + head * size, keys, values, count, size, found.at(t * m.heads + head, chunk, size));
+        };
+        attend_some(std::integral_constant<int, 4>());
+        attend_some(std::integral_constant<int, 3>());
+        attend_some(std::integral_constant<int, 1>());
     }
 
     void activate(const float* scale, const void* bias) {  // this thread's share of h = SiLU(gate) * up
         int64_t F = m.ffn_dim, begin = share(F, 0, GRAIN), count = share(F, 1, GRAIN) - begin;
-        float *gate = x, *up = own.up;
-        collect(all.gate_up, 2 * F, scale, (const T*)bias, begin, count, gate);
-        collect(all.gate_up, 2 * F, scale, (const T*)bias, F + begin, count, up);
-        for (int64_t n = 0; n < count; n += LANES) {
-            vf g = load(gate + n);
-            store(gate + n, g / (1.0f + exp(-g)) * load(up + n));
+        float *gate = own.gate, *up = own.up;
+        for (int64_t t = 0; t < tokens.count; t++) {
+            const float* partial = all.gate_up + t * SPLITS * 2 * F;
+            float* h = all.h + t * F + begin;
+            collect(partial, 2 * F, scale, (const T*)bias, begin, count, gate);
+            collect(partial, 2 * F, scale, (const T*)bias, F + begin, count, up);
+            for (int64_t n = 0; n < count; n += LANES) {
+                vf g = load(gate + n);
+                store(gate + n, g / (1.0f + exp(-g)) * load(up + n));
+            }
+            for (int64_t n = 0; n < count; n++) h[n] = rounded<T>(gate[n]);
         }
-        for (int64_t n = 0; n < count; n++) all.h[begin + n] = rounded<T>(gate[n]);
         barrier();
     }
 };
 
-template <class T> void decode_step(const Model& model, int64_t token, int64_t position, float* logits, int threads) {
+void run(int type, const Model& model, const Tokens& tokens, float* logits, int threads) {
     static thread_local Shared shared;
-    shared.fit(model);
+    shared.fit(model, tokens.count, tokens.position + tokens.count);
     Shared& all = shared;  // the calling thread's
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Private own;
-        own.fit(model);
-        Step<T>(model, position, all, own, {omp_get_thread_num(), omp_get_num_threads()}).run(token, logits);
+        own.fit(model, tokens.count);
+        Worker worker{omp_get_thread_num(), omp_get_num_threads()};
+        with_type(type, [&](auto zero) { Step<decltype(zero)>(model, tokens, all, own, worker).run(logits); });
     }
 }
 
@@ -255,7 +253,13 @@ template <class T> void decode_step(const Model& model, int64_t token, int64_t p
 // logits [vocab_size] after `token` at `position`, whose keys and values go to the cache.
 extern "C" void teal_decode_step(const Model* model, int type, int64_t token, int64_t position, float* logits,
                                  int threads) {
-    with_type(type, [&](auto zero) { decode_step<decltype(zero)>(*model, token, position, logits, threads); });
+    run(type, *model, {&token, 1, position, false, 1}, logits, threads);
+}
+
+// Dense steps of tokens [count] from `position` on, all at once; logits [wanted, vocab_size] after the last ones.
+extern "C" void teal_dense_steps(const Model* model, int type, const int64_t* tokens, int64_t count, int64_t position,
+                                 int64_t wanted, float* logits, int threads) {
+    run(type, *model, {tokens, count, position, true, wanted}, logits, threads);
 }
 
 // Bytes of Layer and Model, which cpu_step.py compares with its own.

@@ -43,27 +43,32 @@ struct Factors {
 struct Int4Rows {
     typedef uint8_t Element;
     const uint8_t* data;
-    int64_t N, group, stride, grain;  // stride: bytes of a row
+    int64_t N, group, stride, grain, tile;  // stride: bytes of a row
     Int4Rows(const uint8_t* data, int64_t N, int64_t group)
-        : data(data), N(N), group(group), stride((N / 2 + 2 * (N / group) + 31) / 32 * 32), grain(group) {}
+        : data(data), N(N), group(group), stride((N / 2 + 2 * (N / group) + 31) / 32 * 32), grain(group), tile(TILE * group) {}
     const uint8_t* row(int64_t k) const { return data + k * stride; }
 
     // Entries beyond share no factors with other rows.
     static float most(const CompactVector& x) { return FACTOR_8 * usual_size(x.value, x.count); }
 
-    // sums [columns] += x [count] times as many rows, at most ROWS, those up to `most`; each x rounded to 8 bits of the
-    // largest. A call would cost a quarter of the time: the rows' addresses then lie in memory.
-    __attribute__((always_inline)) void add(const uint8_t* const* row, const float* x, int count, float most,
-                                            const uint8_t* const* next, int64_t begin, int64_t columns,
-                                            float* sums) const {
-        Factors factors;
+    // sums [tokens, stride] += the entries up to `most` times their rows; each x rounded to 8 bits of the largest. A call
+    // would cost a quarter of the time: the rows' addresses then lie in memory.
+    __attribute__((always_inline)) void add(const Entries& of, const uint8_t* const* row, const uint8_t* const* next,
+                                            int64_t begin, int64_t columns, float* sums, int64_t stride) const {
+        Factors factors[MOST_TOKENS];
         int64_t last = (begin + columns) / group;
         for (int64_t tile = begin / group / TILE * TILE; tile < last; tile += TILE) {
-            weigh(row, x, count, most, tile, factors);
+            for (int64_t t = 0; t < of.tokens; t++)
+                weigh(row, of.x[t].value + of.first, of.count, of.most[t], tile, factors[t]);
             for (int r = 0; r < ROWS; r++) fetch(next[r] + N / 2 + 2 * tile);
             for (int64_t g = std::max(begin / group, tile); g < std::min(tile + TILE, last); g++)
-                for (int64_t n = g * group; n < (g + 1) * group; n += STRIP)
-                    add_strip(row, next, n, factors, g - tile, sums + n - begin);
+                for (int64_t n = g * group; n < (g + 1) * group; n += STRIP) {
+                    if (n % (2 * LINE) == 0)
+                        for (int r = 0; r < ROWS; r++) fetch(next[r] + n / 2);
+                    in_groups<AT_ONCE / 2>(of.tokens, [&](auto number, int64_t t) __attribute__((always_inline)) {
+                        add_strip<number>(row, n, factors + t, g - tile, sums + t * stride + n - begin, stride);
+                    });
+                }
         }
     }
     // The entries that `add` has left out, one by one: a factor is 127 then, which is exact.
@@ -71,7 +76,9 @@ struct Int4Rows {
                                                     float* sums) {
         const uint8_t* rows[ROWS];
         std::fill_n(rows, ROWS, weight.row(row));
-        weight.add(rows, &x, 1, __builtin_inff(), rows, begin, columns, sums);
+        CompactVector alone{nullptr, &x, 1};
+        float most = __builtin_inff();
+        weight.add({&alone, &most, 1, 0, 1}, rows, rows, begin, columns, sums, 0);
     }
     void add_outliers(const CompactVector& x, int64_t first, int64_t last, float most, int64_t begin, int64_t columns,
                       float* sums) const {
@@ -109,47 +116,51 @@ struct Int4Rows {
     // The nearest whole numbers: a float that this is added to ends in one.
     static vu whole(vf x) { return (vu)(x + 0x1.8p23f) - (vu)splat(0x1.8p23f); }
 
-    // sums [STRIP] += the rows' values from n on, times the factors of group g of a tile.
-    static void add_strip(const uint8_t* const* row, const uint8_t* const* next, int64_t n, const Factors& f, int64_t g,
-                         float* sums) {
-        if (n % (2 * LINE) == 0)
-            for (int r = 0; r < ROWS; r++) fetch(next[r] + n / 2);
+    // sums [TOKENS, stride], of which STRIP each, += the rows' values from n on, times a token's factors of group g.
+    template <int TOKENS>
+    static __attribute__((always_inline)) void add_strip(const uint8_t* const* row, int64_t n, const Factors* f, int64_t g, float* sums, int64_t stride) {
 #if defined(__AVX2__)
         const __m256i nibble = _mm256_set1_epi8(15);
-        __m256i acc[4];  // of values 0, 8, 16 and 24 on, and beside them 32 more: 16-bit sums hold 8 rows
-        UNROLL for (int i = 0; i < 4; i++) acc[i] = _mm256_set1_epi16(short(f.offset[g]));
+        __m256i acc[TOKENS][4];  // of values 0, 8, 16 and 24 on, and beside them 32 more: 16-bit sums hold 8 rows
+        UNROLL for (int t = 0; t < TOKENS; t++)
+            UNROLL for (int i = 0; i < 4; i++) acc[t][i] = _mm256_set1_epi16(short(f[t].offset[g]));
         UNROLL for (int r = 0; r < ROWS; r += 2) {
             __m256i a = _mm256_loadu_si256((const __m256i*)(row[r] + n / 2));
             __m256i b = _mm256_loadu_si256((const __m256i*)(row[r + 1] + n / 2));
-            __m256i pair = _mm256_set1_epi16(short(f.pair[r / 2][g]));
             __m256i bytes[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
             UNROLL for (int i = 0; i < 2; i++) {
                 __m256i low = _mm256_and_si256(bytes[i], nibble);
                 __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), nibble);
-                acc[i] = _mm256_add_epi16(acc[i], _mm256_maddubs_epi16(low, pair));
-                acc[i + 2] = _mm256_add_epi16(acc[i + 2], _mm256_maddubs_epi16(high, pair));
-            }
-        }
-        UNROLL for (int i = 0; i < 4; i++)
-            UNROLL for (int half = 0; half < 2; half++) {
-                __m128i sum = half ? _mm256_extracti128_si256(acc[i], 1) : _mm256_castsi256_si128(acc[i]);
-                __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(sum));
-                float* p = sums + half * 32 + i * 8;
-                _mm256_storeu_ps(p, _mm256_fmadd_ps(y, _mm256_set1_ps(f.scale[g]), _mm256_loadu_ps(p)));
-            }
-#else
-        int16_t acc[STRIP];
-        for (int i = 0; i < STRIP; i++) acc[i] = int16_t(f.offset[g]);
-        for (int r = 0; r < ROWS; r++) {
-            int16_t factor = int8_t(f.pair[r / 2][g] >> r % 2 * 8);
-            for (int half = 0; half < 2; half++)
-                for (int i = 0; i < 16; i++) {
-                    uint8_t byte = row[r][n / 2 + 16 * half + i];
-                    acc[32 * half + i] += (byte & 15) * factor;
-                    acc[32 * half + 16 + i] += (byte >> 4) * factor;
+                UNROLL for (int t = 0; t < TOKENS; t++) {
+                    __m256i pair = _mm256_set1_epi16(short(f[t].pair[r / 2][g]));
+                    acc[t][i] = _mm256_add_epi16(acc[t][i], _mm256_maddubs_epi16(low, pair));
+                    acc[t][i + 2] = _mm256_add_epi16(acc[t][i + 2], _mm256_maddubs_epi16(high, pair));
                 }
+            }
         }
-        for (int i = 0; i < STRIP; i++) sums[i] += acc[i] * f.scale[g];
+        UNROLL for (int t = 0; t < TOKENS; t++)
+            UNROLL for (int i = 0; i < 4; i++)
+                UNROLL for (int half = 0; half < 2; half++) {
+                    __m128i sum = half ? _mm256_extracti128_si256(acc[t][i], 1) : _mm256_castsi256_si128(acc[t][i]);
+                    __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(sum));
+                    float* p = sums + t * stride + half * 32 + i * 8;
+                    _mm256_storeu_ps(p, _mm256_fmadd_ps(y, _mm256_set1_ps(f[t].scale[g]), _mm256_loadu_ps(p)));
+                }
+#else
+        for (int t = 0; t < TOKENS; t++, f++, sums += stride) {
+            int16_t acc[STRIP];
+            for (int i = 0; i < STRIP; i++) acc[i] = int16_t(f->offset[g]);
+            for (int r = 0; r < ROWS; r++) {
+                int16_t factor = int8_t(f->pair[r / 2][g] >> r % 2 * 8);
+                for (int half = 0; half < 2; half++)
+                    for (int i = 0; i < 16; i++) {
+                        uint8_t byte = row[r][n / 2 + 16 * half + i];
+                        acc[32 * half + i] += (byte & 15) * factor;
+                        acc[32 * half + 16 + i] += (byte >> 4) * factor;
+                    }
+            }
+            for (int i = 0; i < STRIP; i++) sums[i] += acc[i] * f->scale[g];
+        }
 #endif
     }
 };

@@ -18,6 +18,8 @@ constexpr int64_t AHEAD = 2048;  // bytes that dot products fetch ahead
 constexpr int64_t LINE = 64;     // bytes
 constexpr int64_t GRAIN = 32;    // columns that threads do not share: a line of bf16, and whole pairs
 static_assert(GRAIN % PAIR == 0, "else sums would depend on the number of threads");
+constexpr int64_t MOST_TOKENS = 16;  // that a product reads its weight once for: of more, once for each so many
+constexpr int64_t SUMS = 4096;       // of several tokens that are kept near the core: 16 KB of a first cache's 32
 
 // Into L2: of lines on their way to L1 a core has fewer. A quarter faster on Zen 4 (docs/cpu_log.md).
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
@@ -53,6 +55,13 @@ struct CompactVector {
     int64_t count;
 };
 
+// Calls f(number, first) until all tokens had their turn: with the largest numbers, as constants, from AT_ONCE down.
+template <int AT_ONCE, class F> __attribute__((always_inline)) inline void in_groups(int64_t tokens, F f, int64_t t = 0) {
+    for (; t + AT_ONCE <= tokens; t += AT_ONCE) f(std::integral_constant<int, AT_ONCE>(), t);
+    if constexpr (AT_ONCE > 1) in_groups<AT_ONCE / 2>(tokens, f, t);
+}
+constexpr int AT_ONCE = LANES == 16 ? 8 : 4;  // tokens with two vectors of sums each, as registers hold them
+
 // The channels of x [K] but those with |x| <= threshold, so that NaN is kept; index and value have room for K.
 inline CompactVector compact(const float* x, const float* threshold, int64_t K, int32_t* index, float* value) {
     int64_t count = 0;
@@ -63,83 +72,120 @@ inline CompactVector compact(const float* x, const float* threshold, int64_t K, 
     return {index, value, count};
 }
 
-// sums [columns] += x[0] row[0] + … + x[R-1] row[R-1], in the order of load_pair. `next`: as many rows again, to be
-// fetched meanwhile, or null.
-template <class T, int R>
-inline void add_rows(const T* const* row, const float* x, const T* const* next, int64_t columns, float* sums) {
+// sums [TOKENS, stride] += x[t][0] row[0] + … + x[t][R-1] row[R-1] of each token t, in the order of load_pair. `next`: as
+// many rows again, to be fetched meanwhile, or null.
+template <class T, int R, int TOKENS>
+inline void add_rows(const T* const* row, const float* const* x, const T* const* next, int64_t columns, float* sums,
+                     int64_t stride) {
     const T* rows[R];
-    float scale[R];
-    for (int r = 0; r < R; r++) rows[r] = row[r], scale[r] = x[r];
+    float scale[TOKENS][R];
+    for (int r = 0; r < R; r++) rows[r] = row[r];
+    for (int k = 0; k < TOKENS; k++)
+        for (int r = 0; r < R; r++) scale[k][r] = x[k][r];
     int64_t n = 0;
     for (; n + PAIR <= columns; n += PAIR) {
         if (next && n * int64_t(sizeof(T)) % LINE == 0)
             for (int r = 0; r < R; r++) fetch(next[r] + n);
-        vf s = load(sums + n), t = load(sums + n + LANES);
+        vf s[TOKENS], t[TOKENS];
+        UNROLL for (int k = 0; k < TOKENS; k++) s[k] = load(sums + k * stride + n), t[k] = load(sums + k * stride + n + LANES);
         UNROLL for (int r = 0; r < R; r++) {
             vf a, b;
             load_pair(rows[r] + n, a, b);
-            s += a * scale[r], t += b * scale[r];
+            UNROLL for (int k = 0; k < TOKENS; k++) s[k] += a * scale[k][r], t[k] += b * scale[k][r];
         }
-        store(sums + n, s), store(sums + n + LANES, t);
+        UNROLL for (int k = 0; k < TOKENS; k++) store(sums + k * stride + n, s[k]), store(sums + k * stride + n + LANES, t[k]);
     }
     for (; n < columns; n++)
-        for (int r = 0; r < R; r++) sums[n] += to_float(rows[r][n]) * scale[r];
+        for (int k = 0; k < TOKENS; k++)
+            for (int r = 0; r < R; r++) sums[k * stride + n] += to_float(rows[r][n]) * scale[k][r];
 }
+
+// What is added to the sums of some tokens: entries `first` to `first` + `count` of their lists, which name the same
+// rows, at most ROWS. most: beyond it they are outliers, for each token.
+struct Entries {
+    const CompactVector* x;
+    const float* most;
+    int64_t tokens, first;
+    int count;
+};
 
 // A weight [K, N] whose rows are N values of type W. Another format of weights is another such class (quantized.h).
 template <class W> struct Rows {
     typedef W Element;
-    static constexpr int64_t grain = GRAIN;
+    static constexpr int64_t grain = GRAIN, tile = GRAIN;  // columns: what they are cut into, and several tokens' tiles
     const W* data;
     int64_t N;
     const W* row(int64_t k) const { return data + k * N; }
     int64_t bytes(int64_t columns) const { return columns * int64_t(sizeof(W)); }
 
-    // sums [columns] += x [count] times as many rows, at most ROWS, from column `begin` on. `next`: as `add_rows` has it.
-    void add(const W* const* row, const float* x, int count, float, const W* const* next, int64_t begin, int64_t columns,
-             float* sums) const {
+    // sums [tokens, stride] += the entries times their rows, from column `begin` on. `next`: as `add_rows` has it.
+    void add(const Entries& of, const W* const* row, const W* const* next, int64_t begin, int64_t columns, float* sums,
+             int64_t stride) const {
         const W *mine[ROWS], *theirs[ROWS];
         for (int r = 0; r < ROWS; r++) mine[r] = row[r] + begin, theirs[r] = next[r] + begin;
-        const W* const* fetched = bytes(columns) <= SHORT ? theirs : nullptr;
-        if (count == ROWS) return add_rows<W, ROWS>(mine, x, fetched, columns, sums);
-        for (int r = 0; r < count; r++) add_rows<W, 1>(mine + r, x + r, fetched ? theirs + r : nullptr, columns, sums);
+        in_groups<AT_ONCE>(of.tokens, [&](auto number, int64_t t) {
+            const float* x[number];
+            for (int k = 0; k < number; k++) x[k] = of.x[t + k].value + of.first;
+            const W* const* fetched = bytes(columns) <= SHORT && !t ? theirs : nullptr;
+            if (of.count == ROWS) return add_rows<W, ROWS, number>(mine, x, fetched, columns, sums + t * stride, stride);
+            for (int r = 0; r < of.count; r++) {
+                add_rows<W, 1, number>(mine + r, x, fetched ? theirs + r : nullptr, columns, sums + t * stride, stride);
+                for (int k = 0; k < number; k++) x[k]++;
+            }
+        });
     }
     static void finish(float* sums, int64_t columns) { rearrange<W>(sums, columns); }
     static float most(const CompactVector&) { return __builtin_inff(); }  // nothing is rounded
     static void add_outliers(const CompactVector&, int64_t, int64_t, float, int64_t, int64_t, float*) {}
 };
 
-// sums [columns] = entries `first` to `last` of the list times their rows, `columns` of them from `begin` on; entries up
-// to `end` follow and are fetched two steps ahead. Entries beyond `most` are outliers, which go last.
+// sums [tokens, stride] = entries `first` to `last` of each list times their rows, `columns` of them from `begin` on;
+// entries up to `end` follow and are fetched two steps ahead. Outliers go last.
 template <class Weight>
-inline void sum_rows(const CompactVector& x, int64_t first, int64_t last, int64_t end, float most, const Weight& weight,
-                     int64_t begin, int64_t columns, float* sums) {
-    std::memset(sums, 0, columns * sizeof(float));
+inline void sum_rows(Entries of, int64_t first, int64_t last, int64_t end, const Weight& weight, int64_t begin,
+                     int64_t columns, float* sums, int64_t stride) {
+    for (int64_t t = 0; t < of.tokens; t++) std::memset(sums + t * stride, 0, columns * sizeof(float));
     for (int64_t i = first; i < last; i += ROWS) {
-        int count = std::min<int64_t>(ROWS, last - i);
+        of.first = i, of.count = std::min<int64_t>(ROWS, last - i);
         const typename Weight::Element *row[ROWS], *next[ROWS];
         for (int r = 0; r < ROWS; r++) {
-            row[r] = weight.row(x.index[std::min(i + r, last - 1)]);
-            next[r] = weight.row(x.index[std::min(i + 2 * ROWS + r, end - 1)]);
+            row[r] = weight.row(of.x->index[std::min(i + r, last - 1)]);
+            next[r] = weight.row(of.x->index[std::min(i + 2 * ROWS + r, end - 1)]);
         }
-        weight.add(row, x.value + i, count, most, next, begin, columns, sums);
+        weight.add(of, row, next, begin, columns, sums, stride);
     }
-    weight.add_outliers(x, first, last, most, begin, columns, sums);
-    weight.finish(sums, columns);
+    for (int64_t t = 0; t < of.tokens; t++, sums += stride) {
+        weight.add_outliers(of.x[t], first, last, of.most[t], begin, columns, sums);
+        weight.finish(sums, columns);
+    }
 }
 
-// This worker's share of partial [SPLITS, N], whose sum over splits is the product of x and the weight [K, N].
-template <class Weight>
-__attribute__((noinline)) void multiply(const CompactVector& x, const Weight& weight, float* partial, Worker worker) {
-    float most = weight.most(x);
+// This worker's share of partial [tokens, SPLITS, N], whose sums over splits are the products of x [tokens], lists of the
+// same rows, and the weight [K, N]. Several tokens' sums are computed for as many columns at a time as stay near the core.
+template <int MOST, class Weight>
+__attribute__((noinline)) void multiply(const CompactVector* x, int64_t tokens, const Weight& weight, float* partial,
+                                        Worker worker) {
+    float most[MOST];
+    Entries of{x, most, MOST == 1 ? 1 : tokens, 0, 0};
+    for (int64_t t = 0; t < of.tokens; t++) most[t] = weight.most(x[t]);
     int shared = std::gcd(SPLITS, worker.count), splits = SPLITS / shared, parts = worker.count / shared;
     int64_t N = weight.N;
     int64_t begin = part(N, worker.id / shared, parts, weight.grain);
     int64_t end = part(N, worker.id / shared + 1, parts, weight.grain);
     int first = worker.id % shared * splits, last = first + splits;
+    int64_t tile = MOST == 1 ? N : std::max(SUMS / tokens / weight.tile, int64_t(1)) * weight.tile;
     for (int split = first; split < last; split++)
-        sum_rows(x, part(x.count, split, SPLITS), part(x.count, split + 1, SPLITS), part(x.count, last, SPLITS), most,
-                 weight, begin, end - begin, partial + split * N + begin);
+        for (int64_t n = begin, to; n < end; n = to) {
+            to = std::min((n / tile + 1) * tile, end);
+            sum_rows(of, part(x->count, split, SPLITS), part(x->count, split + 1, SPLITS), part(x->count, last, SPLITS),
+                     weight, n, to - n, partial + split * N + n, SPLITS * N);
+        }
+}
+template <class Weight>
+inline void multiply(const CompactVector* x, int64_t tokens, const Weight& weight, float* partial, Worker worker) {
+    if (tokens == 1) return multiply<1>(x, 1, weight, partial, worker);
+    for (int64_t t = 0; t < tokens; t += MOST_TOKENS)
+        multiply<MOST_TOKENS>(x + t, std::min(MOST_TOKENS, tokens - t), weight, partial + t * SPLITS * weight.N, worker);
 }
 
 // y [count]: elements from `begin` on of the product whose parts are partial [SPLITS, N], times scale [N] and plus bias

@@ -21,7 +21,7 @@ static void sparse_gemv(const T* x, const Weight& weight, const float* threshold
 #pragma omp parallel num_threads(threads)
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads()};
-        multiply(kept, weight, partial, worker);
+        multiply(&kept, 1, weight, partial, worker);
 #pragma omp barrier
         int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
         collect(partial, N, scale, bias, begin, end - begin, sums + begin);

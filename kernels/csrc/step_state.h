@@ -1,0 +1,87 @@
+// What a step is given, a model by its tensors, and what it keeps of its tokens: see decode_step.cpp.
+#pragma once
+#include "attention.h"
+#include "block_gemv.h"
+#include "quantized.h"
+
+extern "C" {
+
+// CpuWeight in engine/cpu_step.py: rows of values of so many bits, of four in groups of `group` outputs; or, with `parts`
+// of them, blocks.
+struct Weight {
+    const void* data;
+    const float* scale;  // of quantized ones, else null
+    int64_t bits, group;
+    const blocks::Part* part;
+    int64_t parts;
+};
+
+struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
+    const void *attention_norm, *ffn_norm, *q_norm, *k_norm;
+    Weight wqkv, wo, w13, w2;
+    const void *wqkv_bias, *wo_bias, *w13_bias, *w2_bias;
+    const float *wqkv_threshold, *wo_threshold, *w13_threshold, *w2_threshold;
+    void *k_cache, *v_cache;  // [key/value heads, max_seq_length, head_dim]
+    int64_t window;           // 0: the whole context
+};
+
+struct Model {  // CpuModel in engine/cpu_step.py
+    int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
+    double eps;
+    Weight embeddings, output;
+    const void* norm;
+    const float* frequencies;
+    const Layer* layer;
+    int64_t* kept;  // [layers, 4]: how many channels each product kept of its input
+};
+}
+
+// Some tokens on their way through the model.
+struct State {
+    int64_t widest;                       // inputs that a product may have
+    Floats residual, x, value, q;         // [tokens, dim], [tokens, widest] twice, [tokens, heads, head_dim]
+    Floats cos, sin;                      // [tokens, head_dim / 2]
+    std::vector<CompactVector> list;      // [tokens]: the kept channels of the next product's input
+    std::vector<int32_t> index, every;    // [widest]: of a token that skips some; 0, 1, 2, …
+    std::vector<blocks::Kept> kept;       // [tokens, widest / BLOCK]: the same of a product with blocks
+    std::vector<Fixed> fixed;             // [tokens]: the output layer's input
+
+    void fit(const Model& m, int64_t tokens) {
+        widest = std::max({m.dim, m.ffn_dim, m.heads * m.head_dim});
+        residual.resize(tokens * m.dim), x.resize(tokens * widest), value.resize(tokens * widest);
+        q.resize(tokens * m.heads * m.head_dim);
+        cos.resize(tokens * m.head_dim / 2), sin.resize(tokens * m.head_dim / 2);
+        list.resize(tokens), fixed.resize(tokens), index.resize(widest);
+        kept.resize(tokens * (widest / blocks::BLOCK + 1));
+        if (int64_t(every.size()) < widest) every.resize(widest), std::iota(every.begin(), every.end(), 0);
+    }
+};
+
+struct Shared {
+    State state;                  // of several tokens
+    Floats qkv, update, gate_up;  // products as partial sums [tokens, SPLITS, N]
+    Floats values, peak, total;   // attention: [tokens, heads, chunks, head_dim], [tokens, heads, chunks] twice
+    Floats h;                     // [tokens, ffn_dim]
+
+    // end: the positions up to and with the last token's.
+    void fit(const Model& m, int64_t tokens, int64_t end) {
+        int64_t places = tokens * m.heads * ((end + CHUNK - 1) / CHUNK);
+        if (tokens > 1) state.fit(m, tokens);
+        qkv.resize(tokens * SPLITS * (m.heads + 2 * m.kv_heads) * m.head_dim);
+        update.resize(tokens * SPLITS * m.dim);
+        gate_up.resize(tokens * SPLITS * 2 * m.ffn_dim);
+        values.resize(places * m.head_dim), peak.resize(places), total.resize(places);
+        h.resize(tokens * m.ffn_dim);
+    }
+};
+
+struct Private {
+    State state;  // of a token alone
+    Floats gate, up, peak, scratch;
+
+    void fit(const Model& m, int64_t tokens) {
+        if (tokens == 1) state.fit(m, 1);
+        gate.resize(m.ffn_dim), up.resize(m.ffn_dim), scratch.resize(m.head_dim);
+        peak.resize((m.max_seq_length + CHUNK - 1) / CHUNK);
+    }
+};
