@@ -9,7 +9,7 @@ namespace blocks {
 constexpr int PASS = 2;               // groups of four rows that are read beside each other
 constexpr int64_t TILE = 32 * STRIP;  // outputs whose sums stay near the core for SUPER inputs
 
-// As `fetch`, but GCC 12 leaves loops and calls out that do nothing but __builtin_prefetch.
+// As `fetch`, but GCC 12 leaves calls out that do nothing but __builtin_prefetch (findings/gcc-prefetch-calls.sh).
 inline void fetch_line(const void* p) {
 #if defined(__x86_64__)
     asm volatile("prefetcht1 %0" : : "m"(*(const char*)p));
