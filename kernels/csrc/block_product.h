@@ -9,15 +9,6 @@ namespace blocks {
 constexpr int PASS = 2;               // groups of four rows that are read beside each other
 constexpr int64_t TILE = 32 * STRIP;  // outputs whose sums stay near the core for SUPER inputs
 
-// As `fetch`, but GCC 12 leaves calls out that do nothing but __builtin_prefetch (findings/gcc-prefetch-calls.sh).
-inline void fetch_line(const void* p) {
-#if defined(__x86_64__)
-    asm volatile("prefetcht1 %0" : : "m"(*(const char*)p));
-#else
-    fetch(p);
-#endif
-}
-
 // to [count] += sums of outputs times the scales of the scales, of which the first output's is at `at`.
 template <class Kind>
 inline void finish(const Part& w, int64_t at, const float* sums, const float* minimums, int64_t count, float* to) {
@@ -82,11 +73,13 @@ template <class Kind> class Product {
     typedef typename Kind::Scale Scale;
     typedef typename Kind::Minimum Minimum;
     static constexpr int64_t SCALES = Kind::SCALES;
+    typedef std::array<Four<Kind>, PASS> Rows;
 
     const Part& w;
     const Kept* const kept;
     const int64_t N, begin, end;  // N: with padding; begin, end: outputs that are computed
     float* const y;               // output 0's place
+    Rows next;                    // of the next pass
     alignas(LINE) int32_t wholes[TILE];
     alignas(LINE) float sums[TILE];
     alignas(LINE) float minimums[TILE];
@@ -100,6 +93,7 @@ template <class Kind> class Product {
         if (begin >= std::min(end, w.N)) return;
         std::fill(y + begin, y + std::min(end, w.N), 0.0f);
         Walk at(kept, begin, end, first, last, SCALES > 1);
+        if (!at.done()) find(at);
         while (!at.done()) add_tile(at);
     }
 
@@ -110,41 +104,45 @@ template <class Kind> class Product {
         if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, to - n, 0.0f);
         while (!at.done() && at.n == n && at.super == super) {
             Walk now = at;
+            Rows rows = next;
             at.next();
+            if (!at.done()) find(at);
             for (int64_t s = n; s < to; s += STRIP) {
                 if (!at.done()) ahead(at, at.n + s - n);
-                if (to - s >= STRIP) add_strip<STRIP>(now, s, s - n);
-                else add_strip<HALF>(now, s, s - n);
+                if (to - s >= STRIP) add_strip<STRIP>(now, rows, s, s - n);
+                else add_strip<HALF>(now, rows, s, s - n);
             }
         }
         finish<Kind>(w, super / (SUPER / BLOCK) * N + n, sums, minimums, std::min(to, w.N) - n, y + n);
     }
 
+    // next = the rows of a pass.
+    void find(const Walk& at) {
+        for (int g = at.group; g < at.group_end; g++) next[g - at.group] = {w, at.b, kept[at.b].row + 4 * g};
+    }
+
     // Fetches what the next pass reads at the strip from output s on.
-    void ahead(const Walk& next, int64_t s) const {
-        if (s >= next.tile_end()) return;
-        const Kept& x = kept[next.b];
-        const Codes at(w, next.b, s, Kind::LOW, Kind::HIGH);
-        for (int i = 4 * next.group; i < 4 * next.group_end; i++) {
-            fetch_line(at.low + x.row[i] * at.low_row);
-            if (Kind::LOW == 8) fetch_line(at.low + x.row[i] * at.low_row + LINE);
-            if (Kind::HIGH) fetch_line(at.high + x.row[i] * at.high_row);
-        }
-        if (!next.starts()) return;
-        const Scale* scale = (const Scale*)w.scale + (next.b * SCALES + next.half) * N + s;
+    void ahead(const Walk& at, int64_t s) const {
+        if (s >= at.tile_end()) return;
+        for (int g = at.group; g < at.group_end; g++) next[g - at.group].fetch(s);
+        if (!at.starts()) return;
+        const Scale* scale = (const Scale*)w.scale + (at.b * SCALES + at.half) * N + s;
         for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch_line(scale + j);
-        if (Kind::MINIMUM && !next.half)
+        if (Kind::MINIMUM && !at.half)
             for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Minimum)))
-                fetch_line((const Minimum*)w.minimum + next.b * N + s + j);
+                fetch_line((const Minimum*)w.minimum + at.b * N + s + j);
     }
 
     // A pass's share of the sums of the strip from output s on, which is output `at` of its tile.
-    template <int64_t WIDTH> void add_strip(const Walk& now, int64_t s, int64_t at) {
+    template <int64_t WIDTH> void add_strip(const Walk& now, const Rows& rows, int64_t s, int64_t at) {
         const Kept& x = kept[now.b];
-        const Codes codes(w, now.b, s, Kind::LOW, Kind::HIGH);
-        const Scale* scale = (const Scale*)w.scale + (now.b * SCALES + now.half) * N + s;
         int32_t sum = Kind::ZERO * (SCALES > 1 ? x.sum[now.half] : x.sum[0] + x.sum[1]);
-        UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) add<WIDTH>(x, now, sum, codes, chunk, scale, at);
+        UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            vi total[WIDTH / HALF][QUADS];
+            begin_with<WIDTH>(now.starts(), sum, chunk, at, total);
+            add_rows<WIDTH>(x.factor + now.group, now.group_end - now.group, rows, s, chunk, total);
+            end_with<WIDTH>(now.ends(), x.scale, (now.b * SCALES + now.half) * N + s, chunk, at, total);
+        }
         if (!Kind::MINIMUM || !now.ends()) return;
         const Minimum* minimum = (const Minimum*)w.minimum + now.b * N + s;
         float share = x.scale * float(x.sum[0] + x.sum[1]), *to = (Kind::NESTED ? minimums : sums) + at;
@@ -152,34 +150,40 @@ template <class Kind> class Product {
             store(to + n, load(to + n) + apart(load(minimum + n) * share));
     }
 
-    // The same for chunk `chunk` of each half of the strip.
-    template <int64_t WIDTH>
-    void add(const Kept& x, const Walk& now, int32_t sum, const Codes& at, int chunk, const Scale* scale, int64_t begin) {
-        constexpr int HALVES = WIDTH / HALF;
-        vi total[HALVES][QUADS];
-        bool starts = now.starts(), ends = now.ends();
-        UNROLL for (int half = 0; half < HALVES; half++)
+    // total: what earlier passes found for chunk `chunk` of each half of a strip, which is output `at` of its tile.
+    template <int64_t WIDTH> void begin_with(bool starts, int32_t sum, int chunk, int64_t at, vi total[][QUADS]) const {
+        UNROLL for (int half = 0; half < WIDTH / HALF; half++)
             UNROLL for (int q = 0; q < QUADS; q++) {
-                int64_t n = half * HALF + q * 16 + chunk * LANES;
                 if (starts) total[half][q] = vi{} - sum;
-                else std::memcpy(&total[half][q], wholes + begin + n, sizeof(vi));
+                else std::memcpy(&total[half][q], wholes + at + half * HALF + q * 16 + chunk * LANES, sizeof(vi));
             }
-        for (int g = now.group; g < now.group_end; g++) {
-            vb codes[HALVES][QUADS];
-            unpack<Kind, WIDTH>(at, x.row + 4 * g, chunk, codes);
-            UNROLL for (int half = 0; half < HALVES; half++)
+    }
+
+    // total += the codes of `groups` of four rows, times their factors.
+    template <int64_t WIDTH>
+    static void add_rows(const int32_t* factor, int groups, const Rows& rows, int64_t s, int chunk, vi total[][QUADS]) {
+        for (int g = 0; g < groups; g++) {
+            vb codes[WIDTH / HALF][QUADS];
+            unpack<Kind, WIDTH>(rows[g], s, chunk, codes);
+            UNROLL for (int half = 0; half < WIDTH / HALF; half++)
                 UNROLL for (int q = 0; q < QUADS; q++)
-                    total[half][q] = dot<Kind::EIGHT>(total[half][q], codes[half][q], x.factor[g]);
+                    total[half][q] = dot<Kind::EIGHT>(total[half][q], codes[half][q], factor[g]);
         }
-        UNROLL for (int half = 0; half < HALVES; half++)
+    }
+
+    // Keeps `total` for the next pass or, where it ends a block, adds it to the sums times the scales from `place` on.
+    template <int64_t WIDTH>
+    void end_with(bool ends, float by, int64_t place, int chunk, int64_t at, const vi total[][QUADS]) {
+        const Scale* scale = (const Scale*)w.scale + place;
+        UNROLL for (int half = 0; half < WIDTH / HALF; half++)
             UNROLL for (int q = 0; q < QUADS; q++) {
                 int64_t n = half * HALF + q * 16 + chunk * LANES;
                 if (!ends) {
-                    std::memcpy(wholes + begin + n, &total[half][q], sizeof(vi));
+                    std::memcpy(wholes + at + n, &total[half][q], sizeof(vi));
                     continue;
                 }
-                float* to = sums + begin + n;
-                vf scaled = __builtin_convertvector(total[half][q], vf) * apart(load(scale + n) * x.scale);
+                float* to = sums + at + n;
+                vf scaled = __builtin_convertvector(total[half][q], vf) * apart(load(scale + n) * by);
                 store(to, load(to) + apart(scaled));
             }
     }

@@ -41,12 +41,12 @@ template <class Kind, int64_t WIDTH> class Strip {
     alignas(LINE) vb codes[CHUNKS][HALVES][GROUPS][QUADS];  // 4 KB
 
   public:
-    Strip(const Codes& at) {
+    Strip(const Part& w, int64_t b, int64_t s) {
         for (int g = 0; g < GROUPS; g++) {
-            const uint8_t row[4] = {uint8_t(4 * g), uint8_t(4 * g + 1), uint8_t(4 * g + 2), uint8_t(4 * g + 3)};
+            const Four<Kind> rows(w, b, g);
             UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
                 vb found[HALVES][QUADS];
-                unpack<Kind, WIDTH>(at, row, chunk, found);
+                unpack<Kind, WIDTH>(rows, s, chunk, found);
                 UNROLL for (int half = 0; half < HALVES; half++)
                     UNROLL for (int q = 0; q < QUADS; q++) codes[chunk][half][g][q] = found[half][q];
             }
@@ -157,17 +157,12 @@ template <class Kind> class Products {
 
     // Fetches the codes of a block and a strip.
     void ahead(int64_t b, int64_t s) const {
-        const Codes at(w, b, s, Kind::LOW, Kind::HIGH);
-        for (int64_t k = 0; k < BLOCK; k++) {
-            fetch_line(at.low + k * at.low_row);
-            if (Kind::LOW == 8) fetch_line(at.low + k * at.low_row + LINE);
-            if (Kind::HIGH) fetch_line(at.high + k * at.high_row);
-        }
+        for (int g = 0; g < BLOCK / 4; g++) Four<Kind>(w, b, g).fetch(s);
     }
 
     // Block b's share of the sums of the strip from output s on, which is output `at` of its tile.
     template <int64_t WIDTH> void add_strip(int64_t b, int64_t s, int64_t at) {
-        const Strip<Kind, WIDTH> strip(Codes(w, b, s, Kind::LOW, Kind::HIGH));
+        const Strip<Kind, WIDTH> strip(w, b, s);
         const auto* scale = (const typename Kind::Scale*)w.scale + b * Kind::SCALES * N + s;
         const auto* minimum = (const typename Kind::Minimum*)w.minimum + b * N + s;
         in_groups<TOKENS_AT_ONCE>(tokens, [&](auto number, int64_t t) {

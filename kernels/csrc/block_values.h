@@ -32,12 +32,11 @@ template <class Kind> class Values {
 
     template <int64_t WIDTH> __attribute__((noinline)) void strip(StripValues y) {
         for (int64_t n = 0; n < WIDTH; n += LANES) scales_at(n);
-        const Codes codes_at(w, b, s, Kind::LOW, Kind::HIGH);
         for (int g = 0; g < BLOCK / 4; g++) {
-            const uint8_t row[4] = {uint8_t(4 * g), uint8_t(4 * g + 1), uint8_t(4 * g + 2), uint8_t(4 * g + 3)};
+            const Four<Kind> rows(w, b, g);
             for (int chunk = 0; chunk < CHUNKS; chunk++) {
                 vb codes[WIDTH / HALF][QUADS];
-                unpack<Kind, WIDTH>(codes_at, row, chunk, codes);
+                unpack<Kind, WIDTH>(rows, s, chunk, codes);
                 for (int half = 0; half < WIDTH / HALF; half++)
                     for (int q = 0; q < QUADS; q++)
                         four(codes[half][q], 4 * g / Kind::SCALE_BLOCK, half * HALF + q * 16 + chunk * LANES, y + 4 * g);

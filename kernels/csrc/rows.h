@@ -5,6 +5,7 @@
 // the order of the list, and the parts in their order. So sums have the same bits on any number of threads.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <vector>
 
