@@ -3,7 +3,7 @@
     python -m teal_fast.benchmarks.prompts --shapes llama-3-8b --formats dense int8 int4 --tokens 12 128 512 2048
     python -m teal_fast.benchmarks.prompts --checkpoint demo checkpoints/demo-int8 --tokens 5 100 512
 
-Prompts are computed densely, uncompiled, as generate.py does by default. Each round takes every format once at every
+Prompts are computed densely, uncompiled, as generate.py does by default, on a CPU by its step where that is faster. Each round takes every format once at every
 length; the median over rounds is reported, and `ratio`, the median of a format's times over the first one's in the same
 round. The first round warms up.
 """
@@ -21,7 +21,8 @@ from teal_fast.benchmarks.rows import random_prompt, take_turns
 from teal_fast.benchmarks.shapes import SHAPES
 from teal_fast.cli import open_checkpoint, pick_device, positive_int, run
 from teal_fast.engine.measure import cache_length
-from teal_fast.engine.prefill import prefill
+from teal_fast.engine.prefill import longest_by_steps, prefill, prefill_by_steps
+from teal_fast.engine.steps import PlainStep, Step, fast_step
 from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import format_of
@@ -29,10 +30,14 @@ from teal_fast.weights.formats import DTYPES, QUANTIZED
 
 
 @torch.no_grad()
-def seconds(model: Transformer, cache: KVCache, prompt: torch.Tensor) -> float:
+def seconds(model: Transformer, step: Step, cache: KVCache, prompt: list[int]) -> float:
     """From the call to the first token, as a user waits for it."""
     started = time.perf_counter()
-    prefill(model, cache, prompt).argmax().item()
+    if len(prompt) <= longest_by_steps(model, step):
+        logits = prefill_by_steps(step, prompt)
+    else:
+        logits = prefill(model, cache, torch.tensor([prompt], device=model.norm.weight.device))
+    logits.argmax().item()
     return time.perf_counter() - started
 
 
@@ -40,11 +45,13 @@ def benchmark(name: str, choice: Choice, lengths: list[int], turns: int) -> list
     """The records of prompts of these lengths in every format, over so many rounds."""
     models, device = [model for model, _ in choice.load(calibrated=False)], choice.device
     caches = [model.new_cache(1, cache_length(model, max(lengths))) for model in models]
-    cases = [(model, cache, tokens) for tokens in lengths for model, cache in zip(models, caches, strict=True)]
-    prompts = {n: torch.tensor([random_prompt(models[0].args.vocab_size, n)], device=device) for n in lengths}
-    timed = [functools.partial(seconds, model, cache, prompts[tokens]) for model, cache, tokens in cases]
+    make_step = PlainStep if torch.device(device).type == "cuda" else fast_step  # a captured one reads no prompts
+    steps = [make_step(model, cache) for model, cache in zip(models, caches, strict=True)]
+    cases = [(*each, tokens) for tokens in lengths for each in zip(models, steps, caches, strict=True)]
+    prompts = {n: random_prompt(models[0].args.vocab_size, n) for n in lengths}
+    timed = [functools.partial(seconds, *each, prompts[tokens]) for *each, tokens in cases]
     results = [rounds for rounds, _ in take_turns(timed, turns, lambda: 0.0, "prompts")]
-    first = {tokens: rounds for (model, _, tokens), rounds in zip(cases, results, strict=True) if model is models[0]}
+    first = {tokens: rounds for (model, *_, tokens), rounds in zip(cases, results, strict=True) if model is models[0]}
     common = describe(name, device, format_of(models[0])) | {"benchmark": "prompts"}
     return [
         common
@@ -55,7 +62,7 @@ def benchmark(name: str, choice: Choice, lengths: list[int], turns: int) -> list
             "seconds_rounds": rounds,
             "ratio": statistics.median(own / other for own, other in zip(rounds, first[tokens], strict=True)),
         }
-        for (model, _, tokens), rounds in zip(cases, results, strict=True)
+        for (model, *_, tokens), rounds in zip(cases, results, strict=True)
     ]
 
 

@@ -18,7 +18,7 @@ from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.cache import new_cache
 from teal_fast.engine.drawn import Drawn
 from teal_fast.engine.held import Held
-from teal_fast.engine.prefill import Prefill, prefill
+from teal_fast.engine.prefill import Prefill, longest_by_steps, prefill, prefill_by_steps
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.scoring import Scored, parts, score
@@ -56,6 +56,7 @@ class Engine:
         self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
         self.chunk, self.held = chunk, Held(self.cache, prefixes)
+        self.by_steps = longest_by_steps(self.model, self.step)  # tokens of a pass that the step reads, not `prefill`
         self.sparsity = 0.0  # of the thresholds now set
         self.reused = 0  # tokens of the last prompt that were not computed again
         self._pending: float | None = None  # a sparsity to be set before the next step
@@ -72,8 +73,8 @@ class Engine:
 
         Other threads' streams wait until this one is finished or closed. Raises ValueError at once on a request that
         can't be served: a prompt that is too long or outside the vocabulary, a sparsity without calibration.
-        between: called before each layer of the prompt's pass; what it raises ends the stream, and the chunks that were
-        computed by then are kept.
+        between: called before each layer of the prompt's pass, or before every few tokens where the step reads it; what
+        it raises ends the stream, and the chunks that were computed by then are kept.
         """
         self.check(request)
         return self._stream(request, request.max_new_tokens or self.context - len(request.prompt), between)
@@ -198,14 +199,18 @@ class Engine:
             for hook in hooks:
                 hook.remove()
 
-    def _start(self, request: Request) -> Tensor:
+    def _start(self, request: Request, between: Callable[[], None] | None) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
         prompt, dense = request.prompt, 1 if request.sparse_prompt else len(request.prompt)
         self.reused = self.held.reuse(request)
         for begin, end in parts(self.reused, len(prompt), self.chunk):
-            tokens, phase = torch.tensor([prompt[begin:end]], device=self._device), Phase(max(0, dense - begin))
-            phase = phase if request.sparse_prompt else DENSE
-            logits = self.prefill(self.model, self.cache, tokens, begin, phase)
+            if not request.sparse_prompt and end - begin <= self.by_steps:
+                logits = prefill_by_steps(self.step, prompt[begin:end], begin, between)
+            else:
+                tokens = torch.tensor([prompt[begin:end]], device=self._device)
+                phase = Phase(max(0, dense - begin)) if request.sparse_prompt else DENSE
+                with self._heard(between):
+                    logits = self.prefill(self.model, self.cache, tokens, begin, phase)
             for i in range(begin, end):
                 self.held.add(prompt[i], 0.0 if i < dense else request.sparsity)
         return logits
@@ -232,8 +237,7 @@ class Engine:
             return Drawn(request, token, largest, logits, sparsity, achieved)
 
         with self._computing():
-            with self._heard(between):
-                logits = self._start(request)
+            logits = self._start(request, between)
             last = drawn_from(logits, 0.0, None)
             position = torch.tensor([len(prompt)], device=device)
             drawn, launched, previous = deque([last]), 1, None

@@ -1,14 +1,22 @@
-"""The prompt's pass through the model, which fills the cache; dense unless it is asked to be sparse."""
+"""The prompt's pass through the model, which fills the cache; dense unless it is asked to be sparse.
+
+PyTorch computes it, or the CPU's step, several tokens at once, where that is faster: of weights in blocks, whose whole
+numbers PyTorch would have to turn into floats for each prompt, and of few tokens, whose products are bound by reading.
+"""
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal_fast.engine.scoring import parts
+from teal_fast.engine.steps import Step
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DENSE, Phase
+from teal_fast.weights.blocks import in_blocks
 from teal_fast.weights.product import product_dtype
 
 # Shorter prompts are padded, so that products do not depend on the number of threads. MKL's in fp32 of 5 to 11 rows do.
@@ -17,6 +25,15 @@ from teal_fast.weights.product import product_dtype
 # bits are those it has among 500 others, but for some shapes when it is alone.
 FEWEST_ROWS = 12
 FEWEST_BF16_ROWS = 2
+# The longest prompts that are read by steps. Qwen2.5-Coder-1.5B in Q4_K_M, Zen 3 (AVX2, no bf16 products), one thread:
+# BLOCKS_NUMBERS
+# Its shapes with random weights, 4 layers, 8, 16, 32 and 64 tokens, seconds by steps and by PyTorch: fp32 0.34 / 0.62,
+# 0.61 / 0.81, 0.81 / 1.26, 1.79 / 1.66; fp16 0.22 / 1.05, 0.36 / 0.97, 0.86 / 1.10, 1.17 / 1.63; bf16 and int8 as fp16.
+# Processors with bf16 products were not at hand: 16 tokens of bf16 then cost PyTorch four decoded ones (docs/cpu_log.md).
+LONGEST_BY_STEPS_IN_BLOCKS = sys.maxsize
+LONGEST_BY_STEPS = 48  # where PyTorch computes in fp32, widening what is not
+LONGEST_BY_STEPS_BF16 = 16  # where it has bf16 products
+AT_ONCE = 16  # tokens of a call of the step: MOST_TOKENS of csrc/rows.h, of more the weights are read again
 PromptLogits = Callable[[Transformer, KVCache, Tensor, Tensor | None, Tensor, Phase], Tensor]
 Prefill = Callable[[Transformer, KVCache, Tensor, int, Phase], Tensor]
 
@@ -54,6 +71,29 @@ def prefill(
     input_pos = torch.arange(start, end, device=tokens.device) if start else None
     last = torch.tensor([count - 1], device=tokens.device)
     return compute(model, cache.head(end) if start else cache, padded, input_pos, last, phase)[0]
+
+
+def longest_by_steps(model: Transformer, step: Step) -> int:
+    """The most tokens of a dense prompt that are read by `prefill_by_steps`; 0 for a step that takes no several."""
+    if not hasattr(step, "dense"):
+        return 0
+    if in_blocks(model):
+        return LONGEST_BY_STEPS_IN_BLOCKS
+    return LONGEST_BY_STEPS_BF16 if fewest_rows(model) == FEWEST_BF16_ROWS else LONGEST_BY_STEPS
+
+
+def prefill_by_steps(
+    step: Step, tokens: Sequence[int], start: int = 0, between: Callable[[], None] | None = None
+) -> Tensor:
+    """Logits [vocab] after tokens at positions from `start` on, with the bits of dense steps, one after another.
+
+    between: called before each AT_ONCE tokens; what it raises ends the pass.
+    """
+    for begin, end in parts(0, len(tokens), AT_ONCE):
+        if between:
+            between()
+        logits = step.dense(tokens[begin:end], start + begin, 1 if end == len(tokens) else 0)
+    return logits[0]
 
 
 def compiled_prefill() -> Prefill:

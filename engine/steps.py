@@ -18,6 +18,7 @@ from teal_fast.weights.blocks import in_blocks
 
 
 class Step(Protocol):
+    # `dense(tokens, position, wanted)`, where a step has it, computes several tokens at once: see CpuStep.
     # `achieved`, where a step has it, is the share of the sparse layers' bytes that the last call skipped.
     mode: str  # how it runs, as a benchmark record says it: plain, compiled, captured
 

@@ -90,32 +90,37 @@ def test_an_answer_keeps_to_its_constraint(sampling):
     assert len(begun) == 2
 
 
-def test_a_prompt_in_chunks_gives_the_same_answer_and_an_end_is_heard_between_layers():
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_a_prompt_in_chunks_gives_the_same_answer_and_an_end_is_heard_between_layers_or_steps(by_steps):
     whole, parts = (fresh(256) for _ in range(2))
     parts.chunk = 30
+    if by_steps and not parts.by_steps:
+        pytest.skip("this device's step takes one token at a time")
+    parts.by_steps = 30 if by_steps else 0
     layers = len(parts.model.layers)
+    heard = 2 if by_steps else layers  # for 25 tokens
     prompt, seen = [(7 * i) % 199 + 3 for i in range(100)], []
     request = Request(prompt, Sampling(0.0), 0.5, 12, stop=(), top_logprobs=3)
     expected = list(whole.stream(request))
     found = list(parts.stream(request, lambda: seen.append(len(parts.held.ids))))
     assert [token.id for token in found] == [token.id for token in expected]
-    assert seen == [held for held in (0, 25, 50, 75) for _ in range(layers)]  # and none while it decodes
+    assert seen == [held for held in (0, 25, 50, 75) for _ in range(heard)]  # and none while it decodes
 
     def gone() -> None:
         calls.append(1)
-        if len(calls) == 2 * layers + 2:  # in the middle of the third chunk
+        if len(calls) == ends:  # in the middle of the third chunk
             raise KeyboardInterrupt
 
-    other, calls = [9, *prompt], []
+    other, calls, ends = [9, *prompt], [], 2 * heard + 2
     with pytest.raises(KeyboardInterrupt):
         list(parts.stream(Request(other, Sampling(0.0), 0.5, 12, stop=()), gone))
     assert parts.held.ids == other[:50]  # the chunks before stay
-    calls = []
+    calls, ends = [], 2 * layers + 2  # scores are PyTorch's
     with pytest.raises(KeyboardInterrupt):
         parts.score(other, 0.5, len(other), between=gone)
     assert parts.held.ids == other[:50]
     assert [token.id for token in parts.stream(request, lambda: None)] == [token.id for token in expected]
-    assert len(calls) == 2 * layers + 2  # nobody is asked any more once a pass has ended
+    assert len(calls) == ends  # nobody is asked any more once a pass has ended
 
 
 def test_likeliest_tokens_are_the_models_own():

@@ -390,9 +390,9 @@ def test_structures_of_other_sizes_are_refused():
             sizes[0], sizes[1] = ctypes.sizeof(cpu_step.CpuLayer) + 8, ctypes.sizeof(cpu_step.CpuModel)
 
     with pytest.raises(ValueError, match=r"Layer and Model have 320 and 200 bytes, cpu_step\.py's 312 and 200"):
-        cpu_step.native_step(Library())
+        cpu_step.native_steps(Library())
 
 
 @pytest.mark.parametrize("instructions", RUNNABLE)
 def test_structures_have_the_sizes_of_the_compiled_ones(instructions):
-    assert cpu_step.native_step(compiled(instructions))
+    assert cpu_step.native_steps(compiled(instructions))

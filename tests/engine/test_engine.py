@@ -133,17 +133,7 @@ def test_the_dial_turns_between_two_tokens(engine):
 
 def computed(engine, request) -> tuple[list[int], int]:
     """The answer, and how many tokens of the prompt were computed for it."""
-    rows, given = [], engine.prefill
-
-    def counting(model, cache, tokens, start, phase):
-        rows.append(tokens.shape[1])
-        return given(model, cache, tokens, start, phase)
-
-    engine.prefill = counting
-    try:
-        return [token.id for token in engine.stream(request)], rows[0]
-    finally:
-        engine.prefill = given
+    return [token.id for token in engine.stream(request)], len(request.prompt) - engine.reused
 
 
 def test_a_second_turn_computes_only_what_is_new(engine, calibrated):
@@ -194,10 +184,10 @@ def test_a_closed_or_failing_stream_leaves_a_sound_cache(engine, calibrated):
         prefill(model, cache, tokens, start, phase)
         raise KeyboardInterrupt
 
-    engine.prefill, given = failing, engine.prefill
+    engine.prefill, engine.by_steps, given = failing, 0, (engine.prefill, engine.by_steps)
     with pytest.raises(KeyboardInterrupt):
         answer(engine, [*PROMPT, 1, 2])
-    engine.prefill = given
+    engine.prefill, engine.by_steps = given
     assert engine.held.ids == PROMPT
     prompt = [*PROMPT, *begun, 7]
     other = load(calibrated, context=128)[0]
