@@ -200,5 +200,7 @@ def _best_neighbours(
         error = _sum(_nearest(kind, aim, step, offset).mul_(step[:, None]).sub_(aim).square_(), importance)
         better = error < least
         least = torch.where(better, error, least)
-        best = tuple(None if old is None else torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+        best = tuple(
+            None if old is None else torch.where(better, new, old) for new, old in zip(tried, best, strict=True)
+        )
     return best
