@@ -1,10 +1,12 @@
-"""Writes a quantized copy of a checkpoint, in int8 or int4: a token then reads fewer bytes, sparse or not.
+"""Writes a quantized copy of a checkpoint, in int8, int4 or types of GGUF files: a token then reads fewer bytes.
 
     python quantize.py --checkpoint demo --mode int8
     python generate.py --checkpoint checkpoints/demo-int8 --sparsity 0.5
 
 int8 has a scale for each output channel. int4 has, in addition, a row scale for every `--group` outputs of each input
-channel; its attention weights are int8. The output layer is int8 in both; embeddings and norms stay as they are.
+channel; its attention weights are int8. The output layer is int8 in both; embeddings and norms stay as they are. q4_k,
+q5_k, q6_k and q8_0 are mixtures of llama.cpp's block types, embeddings and output layer among them
+(quantization/mixtures.py), and lie as a GGUF file's own values do: they are made for CPUs.
 
 By default weights are rounded to nearest. `--calibrated` rounds them with GPTQ (arXiv:2210.17323) on a corpus, for
 dense inputs and for inputs with half of their channels dropped, and lets each layer compensate for the errors of the

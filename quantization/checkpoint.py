@@ -51,9 +51,9 @@ def choose_format(folder: Path, mode: str, group: int | None) -> tuple[Format | 
     Raises ValueError when the checkpoint is unsound or quantized already, or when the format does not suit it.
     """
     model = load_model(folder)  # memory-mapped
-    if in_blocks(model):
+    if in_blocks(model) and format_of(model) not in MIXTURES:
         raise ValueError(f"{folder} holds a GGUF file's own values, in {format_of(model)}: {FULL_PRECISION}")
-    if format_of(model) in QUANTIZED:
+    if format_of(model) in (*QUANTIZED, *MIXTURES):
         raise ValueError(f"{folder} is in {format_of(model)} already: quantize the checkpoint that it was made from")
     if (folder / CALIBRATION).exists():
         Calibration.load(folder / CALIBRATION).check(folder)

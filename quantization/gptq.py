@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teal_fast.weights.grids import EPSILON, Grid
 
-BLOCK_ROWS = 64  # rows whose common share of the errors before them is one product
+BLOCK_ROWS = 128  # rows whose common share of the errors before them is one product
 PANEL = 1024  # columns of second moments that are computed at a time
 LEAST_DAMPING = 1e-6  # of the mean second moment, for channels that are never there
 

@@ -39,6 +39,7 @@ class BlockGrid:
         self.offset = None if self.minimum is None else _times(self.minimum, self.super_minimum)
         if self.kind.nested and self.offset is not None:
             self.offset.neg_()
+        self.inverse = _inverse(self.step)
 
     @classmethod
     def fit(cls, kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> "BlockGrid":
@@ -63,8 +64,8 @@ class BlockGrid:
             pieces = weight.split(max(AT_ONCE // len(weight), 16), dim=1)
             begins = range(0, weight.shape[1], pieces[0].shape[1])
             return (torch.cat([self._round(*pair) for pair in zip(pieces, begins, strict=True)], 1),)
-        step, offset = self._at(rows)
-        steps = (weight if offset is None else weight - offset) * _inverse(step)
+        inverse, offset = self._at(rows, self.inverse)
+        steps = (weight if offset is None else weight - offset) * inverse
         return (_clamped(self.kind, steps).add_(self.kind.zero).to(torch.uint8),)
 
     def _round(self, weight: Tensor, begin: int) -> Tensor:
@@ -76,13 +77,13 @@ class BlockGrid:
 
     def dequantize(self, codes: Tensor, rows: Tensor | None = None) -> Tensor:
         """fp32 [R, N] of codes [R, N]; rows: as above."""
-        step, offset = self._at(torch.arange(len(codes), device=codes.device) if rows is None else rows)
+        step, offset = self._at(torch.arange(len(codes), device=codes.device) if rows is None else rows, self.step)
         values = (codes.float() - self.kind.zero).mul_(step)
         return values if offset is None else values.add_(offset)
 
-    def _at(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _at(self, rows: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
         block = rows // self.kind.scale_block
-        return self.step[block], None if self.offset is None else self.offset[block]
+        return step[block], None if self.offset is None else self.offset[block]
 
     def blocks(self, codes: Tensor) -> Blocks:
         """The weight with these codes, uint8 [K, N]."""
