@@ -26,7 +26,9 @@ from teal_fast.files.paths import checkpoints_folder
 from teal_fast.files.store import check_new, new_folder
 from teal_fast.quantization.checkpoint import (
     FULL_PRECISION,
+    ROUNDING_LENGTH,
     ROUNDING_TOKENS,
+    TUNING_LENGTH,
     TUNING_TOKENS,
     Fit,
     choose_format,
@@ -83,14 +85,15 @@ def main() -> None:
         fit = None
         if options.calibrated or options.tune:
 
-            def read(wanted: bool, tokens: int) -> list[list[int]]:
+            def read(wanted: bool, tokens: int, length: int) -> list[list[int]]:
                 corpus = options.corpus or [DEFAULT_CORPUS]
-                return read_sequences(folder, corpus, options.tokens or tokens, options.seed) if wanted else []
+                return read_sequences(folder, corpus, options.tokens or tokens, length, options.seed) if wanted else []
 
             # The text is read before anything is computed, so that bad text is refused at once.
-            sequences = read(options.calibrated, ROUNDING_TOKENS), read(options.tune, TUNING_TOKENS)
+            rounding = read(options.calibrated, ROUNDING_TOKENS, ROUNDING_LENGTH)
+            tuning = read(options.tune, TUNING_TOKENS, TUNING_LENGTH)
             calibration = open_calibration(folder, None, device, not options.no_prepare)
-            fit = Fit(calibration, device, *sequences)
+            fit = Fit(calibration, device, rounding, tuning)
         make_quantized(folder, made, format, fit)
     before, after = ((place / WEIGHTS).stat().st_size / 1e6 for place in (folder, out))
     print(f"wrote {out}: {after:.0f} MB instead of {before:.0f} MB")
