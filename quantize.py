@@ -1,10 +1,12 @@
-"""Writes a quantized copy of a checkpoint, in int8 or int4: a token then reads fewer bytes, sparse or not.
+"""Writes a quantized copy of a checkpoint, in int8, int4 or types of GGUF files: a token then reads fewer bytes.
 
     python quantize.py --checkpoint demo --mode int8
     python generate.py --checkpoint checkpoints/demo-int8 --sparsity 0.5
 
 int8 has a scale for each output channel. int4 has, in addition, a row scale for every `--group` outputs of each input
-channel; its attention weights are int8. The output layer is int8 in both; embeddings and norms stay as they are.
+channel; its attention weights are int8. The output layer is int8 in both; embeddings and norms stay as they are. q4_k,
+q5_k, q6_k and q8_0 are mixtures of llama.cpp's block types, embeddings and output layer among them
+(quantization/mixtures.py), and lie as a GGUF file's own values do: they are made for CPUs.
 
 By default weights are rounded to nearest. `--calibrated` rounds them with GPTQ (arXiv:2210.17323) on a corpus, for
 dense inputs and for inputs with half of their channels dropped, and lets each layer compensate for the errors of the
@@ -24,19 +26,26 @@ from teal_fast.files.paths import checkpoints_folder
 from teal_fast.files.store import check_new, new_folder
 from teal_fast.quantization.checkpoint import (
     FULL_PRECISION,
+    ROUNDING_LENGTH,
+    ROUNDING_TOKENS,
+    TUNING_LENGTH,
+    TUNING_TOKENS,
     Fit,
-    check_dense,
+    choose_format,
     make_quantized,
     read_sequences,
     rounded_to,
 )
-from teal_fast.weights.formats import QUANTIZED, Format
+from teal_fast.quantization.mixtures import MIXTURES
+from teal_fast.weights.formats import QUANTIZED
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER|demo", help="a converted checkpoint, or demo")
-    parser.add_argument("--mode", choices=QUANTIZED, default="int8", help="the weights' format (default: %(default)s)")
+    parser.add_argument(
+        "--mode", choices=[*QUANTIZED, *MIXTURES], default="int8", help="the weights' format (default: %(default)s)"
+    )
     parser.add_argument("--group", type=positive_int, help="outputs that share a row scale in int4 (default: 64)")
     parser.add_argument("--calibrated", action="store_true", help="round with GPTQ instead of to nearest")
     parser.add_argument("--tune", action="store_true", help="then train the scales on the whole model's logits")
@@ -44,8 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokens",
         type=positive_int,
-        default=65536,
-        help="tokens of the corpus for --calibrated; --tune takes half of them (default: %(default)s)",
+        help=f"tokens of the corpus (default: {ROUNDING_TOKENS} for --calibrated and {TUNING_TOKENS} for --tune, which "
+        "uses half of them)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="draws the text (default: %(default)s)")
     parser.add_argument("--device", help="where these two compute: cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -64,20 +73,27 @@ def main() -> None:
     if Path(options.checkpoint).is_file():
         raise ValueError(f"{options.checkpoint} is a file with values of its own: {FULL_PRECISION}")
     folder = open_checkpoint(options.checkpoint, not options.no_prepare)
-    format = Format(options.mode, (options.group or 64) if options.mode == "int4" else 0)
     out = options.out or checkpoints_folder() / f"{folder.resolve().name}-{options.mode}"
     check_new(out)
-    check_dense(folder, format)
+    format, note = choose_format(folder, options.mode, options.group)
+    if note:
+        print(note, file=sys.stderr)
     if before := rounded_to(folder):
         print(f"these weights were rounded to {before} before: what this loses comes on top", file=sys.stderr)
     device = pick_device(options.device)
     with new_folder(out) as made:
         fit = None
         if options.calibrated or options.tune:
+
+            def read(wanted: bool, tokens: int, length: int) -> list[list[int]]:
+                corpus = options.corpus or [DEFAULT_CORPUS]
+                return read_sequences(folder, corpus, options.tokens or tokens, length, options.seed) if wanted else []
+
             # The text is read before anything is computed, so that bad text is refused at once.
-            sequences = read_sequences(folder, options.corpus or [DEFAULT_CORPUS], options.tokens, options.seed)
+            rounding = read(options.calibrated, ROUNDING_TOKENS, ROUNDING_LENGTH)
+            tuning = read(options.tune, TUNING_TOKENS, TUNING_LENGTH)
             calibration = open_calibration(folder, None, device, not options.no_prepare)
-            fit = Fit(calibration, sequences, device, gptq=options.calibrated, tune=options.tune)
+            fit = Fit(calibration, device, rounding, tuning)
         make_quantized(folder, made, format, fit)
     before, after = ((place / WEIGHTS).stat().st_size / 1e6 for place in (folder, out))
     print(f"wrote {out}: {after:.0f} MB instead of {before:.0f} MB")

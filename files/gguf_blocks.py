@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from teal_fast.kernels.block_planes import NARROW, pack_plane
-from teal_fast.kernels.blocks import BLOCK_TYPES, Blocks
+from teal_fast.kernels.blocks import BLOCK_TYPES, Blocks, pack_blocks
 
 HALF = torch.float16
 
@@ -116,13 +114,8 @@ def to_blocks(stored: Tensor, name: str, K: int) -> Blocks:
     """The weight [K, N] that a GGUF tensor's bytes, uint8 [N, bytes of K inputs], hold in a type of BLOCK_TYPES."""
     kind, N = BLOCK_TYPES[name], len(stored)
     parsed = PARSERS[name](stored.reshape(N * (K // kind.inputs), -1))
-    padding = -N % NARROW
 
     def turn(part: Tensor | None) -> Tensor | None:  # [B, n] to [K / …, N]
-        return None if part is None else F.pad(part.reshape(N, -1).t(), (0, padding)).contiguous()
+        return None if part is None else part.reshape(N, -1).t()
 
-    codes, planes, shift = turn(parsed.codes), [], 0
-    for bits in kind.planes:
-        planes.append(pack_plane(codes >> shift & (2**bits - 1), bits))
-        shift += bits
-    return Blocks(kind, tuple(planes), *map(turn, parsed[1:]))
+    return pack_blocks(kind, *map(turn, parsed))

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from teal_fast.kernels.block_planes import BLOCK, unpack_plane
+from teal_fast.kernels.block_planes import BLOCK, NARROW, pack_plane, unpack_plane
 
 SUPER = 256  # inputs that share the scale of the scales, in K-quants
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -84,6 +85,19 @@ class Blocks(NamedTuple):
     @property
     def N(self) -> int:
         return self.scale.shape[1]
+
+
+def pack_blocks(kind: BlockType, codes: Tensor, *scales: Tensor | None) -> Blocks:
+    """The weight [K, N] of codes uint8 [K, N] and scales, as `Blocks` has them but for the padding of N."""
+
+    def pad(part: Tensor | None) -> Tensor | None:
+        return None if part is None else F.pad(part, (0, -part.shape[1] % NARROW)).contiguous()
+
+    codes, planes, shift = pad(codes), [], 0
+    for bits in kind.planes:
+        planes.append(pack_plane(codes >> shift & (2**bits - 1), bits))
+        shift += bits
+    return Blocks(kind, tuple(planes), *map(pad, scales))
 
 
 def codes_of(blocks: Blocks) -> Tensor:

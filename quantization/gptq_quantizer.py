@@ -6,7 +6,7 @@ blocks quantized so far, and through the original blocks, whose states are the t
 one block's weights and the hidden states are in memory. The output layer is not quantized here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from teal_fast.files.calibration import Calibration
 from teal_fast.files.load import load_model, stored_as
 from teal_fast.files.store import is_finite
 from teal_fast.model import Call
-from teal_fast.quantization.gptq import compensate_inputs, gptq_round
+from teal_fast.quantization.gptq import add_moments, compensate_inputs, factorize, gptq_round
 from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers
 from teal_fast.weights.dense import Weight
-from teal_fast.weights.formats import Format
+from teal_fast.weights.formats import BlockFormat, Format
 
 INPUT_SPARSITY = 0.5  # of the sparse copy of each input
 HiddenFunction = Callable[[Tensor], Tensor]  # [1, T, dim] -> [1, T, …]
@@ -46,7 +46,7 @@ class GptqQuantizer:
     def __init__(
         self,
         folder: Path,
-        format: Format,
+        format: Format | BlockFormat,
         calibration: Calibration,
         sequences: list[list[int]],
         device: torch.device,
@@ -94,42 +94,47 @@ class GptqQuantizer:
         names: the input and the output layer of `half`. run: computes half(norm(x)) from norm(x).
         """
         input_layer, output_layer = (getattr(half, name) for name in names)
-        target_hidden = [x + run(norm(x)) for x in self.target_hidden]
+        targets = [norm(x) for x in self.target_hidden]
         inputs = [norm(x) for x in self.hidden]
-        residual_errors = (
-            input_layer.weight.matmul(norm(target) - x) for target, x in zip(self.target_hidden, inputs, strict=True)
-        )
-        self.quantize_layer(prefix + names[0], input_layer, zip(inputs, residual_errors, strict=True))
+        target_hidden = [x + run(y) for x, y in zip(self.target_hidden, targets, strict=True)]
+        moved = sum(x[0].t() @ (target - x)[0] for target, x in zip(targets, inputs, strict=True))
+        del targets
+        residual = moved @ input_layer.weight.dequantize().float()
+        self.quantize_layer(prefix + names[0], input_layer, inputs, residual)
 
         setattr(half, names[1], _PassOn())  # `run` then returns the output layer's inputs
         inputs = [run(x) for x in inputs]
         setattr(half, names[1], output_layer)
-        residual_errors = (
-            target - x - output_layer(y) for target, x, y in zip(target_hidden, self.hidden, inputs, strict=True)
+        residual = sum(
+            y[0].t() @ (target - x - output_layer(y))[0]
+            for target, x, y in zip(target_hidden, self.hidden, inputs, strict=True)
         )
-        self.quantize_layer(prefix + names[1], output_layer, zip(inputs, residual_errors, strict=True))
+        self.quantize_layer(prefix + names[1], output_layer, inputs, residual)
         self.hidden = [x + output_layer(y) for x, y in zip(self.hidden, inputs, strict=True)]
         self.target_hidden = target_hidden
 
-    def quantize_layer(self, name: str, linear: SparseLinear, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Replaces a layer's weight by a quantized one.
+    def quantize_layer(self, name: str, linear: SparseLinear, inputs: list[Tensor], residual: Tensor) -> None:
+        """Replaces a layer's weight by a quantized one, unless the format leaves it dense.
 
-        pairs: for each sequence the layer's inputs [1, T, K] and the residual errors of its outputs [1, T, N]: target
-        minus output. Raises ValueError when the inputs' second moments are not positive definite.
+        inputs: the layer's, [1, T, K] of each sequence; residual: fp32 [K, N], see `compensate_inputs`. Raises
+        ValueError when the inputs' second moments are not positive definite.
         """
-        hessian = residual = 0
+        if (format := self.format.within(name)) is None:
+            return
+        hessian = torch.zeros(linear.weight.in_features, linear.weight.in_features, device=self.device)
         threshold = self.calibration.threshold(name, INPUT_SPARSITY).to(self.device)
-        for (x,), (residual_error,) in pairs:
+        for (x,) in inputs:
             kept = x.masked_fill(x.abs() <= threshold, 0)
             kept[0] = 0  # the first token, an attention sink, is always dense
-            hessian = hessian + x.t() @ x + kept.t() @ kept
-            residual = residual + x.t() @ residual_error
+            add_moments(hessian, torch.cat((x, kept)))
+        importance = hessian.diagonal().clone()
         try:
-            weight = compensate_inputs(linear.weight.dequantize(), hessian, residual)
-            format = self.format.within(name)
-            linear.weight = format.pack(weight, hessian.diagonal(), partial(gptq_round, hessian=hessian))
+            factor = factorize(hessian, sum(x.shape[1] for x in inputs))
         except torch.linalg.LinAlgError as error:
             raise ValueError(f"{name}: too few or too large inputs to round by: more --tokens?") from error
+        del hessian
+        weight = compensate_inputs(linear.weight.dequantize(), factor, residual)
+        linear.weight = format.pack(weight, importance, partial(gptq_round, factor=factor))
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

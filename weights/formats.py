@@ -2,7 +2,8 @@
 
 A further format is one class in quantized.py, one grid in grids.py and one line in QUANTIZED. DTYPES are the
 computation types; the dtype of an unquantized weight is not a Format. GGUF's types differ from layer to layer, and the
-embeddings have one too, so that their Format names each.
+embeddings have one too, so that their BlockFormat names each: those of a GGUF file, or of one of our mixtures
+(quantization/mixtures.py).
 """
 
 import json
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from teal_fast.weights.blocks import BlockEmbedding, BlockOutput, BlockWeight
+from teal_fast.kernels.blocks import BLOCK_TYPES
+from teal_fast.weights.block_grids import BlockGrid
+from teal_fast.weights.blocks import BlockEmbedding, BlockOutput, BlockPart, BlockWeight
 from teal_fast.weights.dense import DenseWeight, Weight
 from teal_fast.weights.grids import Grid
 from teal_fast.weights.output import Int8Output
@@ -43,6 +46,10 @@ class Format:
     def ends(self, embedding: nn.Embedding, output: nn.Linear) -> tuple[nn.Module, nn.Module]:
         """What stands for the embeddings and the output layer, its tensors yet to be filled."""
         return embedding, Int8Output.empty(*output.weight.shape)
+
+    def pack_end(self, name: str, weight: Tensor) -> nn.Module:
+        """The quantized weight [vocab, dim] of the output layer, rounded to nearest."""
+        return Int8Output.pack(weight)
 
     def within(self, name: str) -> "Format":
         """The format of one layer of the checkpoint, by its module name."""
@@ -99,6 +106,14 @@ class BlockFormat:
             raise ValueError(f"{name} has {outputs} outputs, expected {N}")
         return BlockWeight.empty(K, parts, self.name)
 
+    def within(self, name: str) -> "LayerBlocks | None":
+        """The format of one layer of the checkpoint, by its module name; None of one that stays dense."""
+        return LayerBlocks(self.name, self.parts[name]) if name in self.parts else None
+
+    def pack_end(self, name: str, weight: Tensor) -> nn.Module:
+        """The quantized weight [vocab, dim] of the embeddings or of the output layer, rounded to nearest."""
+        return self.within(name).pack(weight.t())
+
     def ends(self, embedding: nn.Embedding, output: nn.Linear) -> tuple[nn.Module, nn.Module]:
         """What stands for the embeddings and the output layer, of tied ones both over one weight."""
         tied, (vocab, dim) = output.weight is embedding.weight, embedding.weight.shape
@@ -108,3 +123,25 @@ class BlockFormat:
             weight = self.layer(EMBEDDINGS, dim, vocab)
             embedding, output = BlockEmbedding(weight, self.dtype), BlockOutput(weight) if tied else output
         return embedding, output
+
+
+@dataclass(frozen=True)
+class LayerBlocks:
+    """What BlockFormat says of one layer."""
+
+    name: str
+    parts: tuple[tuple[str, int], ...]
+
+    def pack(
+        self,
+        weight: Tensor,
+        importance: Tensor | None = None,
+        round_to: Callable[[Tensor, Grid], tuple[Tensor, ...]] | None = None,
+    ) -> Weight:
+        """Quantizes weight [K, N], part by part; see `Format.pack`."""
+        packed = []
+        for columns, (name, N) in zip(weight.split([N for _, N in self.parts], dim=1), self.parts, strict=True):
+            grid = BlockGrid.fit(BLOCK_TYPES[name], columns, importance)
+            (codes,) = round_to(columns, grid) if round_to else grid.round(columns)
+            packed.append(BlockPart(grid.blocks(codes), N))
+        return BlockWeight(packed, self.name)

@@ -24,13 +24,17 @@ SCALE_FACTORS = (
     0.95,
     1.0,
 )  # the search tries these multiples of the absmax scale
-CHUNK = 2**20  # weights searched at a time: each tried scale takes 4 MB
+# Weights searched at a time, or weights times scales that are tried: arrays stay in a core's cache. The system hands
+# out the memory of those above 32 MB anew each time, which took two thirds of the time.
+CHUNK = 2**17
 EPSILON = 1e-30  # the least absmax and the least damping: an all-zero channel must not lead to a division by zero
 
 
 class Grid(Protocol):
-    def round(self, weight: Tensor) -> tuple[Tensor, ...]: ...  # weight [R, N] to the nearest codes
-    def dequantize(self, *codes: Tensor) -> Tensor: ...  # codes of `round` to fp32 [R, N]
+    """rows: int64 [R], which input channels of the weight these are; None: all. int8 and int4 need not know."""
+
+    def round(self, weight: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]: ...  # [R, N] to nearest codes
+    def dequantize(self, *codes: Tensor, rows: Tensor | None = None) -> Tensor: ...  # codes of `round` to fp32 [R, N]
 
 
 @dataclass
@@ -64,11 +68,11 @@ class Int8Grid:
         """Rounds weight [R, N] to the grid and returns fp32 [R, N]."""
         return (weight / self.scale).round_().clamp_(-127, 127).mul_(self.scale)
 
-    def round(self, weight: Tensor) -> tuple[Tensor]:
+    def round(self, weight: Tensor, rows: Tensor | None = None) -> tuple[Tensor]:
         """Rounds weight [R, N] to int8 codes [R, N]."""
         return ((weight / self.scale).round_().clamp_(-127, 127).to(torch.int8),)
 
-    def dequantize(self, codes: Tensor) -> Tensor:
+    def dequantize(self, codes: Tensor, rows: Tensor | None = None) -> Tensor:
         return codes * self.scale
 
 
@@ -89,16 +93,17 @@ class Int4Grid:
         Afterwards all rows have one root mean square and all columns too, so that the outputs of a group can share a
         row scale.
         """
-        weight = weight.float()
-        scale = weight.new_ones(weight.shape[1])
+        scale = weight.new_ones(weight.shape[1], dtype=torch.float32)
         for _ in range(5):  # it settles quickly
-            balanced = weight / scale
-            row_rms = balanced.square().mean(1, keepdim=True).clamp(min=EPSILON).sqrt()
-            column_rms = (balanced / row_rms).square().mean(0).sqrt()
+            squares = torch.zeros_like(scale)
+            for rows in weight.split(max(CHUNK // weight.shape[1], 1)):
+                balanced = (rows / scale).square_()
+                squares += balanced.div_(balanced.mean(1, keepdim=True).clamp_(min=EPSILON)).sum(0)
+            column_rms = (squares / len(weight)).sqrt()
             scale *= torch.where(column_rms > 0, column_rms, 1)  # an output that is always zero keeps its scale
         return cls(scale, group)
 
-    def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def round(self, weight: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rounds weight [R, N] to uint8 codes [R, N] from 0 to 15 and bf16 row scales [R, N / group].
 
         Each row scale has the least squared error among those tried. It may be negative: code - 8 runs from -8 to 7,
@@ -113,14 +118,18 @@ class Int4Grid:
         importance = self.scale.square().view(-1, self.group)  # of an error in w / scale, measured in w
         absmax_scale = groups.abs().amax(-1).clamp(min=EPSILON) / 8
         factors = torch.tensor(SCALE_FACTORS, device=weight.device)
-        tried = torch.cat((factors, -factors))[:, None, None] * absmax_scale
-        tried = tried.bfloat16().float()[..., None]  # [scales, R, groups, 1]
-        errors = (((groups / tried).round_().clamp_(-8, 7) * tried - groups).square_() * importance).sum(-1)
-        best = errors.argmin(0)
-        row_scale = tried.squeeze(-1).gather(0, best[None])[0]
+        least = row_scale = None
+        for some in torch.cat((factors, -factors)).split(max(CHUNK // weight.numel(), 1)):
+            tried = (some[:, None, None] * absmax_scale).bfloat16().float()  # [scales, R, groups]
+            steps = (groups / tried[..., None]).round_().clamp_(-8, 7)
+            errors = steps.mul_(tried[..., None]).sub_(groups).square_().mul_(importance).sum(-1)
+            error, best = errors.min(0)
+            chosen = tried.gather(0, best[None])[0]
+            row_scale = chosen if least is None else torch.where(error < least, chosen, row_scale)
+            least = error if least is None else torch.minimum(error, least)
         codes = (groups / row_scale[..., None]).round_().clamp_(-8, 7) + 8
         return codes.to(torch.uint8).view(weight.shape), row_scale.bfloat16()
 
-    def dequantize(self, codes: Tensor, row_scales: Tensor) -> Tensor:
+    def dequantize(self, codes: Tensor, row_scales: Tensor, rows: Tensor | None = None) -> Tensor:
         groups = (codes.float() - 8).view(len(codes), -1, self.group) * row_scales.float()[..., None]
         return groups.view(codes.shape) * self.scale
