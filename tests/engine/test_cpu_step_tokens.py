@@ -19,9 +19,9 @@ from teal_fast.tests.engine.test_cpu_step import (
     LENGTH,
     caches,
     heads,
+    made,
     make,
     make_step,  # noqa: F401  a fixture
-    made,
     restore,
     run,
     widest,
