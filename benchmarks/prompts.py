@@ -3,9 +3,9 @@
     python -m teal_fast.benchmarks.prompts --shapes llama-3-8b --formats dense int8 int4 --tokens 12 128 512 2048
     python -m teal_fast.benchmarks.prompts --checkpoint demo checkpoints/demo-int8 --tokens 5 100 512
 
-Prompts are computed densely, uncompiled, as generate.py does by default, on a CPU by its step where that is faster. Each round takes every format once at every
-length; the median over rounds is reported, and `ratio`, the median of a format's times over the first one's in the same
-round. The first round warms up.
+Prompts are computed densely, uncompiled, as generate.py does by default, on a CPU by its step where that is faster.
+Each round takes every format once at every length; the median over rounds is reported, and `ratio`, the median of its
+times over the first one's in the same round. The first round warms up.
 """
 
 import argparse

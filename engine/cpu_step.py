@@ -61,7 +61,10 @@ class CpuModel(ctypes.Structure):
 
 @functools.cache
 def native_steps(native: ctypes.CDLL) -> tuple[Callable, Callable]:
-    """The decode step of the compiled kernels, and dense ones of several tokens. Raises ValueError when its structures are not those of this file."""
+    """The decode step of the compiled kernels, and dense ones of several tokens.
+
+    Raises ValueError when its structures are not those of this file.
+    """
     found = (c_int64 * 2)()
     native.teal_struct_sizes(found)
     expected = [ctypes.sizeof(CpuLayer), ctypes.sizeof(CpuModel)]

@@ -29,7 +29,8 @@ FEWEST_BF16_ROWS = 2
 # BLOCKS_NUMBERS
 # Its shapes with random weights, 4 layers, 8, 16, 32 and 64 tokens, seconds by steps and by PyTorch: fp32 0.34 / 0.62,
 # 0.61 / 0.81, 0.81 / 1.26, 1.79 / 1.66; fp16 0.22 / 1.05, 0.36 / 0.97, 0.86 / 1.10, 1.17 / 1.63; bf16 and int8 as fp16.
-# Processors with bf16 products were not at hand: 16 tokens of bf16 then cost PyTorch four decoded ones (docs/cpu_log.md).
+# Processors with bf16 products were not at hand: 16 tokens of bf16 then cost PyTorch four decoded ones, and 12 of the
+# demo too (docs/cpu_log.md).
 LONGEST_BY_STEPS_IN_BLOCKS = sys.maxsize
 LONGEST_BY_STEPS = 48  # where PyTorch computes in fp32, widening what is not
 LONGEST_BY_STEPS_BF16 = 16  # where it has bf16 products

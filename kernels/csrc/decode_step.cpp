@@ -181,7 +181,8 @@ template <class T> class Step {
             for (int64_t kv = 0; tokens.count > 1 && kv < m.kv_heads; kv++) remember(layer, t, kv);
         });
         meet();
-        for (int64_t t = 0; t < tokens.count; t++) chunks = std::max(chunks, Span(tokens.position + t, layer.window).chunks);
+        for (int64_t t = 0; t < tokens.count; t++)
+            chunks = std::max(chunks, Span(tokens.position + t, layer.window).chunks);
         Found found{all.values, all.peak, all.total, chunks};
         int64_t tasks = m.kv_heads * chunks, last = share(tokens.count * tasks, 1);
         for (int64_t task = share(tokens.count * tasks, 0); task < last; task++)

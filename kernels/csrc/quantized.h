@@ -118,7 +118,8 @@ struct Int4Rows {
 
     // sums [TOKENS, stride], of which STRIP each, += the rows' values from n on, times a token's factors of group g.
     template <int TOKENS>
-    static __attribute__((always_inline)) void add_strip(const uint8_t* const* row, int64_t n, const Factors* f, int64_t g, float* sums, int64_t stride) {
+    static __attribute__((always_inline)) void add_strip(const uint8_t* const* row, int64_t n, const Factors* f,
+                                                         int64_t g, float* sums, int64_t stride) {
 #if defined(__AVX2__)
         const __m256i nibble = _mm256_set1_epi8(15);
         __m256i acc[TOKENS][4];  // of values 0, 8, 16 and 24 on, and beside them 32 more: 16-bit sums hold 8 rows

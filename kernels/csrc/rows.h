@@ -88,13 +88,14 @@ inline void add_rows(const T* const* row, const float* const* x, const T* const*
         if (next && n * int64_t(sizeof(T)) % LINE == 0)
             for (int r = 0; r < R; r++) fetch(next[r] + n);
         vf s[TOKENS], t[TOKENS];
-        UNROLL for (int k = 0; k < TOKENS; k++) s[k] = load(sums + k * stride + n), t[k] = load(sums + k * stride + n + LANES);
+        float* at = sums + n;
+        UNROLL for (int k = 0; k < TOKENS; k++) s[k] = load(at + k * stride), t[k] = load(at + k * stride + LANES);
         UNROLL for (int r = 0; r < R; r++) {
             vf a, b;
             load_pair(rows[r] + n, a, b);
             UNROLL for (int k = 0; k < TOKENS; k++) s[k] += a * scale[k][r], t[k] += b * scale[k][r];
         }
-        UNROLL for (int k = 0; k < TOKENS; k++) store(sums + k * stride + n, s[k]), store(sums + k * stride + n + LANES, t[k]);
+        UNROLL for (int k = 0; k < TOKENS; k++) store(at + k * stride, s[k]), store(at + k * stride + LANES, t[k]);
     }
     for (; n < columns; n++)
         for (int k = 0; k < TOKENS; k++)

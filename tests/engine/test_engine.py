@@ -356,7 +356,7 @@ def test_logits_of_nan_and_inf_end_in_one_line(tiny, place, bad, sampling):
 
         return spoiled
 
-    engine.prefill, engine.step = spoil(prefill), spoil(step)
+    engine.prefill, engine.step, engine.by_steps = spoil(prefill), spoil(step), 0
     stream = engine.stream(ask(sparsity=0, sampling=sampling))
     assert len(list(islice(stream, place))) == place
     with pytest.raises(ValueError, match=f"the logits after {len(PROMPT) + place} tokens hold NaN or inf: the check"):
@@ -383,17 +383,17 @@ def test_a_context_that_no_memory_holds_is_one_line(tiny, tmp_path, monkeypatch)
 
 def test_a_prompt_that_no_memory_holds_is_one_line(engine):
     """The allocator really refuses; what the cache holds stays sound."""
-    given, expected = engine.prefill, answer(engine)
+    by_steps, given, expected = engine.by_steps, engine.prefill, answer(engine)
 
     def greedy(model, cache, tokens, start, phase):
         return torch.empty(1 << 50) if tokens.shape[1] > 3 else given(model, cache, tokens, start, phase)
 
-    engine.prefill = greedy
+    engine.prefill, engine.by_steps = greedy, 0
     with pytest.raises(
         OutOfMemoryError, match=r"^out of memory for a prompt of 7 tokens and its answer \(4,503,599\.6 GB"
     ):
         answer(engine, [*PROMPT[:2], 9, 9, 9, 9, 9])
-    engine.prefill = given
+    engine.prefill, engine.by_steps = given, by_steps
     assert answer(engine) == expected
 
 
