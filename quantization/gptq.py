@@ -37,8 +37,8 @@ def factorize(hessian: Tensor, tokens: int) -> Factor:
     """Dampens and factorizes second moments over so many tokens. hessian: as `add_moments` leaves it; overwritten.
 
     Each channel's own moment is enlarged by the share K / tokens: moments of few tokens make channels look more alike
-    than they are. Errors on other text, of a layer with 1,536 inputs after 2,048 tokens, are then half of those with
-    GPTQ's share of 0.01 of the mean; after 5,120 tokens four fifths (docs/quality_log.md). Raises
+    than they are. Errors on other text, of a layer with 1,536 inputs after 2,048 tokens, are then half to two thirds
+    of those with GPTQ's share of 0.01 of the mean; after 5,120 four fifths (docs/quality_log.md). Raises
     torch.linalg.LinAlgError when H is not positive definite.
     """
     K = len(hessian)
