@@ -104,7 +104,7 @@ def build(compiler: str, instructions: str) -> Path:
             return found
         print(f"{found} no longer loads", file=sys.stderr)
         found.unlink(missing_ok=True)
-    print(f"compiling the CPU kernels for {instructions}, once: some seconds", file=sys.stderr)
+    print(f"compiling the CPU kernels for {instructions}, once: about a minute", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         linked, objects = Path(scratch, f"{name}.so"), [str(Path(scratch, f"{source}.o")) for source in SOURCES]

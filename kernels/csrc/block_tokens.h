@@ -6,6 +6,7 @@
 namespace blocks {
 
 constexpr int TOKENS_AT_ONCE = AT_ONCE / 2;  // each with QUADS vectors of sums
+static_assert(MOST_TOKENS % TOKENS_AT_ONCE == 0, "there is room for sums of whole groups");
 
 // As many pairs of products as 16 bits hold are added there, where no instruction adds four of them to 32 bits.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
@@ -53,22 +54,21 @@ template <class Kind, int64_t WIDTH> class Strip {
         }
     }
 
-    // sums [TOKENS, stride] += the block's share of each token's x; scale [SCALES, N].
-    template <int TOKENS>
+    // sums [TOKENS_AT_ONCE, stride] += the block's share of each token's x; scale [SCALES, N].
     void add(const Kept* const* x, const typename Kind::Scale* scale, int64_t N, float* sums, int64_t stride) const {
         ROLLED for (int chunk = 0; chunk < CHUNKS; chunk++)
             ROLLED for (int half = 0; half < HALVES; half++)
                 UNROLL for (int i = 0; i < SCALES; i++) {
-                    vi total[TOKENS][QUADS];
-                    UNROLL for (int t = 0; t < TOKENS; t++) {
+                    vi total[TOKENS_AT_ONCE][QUADS];
+                    UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) {
                         vi from = vi{} - Kind::ZERO * (SCALES == 1 ? x[t]->sum[0] + x[t]->sum[1] : x[t]->sum[i]);
                         UNROLL for (int q = 0; q < QUADS; q++) total[t][q] = from;
                     }
-                    multiply<TOKENS>(codes[chunk][half], x, i * (GROUPS / SCALES), total);
+                    multiply(codes[chunk][half], x, i * (GROUPS / SCALES), total);
                     UNROLL for (int q = 0; q < QUADS; q++) {
                         int64_t n = half * HALF + q * 16 + chunk * LANES;
                         vf own = load(scale + i * N + n);
-                        UNROLL for (int t = 0; t < TOKENS; t++) {
+                        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) {
                             vf scaled = __builtin_convertvector(total[t][q], vf) * apart(own * x[t]->scale);
                             float* to = sums + t * stride + n;
                             store(to, load(to) + apart(scaled));
@@ -77,12 +77,11 @@ template <class Kind, int64_t WIDTH> class Strip {
                 }
     }
 
-    // sums [TOKENS, stride] += the block's minimum times the sum of each token's x.
-    template <int TOKENS>
+    // sums [TOKENS_AT_ONCE, stride] += the block's minimum times the sum of each token's x.
     static void add_minimum(const Kept* const* x, const typename Kind::Minimum* minimum, float* sums, int64_t stride) {
         UNROLL for (int64_t n = 0; n < WIDTH; n += LANES) {
             vf own = load(minimum + n);
-            UNROLL for (int t = 0; t < TOKENS; t++) {
+            UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) {
                 float *to = sums + t * stride + n, share = x[t]->scale * float(x[t]->sum[0] + x[t]->sum[1]);
                 store(to, load(to) + apart(own * share));
             }
@@ -91,21 +90,20 @@ template <class Kind, int64_t WIDTH> class Strip {
 
   private:
     // total += the codes of the groups of a scale, from `first` on, times each token's factors.
-    template <int TOKENS>
     static void multiply(const vb (*code)[QUADS], const Kept* const* x, int first, vi (*total)[QUADS]) {
         constexpr int END = GROUPS / SCALES;
         if constexpr (IN_PAIRS && !Kind::EIGHT) {
             UNROLL for (int from = first; from < first + END; from += RUN) {
-                vs part[TOKENS][QUADS] = {};
+                vs part[TOKENS_AT_ONCE][QUADS] = {};
                 ROLLED for (int g = from; g < from + RUN; g++)
-                    UNROLL for (int t = 0; t < TOKENS; t++)
+                    UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++)
                         UNROLL for (int q = 0; q < QUADS; q++) part[t][q] += pairs(code[g][q], x[t]->factor[g]);
-                UNROLL for (int t = 0; t < TOKENS; t++)
+                UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++)
                     UNROLL for (int q = 0; q < QUADS; q++) total[t][q] += added(part[t][q]);
             }
         } else {
             ROLLED for (int g = first; g < first + END; g++)
-                UNROLL for (int t = 0; t < TOKENS; t++)
+                UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++)
                     UNROLL for (int q = 0; q < QUADS; q++)
                         total[t][q] = dot<Kind::EIGHT>(total[t][q], code[g][q], x[t]->factor[g]);
         }
@@ -142,8 +140,9 @@ template <class Kind> class Products {
 
   private:
     void add_tile(int64_t super, int64_t super_end, int64_t n, int64_t to) {
-        std::fill_n(sums, tokens * SIDE, 0.0f);
-        if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, tokens * SIDE, 0.0f);
+        int64_t room = (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * TOKENS_AT_ONCE * SIDE;
+        std::fill_n(sums, room, 0.0f);
+        if (Kind::MINIMUM && Kind::NESTED) std::fill_n(minimums, room, 0.0f);
         for (int64_t b = super; b < super_end; b++)
             for (int64_t s = n; s < to; s += STRIP) {
                 if (b + 1 < super_end) ahead(b + 1, s);
@@ -165,13 +164,12 @@ template <class Kind> class Products {
         const Strip<Kind, WIDTH> strip(w, b, s);
         const auto* scale = (const typename Kind::Scale*)w.scale + b * Kind::SCALES * N + s;
         const auto* minimum = (const typename Kind::Minimum*)w.minimum + b * N + s;
-        in_groups<TOKENS_AT_ONCE>(tokens, [&](auto number, int64_t t) {
-            const Kept* x[number];
-            for (int k = 0; k < number; k++) x[k] = kept + (t + k) * (w.K / BLOCK) + b;
-            strip.template add<number>(x, scale, N, sums + t * SIDE + at, SIDE);
-            if (Kind::MINIMUM)
-                strip.template add_minimum<number>(x, minimum, (Kind::NESTED ? minimums : sums) + t * SIDE + at, SIDE);
-        });
+        for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE) {
+            const Kept* x[TOKENS_AT_ONCE];  // the last one again where there are fewer, to no one's sums
+            for (int k = 0; k < TOKENS_AT_ONCE; k++) x[k] = kept + std::min(t + k, tokens - 1) * (w.K / BLOCK) + b;
+            strip.add(x, scale, N, sums + t * SIDE + at, SIDE);
+            if (Kind::MINIMUM) strip.add_minimum(x, minimum, (Kind::NESTED ? minimums : sums) + t * SIDE + at, SIDE);
+        }
     }
 };
 
