@@ -26,8 +26,8 @@ from teal_fast.weights.product import product_dtype
 FEWEST_ROWS = 12
 FEWEST_BF16_ROWS = 2
 # The longest prompts that are read by steps. Qwen2.5-Coder-1.5B in Q4_K_M, Zen 3 (AVX2, no bf16 products), one thread:
-# 2, 4, 8, 12, 16, 100 and 500 tokens take 0.20, 0.27, 0.49, 0.67, 0.84, 4.8 and 26.8 s of CPU time, by PyTorch 4.1, 4.0,
-# 4.3, 4.4, 4.2, 7.5 and 35.2, and one decoded token 0.14.
+# 2, 4, 8, 12, 16, 100 and 500 tokens take 0.20, 0.27, 0.49, 0.67, 0.84, 4.8 and 26.8 s of CPU time, by PyTorch 4.1,
+# 4.0, 4.3, 4.4, 4.2, 7.5 and 35.2, and one decoded token 0.14.
 # Its shapes with random weights, 4 layers, 8, 16, 32 and 64 tokens, seconds by steps and by PyTorch: fp32 0.34 / 0.62,
 # 0.61 / 0.81, 0.81 / 1.26, 1.79 / 1.66; fp16 0.22 / 1.05, 0.36 / 0.97, 0.86 / 1.10, 1.17 / 1.63; bf16 and int8 as fp16.
 # Processors with bf16 products were not at hand: 16 tokens of bf16 then cost PyTorch four decoded ones, and 12 of the
