@@ -1,69 +1,56 @@
-"""The grids of a model's reproducible sums: how finely each column of q/k/v, residual and MLP's update is added up.
+"""The grids of a model's reproducible sums: how finely each column of q/k/v, o's and the MLP's updates is added up.
 
-Addends that are whole multiples of a column's grid have the same sum in any order, as long as it is less than 2^24
-grids. So a grid is a power of two, 2^-18 to 2^-17 of what a column held at most on a fixed text, which leaves room for
-four to eight times that; what goes beyond is added rightly all the same, but counted (stages_base.cuh).
+Addends that are whole multiples of a column's grid have the same sum in any order, as long as all partial sums are
+below 2^24 grids. So a grid is a power of two, as fine as leaves room for addends, as many as there may be, that are
+each as large as twice what the column's sum was at most on a fixed text. What is larger is added rightly all the same,
+but the promise is lost then: it is counted (kernels/csrc/stages_base.cuh).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teal_fast.model import Transformer
 
 TOKENS = 256  # of the fixed text: ids at even distances over the vocabulary
-MARGIN, RANGE = 4, 22  # binary digits: of room beyond what was seen; of a grid that addends are rounded to
 LEAST = 1 / 16  # of what a layer's columns hold as a rule: a column that was zero may not stay so
 
 
 class Grids(NamedTuple):
-    """1.5 · 2^23 times each column's grid, fp32: of q, k and v, the residual with o's update, the MLP's update.
-
-    Adding this to a number and taking it off again rounds the number to the grid.
-    """
+    """1.5 · 2^23 times each column's grid, fp32: adding it to a number and taking it off again rounds to the grid."""
 
     qkv: Tensor
-    residual: Tensor
+    o: Tensor
     down: Tensor
 
 
 @torch.no_grad()
-def measure_grids(model: Transformer) -> list[Grids]:
-    """Each layer's grids, from a dense pass over the fixed text. They depend on the weights alone."""
+def measure_grids(model: Transformer, addends: tuple[int, int, int]) -> list[Grids]:
+    """Each layer's grids for sums of at most so many addends, from a dense pass over the fixed text."""
     device, vocab = model.norm.weight.device, model.args.vocab_size
-    largest: list[dict[str, Tensor]] = [{} for _ in model.layers]
+    found: list[list[Tensor]] = [[] for _ in model.layers]
 
-    def watch(number: int, name: str, x: Tensor) -> None:
-        found = x.detach().flatten(0, 1).abs().amax(0).float()
-        known = largest[number]
-        known[name] = torch.maximum(known[name], found) if name in known else found
+    def watch(bias: Tensor | None, number: int, module: nn.Module, given: tuple, made: Tensor) -> None:
+        made = made if bias is None else made - bias
+        found[number].append(made.flatten(0, 1).abs().amax(0).float())
 
     hooks = []
     for number, layer in enumerate(model.layers):
-        wqkv = layer.attention.wqkv
-        for module, name in ((layer, "residual"), (layer.ffn_norm, "residual")):
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, given, n=number, name=name: watch(n, name, given[0]))
-            )
-        for module, name, bias in ((wqkv, "qkv", wqkv.bias), (layer.feed_forward.w2, "down", None)):
-            hooks.append(
-                module.register_forward_hook(
-                    lambda _, given, made, n=number, name=name, bias=bias: watch(
-                        n, name, made if bias is None else made - bias
-                    )
-                )
-            )
+        wqkv = layer.attention.wqkv  # to which the kernels add the bias later
+        for module, bias in ((wqkv, wqkv.bias), (layer.attention.wo, None), (layer.feed_forward.w2, None)):
+            hooks.append(module.register_forward_hook(partial(watch, bias, number)))
     try:
         ids = torch.arange(TOKENS, device=device) * vocab // TOKENS
         model.hidden(ids[None])
     finally:
         for hook in hooks:
             hook.remove()
-    return [Grids(*(grid_constant(found[name]) for name in Grids._fields)) for found in largest]
+    return [Grids(*map(grid_constant, largest, addends)) for largest in found]
 
 
-def grid_constant(largest: Tensor) -> Tensor:
-    """Of columns [N] that held at most so much: 1.5 · 2^23 times the grid of each, fp32."""
+def grid_constant(largest: Tensor, addends: int) -> Tensor:
+    """Of columns [N] whose sums of so many addends were at most so large: 1.5 · 2^23 times their grids, fp32."""
     held = largest.clamp(min=max(largest.median().item() * LEAST, torch.finfo(torch.float32).tiny * 2**64))
-    return 1.5 * 2.0**23 * (held.log2().ceil() + (MARGIN - RANGE)).exp2()
+    return 1.5 * 2.0 ** ((addends - 1).bit_length()) * held.log2().ceil().exp2()

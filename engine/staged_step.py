@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.engine.grids import Grids, measure_grids
-from teal_fast.kernels.decode_stages import CHUNK, SHORT, DecodeStages, StageLayer, StageStep, defines
+from teal_fast.kernels.decode_stages import SHORT, DecodeStages, StageLayer, StageStep, defines
 from teal_fast.kernels.int4 import row_scales
 from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError
@@ -49,12 +49,17 @@ def build_stages(model: Transformer, dependent: bool = True, delay: int = 0, **w
     """
     gpu = torch.cuda.get_device_properties(model.norm.weight.device)
     if gpu.major < 9:
-        raise ValueError(f"no clusters on compute capability {gpu.major}.{gpu.minor}")
+        raise ValueError(f"no kernels for compute capability {gpu.major}.{gpu.minor}")
     shape = stage_shape(model)
     constants = defines(shape, cut(shape, gpu.multi_processor_count, **wanted), delay)
     shared, arch = gpu.shared_memory_per_multiprocessor, f"sm_{gpu.major}{gpu.minor}"
     with torch.cuda.device(model.norm.weight.device):
         return DecodeStages(constants, arch, gpu.multi_processor_count, shared, dependent)
+
+
+def addends(stages: DecodeStages) -> tuple[int, int, int]:
+    """How many CTAs at most add to a column of q/k/v, of o's update and of the MLP's."""
+    return tuple(stages.constants[f"ADDENDS_{stage}"] for stage in ("QKV", "O", "MLP"))
 
 
 class StagedStep:
@@ -75,14 +80,14 @@ class StagedStep:
         self.logits, self.largest = zeros(args.vocab_size), zeros(1)
         self.beyond = zeros(1, dtype=torch.int32)  # how many addends left their grid so far
         self.at: int | None = None  # the position in input_pos, where the host knows it
-        chunks = -(-cache.length // CHUNK)
-        residual = zeros(2, args.dim)
+        self.residual, self.o_update, self.mlp_update = zeros(2, args.dim), zeros(2, args.dim), zeros(args.dim)
         output = operand_of(model.output)
         self.step = StageStep(
-            residual=(residual[0].data_ptr(), residual[1].data_ptr()),
-            update=self._address(zeros(args.dim)),
+            residual=tuple(row.data_ptr() for row in self.residual),
+            o_update=tuple(row.data_ptr() for row in self.o_update),
+            mlp_update=self._address(self.mlp_update),
             qkv=self._address(zeros((args.n_heads + 2 * args.n_kv_heads) * args.head_dim)),
-            partial=self._address(zeros(args.n_heads, chunks, args.head_dim + 2)),
+            partial=self._address(zeros(args.n_heads, stages.constants["SPLITS"], args.head_dim + 2)),
             embedding=self._address(model.tok_embeddings.weight),
             token=self._address(self.token),
             position=self._address(self.input_pos),
@@ -98,7 +103,7 @@ class StagedStep:
             length=cache.length,
             eps=args.norm_eps,
         )
-        grids = measure_grids(model)
+        grids = measure_grids(model, addends(stages))
         self.layers = list(map(self._layer, model.layers, grids, cache.k, cache.v, args.sliding_windows))
         self.longest = max(
             min(window or cache.length, cache.length) for window in args.sliding_windows

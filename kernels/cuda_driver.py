@@ -1,6 +1,6 @@
 """CUDA's driver: loads machine code and launches its kernels on PyTorch's current stream.
 
-Unlike PyTorch's own launcher it has clusters and programmatic dependent launch. A CUDA graph can record the launches.
+Unlike PyTorch's own launcher it has programmatic dependent launch. A CUDA graph can record the launches.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import torch
 
 from teal_fast.kernels.nvrtc import CudaError
 
-CLUSTER, DEPENDENT = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, …_PROGRAMMATIC_STREAM_SERIALIZATION
+DEPENDENT = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -59,12 +59,6 @@ class CudaModule:
             found[name] = value.value
         return found
 
-    def most_clusters(self, kernel: c_void_p, config: LaunchConfig) -> int:
-        """How many clusters of such a launch can run at once."""
-        found = c_int()
-        self._check(self.driver.cuOccupancyMaxActiveClusters(byref(found), kernel, byref(config)))
-        return found.value
-
     def launch(self, kernel: c_void_p, config: LaunchConfig, *parameters) -> None:
         """Launches it with parameters that are ctypes values, on PyTorch's current stream."""
         config.stream = torch.cuda.current_stream().cuda_stream
@@ -78,11 +72,8 @@ class CudaModule:
             raise CudaError(f"the CUDA driver says: {(text.value or b'error %d' % result).decode()}")
 
 
-def launch_config(grid: int, threads: int, shared_memory: int, cluster: int, dependent: bool) -> LaunchConfig:
+def launch_config(grid: int, threads: int, shared_memory: int, dependent: bool) -> LaunchConfig:
     """A launch of one dimension. dependent: it may start before the launch ahead of it has ended."""
-    attributes = (Attribute * 2)()
-    attributes[0].id, attributes[0].value[0] = DEPENDENT, int(dependent)
-    attributes[1].id, attributes[1].value[:3] = CLUSTER, (cluster, 1, 1)
-    return LaunchConfig(
-        grid, 1, 1, threads, 1, 1, shared_memory, None, ctypes.cast(attributes, POINTER(Attribute)), 1 + (cluster > 1)
-    )
+    attribute = Attribute(DEPENDENT)
+    attribute.value[0] = int(dependent)
+    return LaunchConfig(grid, 1, 1, threads, 1, 1, shared_memory, None, ctypes.pointer(attribute), 1)

@@ -1,7 +1,7 @@
 """A decode step's launches in CUDA C++ (csrc/three_stages.cu): three a layer, then the output layer and its best token.
 
 A model's sizes are compiled in (stage_shape.py). `StageLayer` and `StageStep` are the structures that the kernels take,
-`DecodeStages` launches them. They serve GPUs with clusters, of compute capability 9.0 on.
+`DecodeStages` launches them. They serve GPUs of compute capability 9.0 on.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from teal_fast.kernels.nvrtc import compile_cuda
 from teal_fast.kernels.stage_shape import THREADS, StageShape
 
 SOURCE = "three_stages.cu"
-SHORT, CHUNK = 512, 256  # positions, as stages_base.cuh has them
+SHORT = 512  # positions, as stages_base.cuh has it
 
 
 class StageLayer(ctypes.Structure):
@@ -25,7 +25,7 @@ class StageLayer(ctypes.Structure):
         *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
         *((name, c_void_p) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
         *((name, c_void_p) for name in ("qkv_threshold", "o_threshold", "gate_up_threshold", "down_threshold")),
-        *((name, c_void_p) for name in ("qkv_grid", "residual_grid", "down_grid", "k", "v")),
+        *((name, c_void_p) for name in ("qkv_grid", "o_grid", "down_grid", "k", "v")),
         ("window", c_int64),
     ]
 
@@ -34,8 +34,9 @@ class StageStep(ctypes.Structure):
     """`Step` of stages_base.cuh."""
 
     _fields_ = [
-        ("residual", c_void_p * 2),
-        *((name, c_void_p) for name in ("update", "qkv", "partial", "embedding", "token", "position", "frequencies")),
+        *((name, c_void_p * 2) for name in ("residual", "o_update")),
+        *((name, c_void_p) for name in ("mlp_update", "qkv", "partial", "embedding", "token", "position")),
+        ("frequencies", c_void_p),
         *((name, c_void_p) for name in ("output", "output_scale", "norm", "logits", "largest", "best")),
         *((name, c_void_p) for name in ("arrived", "beyond")),
         ("length", c_int64),
@@ -62,17 +63,19 @@ class DecodeStages:
     ):
         self.module = CudaModule(compile_cuda(SOURCE, arch, constants))
         shared = max(self.module.size("shared_bytes"), shared_memory // 2 + 1024)
-        long = constants["SPLITS"] * constants["KV_HEADS"] * constants["BATCHES"]
+        if shared > shared_memory - 1024:  # what the driver keeps of each CTA's
+            raise ValueError(f"no kernels for {shared} bytes of shared memory")
         grids = {
-            "stage_qkv": (constants["CTAS_QKV"], 1), "stage_attention": (long, 1),
-            "stage_o": (constants["CTAS_O"], constants["CLUSTER"]),
-            "stage_mlp": (constants["CTAS_MLP"], constants["CLUSTER"]), "stage_output": (processors, 1),
-        }  # fmt: skip
-        self.kernels = {name: self.module.kernel(name, shared) for name in grids}
-        self.configs = {
-            name: launch_config(ctas, THREADS, shared, cluster, dependent) for name, (ctas, cluster) in grids.items()
+            "stage_qkv": constants["CTAS_QKV"],
+            "stage_attention": constants["SPLITS"] * constants["KV_HEADS"] * constants["BATCHES"],
+            "stage_o": constants["CTAS_O"],
+            "stage_mlp": constants["CTAS_MLP"],
+            "stage_output": processors,
         }
-        self.first = launch_config(constants["CTAS_QKV"], THREADS, shared, 1, False)  # waits for all before the step
+        self.constants = constants
+        self.kernels = {name: self.module.kernel(name, shared) for name in grids}
+        self.configs = {name: launch_config(ctas, THREADS, shared, dependent) for name, ctas in grids.items()}
+        self.first = launch_config(grids["stage_qkv"], THREADS, shared, False)  # waits for all before the step
 
     def launch(self, step: StageStep, layers: list[StageLayer], long: bool) -> None:
         """One token on the current stream; long: a layer may attend over more than SHORT positions."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 THREADS, WARPS = 512, 16  # of a CTA
 MOST_ROWS = 512  # of whole numbers that a thread adds up: 512 · 128 · 32767 < 2^31
-GRANULES = {16: 16, 8: 32, 4: 64}  # channels: 32 bytes, a sector of memory
+GRANULES = {16: 32, 8: 64, 4: 128}  # channels: 64 bytes, which the GPU's memory reads at once
 UNROLL = {(16, 16): (4, 4), (8, 8): (2, 2), (8, 4): (3, 2)}  # steps a batch, by bits: the best on an H200
 
 
@@ -44,39 +44,32 @@ class StageShape:
             raise ValueError(f"no kernels for {found}")
 
 
-def cut(shape: StageShape, processors: int, cluster: int | None = None, channels: int | None = None) -> dict[str, int]:
-    """The launches' constants on a GPU of so many multiprocessors, one CTA each. Raises ValueError where none serve.
+def cut(shape: StageShape, processors: int, channels: int | None = None) -> dict[str, int]:
+    """The launches' constants on a GPU of so many multiprocessors. Raises ValueError where none serve.
 
-    cluster, channels: for sweeps, instead of those chosen. Of clusters of 8 and of 4 one fewer than would fill the GPU
-    has room on it (15 and 32 on an H200).
+    channels: for sweeps, instead of those chosen.
     """
     shape.check()
     granule = GRANULES[shape.bits_m]
-
-    def fewest(size: int) -> int:
-        return -(-shape.ffn // ((processors // size - 1) * size * granule)) * granule
-
-    if processors < 16:
-        raise ValueError(f"{processors} multiprocessors are too few for clusters of 8")
-    cluster = cluster or (4 if fewest(4) <= 0.8 * fewest(8) else 8)
-    channels = channels or fewest(cluster)
-    room = (processors // cluster - 1) * cluster
-    sharers = max(1, min(room // shape.heads, shape.head_dim // 8))
-    ctas_o, ctas_mlp = (-(-ctas // cluster) * cluster for ctas in (shape.heads * sharers, -(-shape.ffn // channels)))
+    channels = channels or -(-shape.ffn // (processors * granule)) * granule
+    sharers = max(1, min(processors // shape.heads, shape.head_dim // 8))
+    ctas_o, ctas_mlp = shape.heads * sharers, -(-shape.ffn // channels)
     row = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.bits_a // 8
     segments = -(-row // 512)
     ctas_qkv = min(processors, 14 * segments)
     each = ctas_qkv * WARPS // segments  # warps a segment
     width = 2 * channels * shape.bits_m // 128
-    if each < WARPS or channels > THREADS or width > THREADS:
-        raise ValueError(f"no kernels for q, k and v of {row} bytes a row with an MLP of {shape.ffn}")
+    if each < WARPS or channels > THREADS or width > THREADS or ctas_o > processors:
+        raise ValueError(
+            f"no kernels for {shape.heads} heads with an MLP of {shape.ffn} on {processors} multiprocessors"
+        )
     if shape.bits_m < 16 and shape.dim > MOST_ROWS * min(each, THREADS // width):
         raise ValueError(f"no kernels for quantized rows of {shape.dim} channels")
     batches = -(-shape.heads // shape.kv_heads // 4)
     unroll_a, unroll_m = UNROLL[shape.bits_a, shape.bits_m]
     return {
-        "CTAS_QKV": ctas_qkv, "CTAS_O": ctas_o, "CTAS_MLP": ctas_mlp, "CLUSTER": cluster, "SHARERS": sharers,
-        "CHANNELS": channels, "SPLITS": max(1, processors // (shape.kv_heads * batches)), "BATCHES": batches,
-        "ADDENDS": max(each // WARPS + 2, ctas_o // cluster + 1, ctas_mlp // cluster),
+        "CTAS_QKV": ctas_qkv, "CTAS_O": ctas_o, "CTAS_MLP": ctas_mlp, "SHARERS": sharers, "CHANNELS": channels,
+        "SPLITS": max(1, processors // (shape.kv_heads * batches)), "BATCHES": batches,
+        "ADDENDS_QKV": each // WARPS + 2, "ADDENDS_O": ctas_o, "ADDENDS_MLP": ctas_mlp,
         "UNROLL_A": unroll_a, "UNROLL_M": unroll_m,
     }  # fmt: skip

@@ -5,7 +5,7 @@
 
 constexpr int HALF = HEAD_DIM / 2, ACROSS = HEAD_DIM / 8;  // threads of a position
 constexpr int ABREAST = 32 / ACROSS, SWEEP = WARPS * ABREAST;  // positions of a warp and of a CTA at once
-constexpr int DEEP = 4;  // sweeps on their way
+constexpr int DEEP = 4;  // iterations on their way
 constexpr int RESULT = HEAD_DIM + 2;  // floats of a partial result: sums of values, the largest score, the exponentials
 
 // q of Q heads, k and v as a CTA's threads project them: a thread has a pair to be rotated, or an entry of v. Biases and
@@ -83,58 +83,107 @@ __device__ __forceinline__ void remember(const Shared& s, const Step& S, const L
     L.k[at] = half_bits(s.k[t]), L.v[at] = half_bits(s.v[t]);
 }
 
-// Keys and values of DEEP sweeps of positions from `first` on, those before `end`.
-struct Past {
-    uint4 k[DEEP], v[DEEP];
-    __device__ __forceinline__ void load(const Step& S, const Layer& L, int kv, int first, int end) {
-        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#pragma unroll
-        for (int u = 0; u < DEEP; u++) {
-            const int p = first + (u * WARPS + warp) * ABREAST + lane / ACROSS;
-            if (p >= end) continue;
-            const i64 at = (kv * S.length + p) * HEAD_DIM + lane % ACROSS * 8;
-            k[u] = __ldcg((const uint4*)(L.k + at)), v[u] = __ldcg((const uint4*)(L.v + at));
-        }
+// Which positions a warp's iterations take: ABREAST each, DEEP iterations at a time.
+struct Whole {  // all positions from `begin` on, by one CTA
+    int begin;
+    __device__ int first(int i) const { return begin + (i * WARPS + (threadIdx.x >> 5)) * ABREAST; }
+    __device__ int count(int last) const { return cdiv(last + 1 - begin, SWEEP); }
+};
+struct Split {  // runs of SPAN positions, at fixed multiples: by turns of all splits' warps
+    int split, round;
+    __device__ int first(int i) const {
+        const int run = ((round + i / EACH) * WARPS + (threadIdx.x >> 5)) * SPLITS + split;
+        return run * SPAN + i % EACH * ABREAST;
     }
+    __device__ int count(int last) const { return (last / ROUND - round + 1) * EACH; }
+    static constexpr int SPAN = DEEP * most(ABREAST, 4), EACH = SPAN / ABREAST, ROUND = SPAN * WARPS * SPLITS;
 };
 
-template <int Q> struct Attention {
-    float peak[Q], total[Q] = {}, y[Q][8] = {};
+// Attention of Q heads over positions from `begin` to `position`, which itself comes from shared memory.
+template <int Q, class Positions> struct Attention {
+    const u16 *keys, *values;  // of the key/value head
+    int begin, position;
+    Positions positions;
+    uint4 k[DEEP], v[DEEP];
+    float peak[Q], total[Q], y[Q][8];
 
-    // Attends over positions first to last, of which `position` itself comes from shared memory; `past` holds the first.
-    __device__ __forceinline__ void over(
-        Shared& s, const Step& S, const Layer& L, int kv, int first, int last, int position, Past& past) {
-        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, d = lane % ACROSS * 8;
+    __device__ __forceinline__ Attention(const Step& S, const Layer& L, int kv, int begin, int position, Positions positions)
+        : keys(L.k + kv * S.length * HEAD_DIM), values(L.v + kv * S.length * HEAD_DIM), begin(begin), position(position),
+          positions(positions) {
+        load(keys, k, 0), load(values, v, 0);
+    }
+
+    __device__ __forceinline__ int place(int i) const { return positions.first(i) + threadIdx.x % 32 / ACROSS; }
+    __device__ __forceinline__ bool seen(int p) const { return begin <= p && p <= position; }
+
+    // The past of iterations i … i + DEEP - 1.
+    __device__ __forceinline__ void load(const u16* from, uint4* to, int i) const {
 #pragma unroll
-        for (int j = 0; j < Q; j++) peak[j] = -1e30f;
-        for (int begin = first; begin <= last; begin += DEEP * SWEEP) {
-            if (begin != first) past.load(S, L, kv, begin, position);
+        for (int u = 0; u < DEEP; u++)
+            if (const int p = place(i + u); begin <= p && p < position)
+                to[u] = __ldcg((const uint4*)(from + (i64)p * HEAD_DIM + threadIdx.x % ACROSS * 8));
+    }
+    __device__ __forceinline__ void row(const uint4& from, const float* own, int p, float* x) const {
+        if (p < position) widen(from, x);
+        else
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] = own[threadIdx.x % ACROSS * 8 + i];
+    }
+
+    __device__ __forceinline__ void compute(const Shared& s) {
+        const int d = threadIdx.x % ACROSS * 8, count = positions.count(position);
+#pragma unroll
+        for (int j = 0; j < Q; j++) {
+            peak[j] = -1e30f, total[j] = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) y[j][i] = 0;
+        }
+#pragma unroll 1
+        for (int i = 0; i < count; i += DEEP) {
+            if (positions.first(i) > position) continue;  // the same in a warp
+            float score[Q][DEEP], x[8];
 #pragma unroll
             for (int u = 0; u < DEEP; u++) {
-                const int p = begin + (u * WARPS + warp) * ABREAST + lane / ACROSS;
-                if (begin + (u * WARPS + warp) * ABREAST > last) break;  // the same in a warp
-                float k[8], v[8];
-                if (p < position) widen(past.k[u], k), widen(past.v[u], v);
-                else
-#pragma unroll
-                    for (int i = 0; i < 8; i++) k[i] = s.k[d + i], v[i] = s.v[d + i];
+                row(k[u], s.k, place(i + u), x);
 #pragma unroll
                 for (int j = 0; j < Q; j++) {
-                    float score = 0;
-#pragma unroll
-                    for (int i = 0; i < 8; i++) score += s.q[j * HEAD_DIM + d + i] * k[i];
-                    score = across(score, add, 1, ACROSS);
-                    if (p > last) continue;
-                    const float now = fmaxf(peak[j], score), fade = __expf(peak[j] - now), e = __expf(score - now);
-                    peak[j] = now, total[j] = total[j] * fade + e;
-#pragma unroll
-                    for (int i = 0; i < 8; i++) y[j][i] = y[j][i] * fade + e * v[i];
+                    const float4 a = *(const float4*)&s.q[j * HEAD_DIM + d], b = *(const float4*)&s.q[j * HEAD_DIM + d + 4];
+                    score[j][u] = a.x * x[0] + a.y * x[1] + a.z * x[2] + a.w * x[3] + b.x * x[4] + b.y * x[5] + b.z * x[6] + b.w * x[7];
                 }
             }
+            load(keys, k, i + DEEP);
+#pragma unroll
+            for (int j = 0; j < Q; j++) {
+                float now = peak[j];
+#pragma unroll
+                for (int u = 0; u < DEEP; u++) {
+                    score[j][u] = across(score[j][u], add, 1, ACROSS);
+                    if (seen(place(i + u))) now = fmaxf(now, score[j][u]);
+                }
+                const float fade = __expf(peak[j] - now);
+                peak[j] = now, total[j] *= fade;
+#pragma unroll
+                for (int e = 0; e < 8; e++) y[j][e] *= fade;
+#pragma unroll
+                for (int u = 0; u < DEEP; u++) {
+                    score[j][u] = seen(place(i + u)) ? __expf(score[j][u] - now) : 0;
+                    total[j] += score[j][u];
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) {
+                if (!seen(place(i + u))) continue;  // what was not loaded may be NaN
+                row(v[u], s.v, place(i + u), x);
+#pragma unroll
+                for (int j = 0; j < Q; j++)
+#pragma unroll
+                    for (int e = 0; e < 8; e++) y[j][e] += score[j][u] * x[e];
+            }
+            load(values, v, i + DEEP);
         }
     }
 
-    // The CTA's result of query j in thread d < HEAD_DIM; the same barriers in all threads.
+    // The CTA's result of query j in thread d < HEAD_DIM: sums of values, the largest score, sums of exponentials.
     __device__ __forceinline__ void gather(Shared& s, float* sums, float* largest, float* exponentials) {
         const int t = threadIdx.x, lane = t & 31, warp = t >> 5;
 #pragma unroll
@@ -147,16 +196,18 @@ template <int Q> struct Attention {
                 y[j][i] = across(y[j][i] * fade, add, ACROSS, 32);
                 if (lane < ACROSS) to[i] = y[j][i];
             }
-            if (lane == 0) s.fade[j * WARPS + warp] = top, s.total[j * WARPS + warp] = total[j];
+            if (lane == 0) s.peak[j * WARPS + warp] = top, s.total[j * WARPS + warp] = total[j];
         }
         __syncthreads();
         if (t >= HEAD_DIM) return;
 #pragma unroll
         for (int j = 0; j < Q; j++) {
             float top = -1e30f, a = 0, z = 0;
-            for (int i = 0; i < WARPS; i++) top = fmaxf(top, s.fade[j * WARPS + i]);
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) top = fmaxf(top, s.peak[j * WARPS + i]);
+#pragma unroll
             for (int i = 0; i < WARPS; i++) {
-                const float fade = __expf(s.fade[j * WARPS + i] - top);
+                const float fade = __expf(s.peak[j * WARPS + i] - top);
                 a += fade * ((float*)s.part)[(j * WARPS + i) * HEAD_DIM + t], z += fade * s.total[j * WARPS + i];
             }
             sums[j] = a, largest[j] = top, exponentials[j] = z;
@@ -164,22 +215,20 @@ template <int Q> struct Attention {
     }
 };
 
-__device__ __forceinline__ float* partial_result(const Step& S, int head, int chunk) {
-    return S.partial + ((i64)head * ((S.length + CHUNK - 1) / CHUNK) + chunk) * RESULT;
-}
-
-// A head's output in threads d < HEAD_DIM from the partial results of chunks first to last; a barrier is in it.
-__device__ __forceinline__ float merge(Shared& s, const Step& S, int head, int first, int last) {
+// A head's output in threads d < HEAD_DIM from what all splits found; a barrier is in it.
+__device__ __forceinline__ float merge(Shared& s, const Step& S, int head) {
     constexpr int TEAMS = THREADS / HEAD_DIM;
     const int t = threadIdx.x, d = t % HEAD_DIM, team = t / HEAD_DIM;
+    const float* from = S.partial + (i64)head * SPLITS * RESULT;
     float top = -1e30f, a = 0, z = 0;
-    for (int c = first + (t & 31); c <= last; c += 32) top = fmaxf(top, __ldcg(partial_result(S, head, c) + HEAD_DIM));
+#pragma unroll
+    for (int c = t & 31; c < cdiv(SPLITS, 32) * 32; c += 32)
+        if (c < SPLITS) top = fmaxf(top, __ldcg(from + c * RESULT + HEAD_DIM));
     top = across(top, larger, 1, 32);
 #pragma unroll 4
-    for (int c = first + team; c <= last; c += TEAMS) {
-        const float* from = partial_result(S, head, c);
-        const float fade = __expf(__ldcg(from + HEAD_DIM) - top);
-        a += fade * __ldcg(from + d), z += fade * __ldcg(from + HEAD_DIM + 1);
+    for (int c = team; c < SPLITS; c += TEAMS) {
+        const float fade = __expf(__ldcg(from + c * RESULT + HEAD_DIM) - top);
+        a += fade * __ldcg(from + c * RESULT + d), z += fade * __ldcg(from + c * RESULT + HEAD_DIM + 1);
     }
     s.some[t] = make_float4(a, z, 0, 0);
     __syncthreads();

@@ -1,10 +1,9 @@
-// What the kernels of three_stages.cu share: the model's constants, 16-bit floats, loads, dependent launches, clusters.
+// What the kernels of three_stages.cu share: the model's constants, 16-bit floats, loads, sums on grids, launches.
 // kernels/decode_stages.py defines the constants: DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB; HALF_IS_FP16; BITS_A and
 // BITS_M, of attention's weights and the MLP's, and GROUP, of four-bit scales; OUTPUT_BITS; QK_NORM; how launches are cut
-// (CTAS_QKV, CTAS_O, CTAS_MLP, CLUSTER, SHARERS, CHANNELS, SPLITS) and unrolled (UNROLL_A, UNROLL_M); ADDENDS, how many
-// CTAs or clusters at most add to one column; DELAY, for tests: microseconds that some CTAs come late. Structures are as
-// StageLayer and StageStep there.
-// No header of CUDA's is included: NVRTC alone is enough to compile this.
+// (CTAS_QKV, CTAS_O, CTAS_MLP, SHARERS, CHANNELS, SPLITS) and unrolled (UNROLL_A, UNROLL_M); ADDENDS_QKV, …, how many CTAs
+// at most add to a column; DELAY, for tests: microseconds that some CTAs come late. Structures are as StageLayer and
+// StageStep there. No header of CUDA's is included: NVRTC alone is enough to compile this.
 #pragma once
 
 typedef unsigned char u8;
@@ -18,12 +17,10 @@ typedef long long i64;
 constexpr int THREADS = 512, WARPS = 16;
 constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 constexpr int PIECE = 16, SEGMENT = 32 * PIECE;  // bytes that a thread and a warp load at once
-constexpr int SHORT = 512;   // positions that the attention of stage_o takes itself; of more, stage_attention
-constexpr int CHUNK = 256;   // positions a partial result: fixed, so that the bits do not depend on the length
-constexpr float LEVELS = 32767;  // of fixed point in 16 bits
+constexpr int SHORT = 512;  // positions that the attention of stage_o takes itself; of more, stage_attention
+constexpr float LEVELS = 32767;          // of fixed point in 16 bits
 constexpr float BEYOND = 64, HELD = 16;  // as kernels/outliers.py has RARE and HELD
 constexpr float ROUNDING = 12582912;     // 1.5 * 2^23: added to |x| < 2^22 it leaves the whole number in the low bits
-constexpr float EXACT = 4.f / (3 * (ADDENDS + 1));  // of a column's constant: up to here sums are exact in any order
 
 constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 constexpr int most(int a, int b) { return a > b ? a : b; }
@@ -40,14 +37,15 @@ struct Layer {
     const u16 *attention_norm, *ffn_norm, *q_norm, *k_norm;
     const u16 *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // or null
     const float *qkv_threshold, *o_threshold, *gate_up_threshold, *down_threshold;
-    const float *qkv_grid, *residual_grid, *down_grid;  // 1.5 * 2^23 times a column's grid
+    const float *qkv_grid, *o_grid, *down_grid;  // 1.5 * 2^23 times a column's grid
     u16 *k, *v;                      // [KV_HEADS][length][HEAD_DIM]
     i64 window;                      // 0: all positions
 };
 
 struct Step {
-    float *residual[2], *update, *qkv;  // update and qkv are zero when their layer begins to add to them
-    float* partial;                     // of stage_attention
+    float *residual[2], *o_update[2];  // by turns; the residual before a layer's attention, and what o adds to it
+    float *mlp_update, *qkv;           // updates and qkv are zero when their layer begins to add to them
+    float* partial;                    // [HEADS][SPLITS][RESULT], of stage_attention
     const u16* embedding;
     i64 *token, *position;
     const float* frequencies;
@@ -106,10 +104,11 @@ __device__ __forceinline__ void add_to(float* p, float4 v) {
     asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};"
                  :: "l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
+// Addends that are rounded to their column's grid have the same sum in any order, while all partial sums are below 2^24
+// grids: as many of them as there may be. Reproducible summation by rounding before it: Demmel and Nguyen, ARITH 2013.
 __device__ __forceinline__ float on_grid(float v, float c) { return __fadd_rn(__fadd_rn(v, c), -c); }
-// Rounded to their columns' grids, addends have the same sum in any order. Reproducible summation by rounding before it:
-// Demmel and Nguyen, ARITH 2013.
-__device__ __forceinline__ void add_on_grid(float* p, float4 v, float4 c, u32* beyond) {
+template <int ADDENDS> __device__ __forceinline__ void add_on_grid(float* p, float4 v, float4 c, u32* beyond) {
+    constexpr float EXACT = 4.f / (3 * most(ADDENDS, 4));  // 2^24 grids by ADDENDS, of 1.5 * 2^23
     const bool inside = fabsf(v.x) <= c.x * EXACT && fabsf(v.y) <= c.y * EXACT && fabsf(v.z) <= c.z * EXACT &&
                         fabsf(v.w) <= c.w * EXACT;
     if (!inside) atomicAdd(beyond, 1u);
@@ -122,6 +121,7 @@ __device__ __forceinline__ float4 times(float4 a, float4 b) {
     return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
 }
 __device__ __forceinline__ float4 load4(const float* p) { return __ldg((const float4*)p); }
+__device__ __forceinline__ float4 fresh4(const float* p) { return __ldcg((const float4*)p); }  // made in this step
 __device__ __forceinline__ float4 bias4(const u16* p) {
     const uint2 w = __ldg((const uint2*)p);
     return make_float4(low(w.x), high(w.x), low(w.y), high(w.y));
@@ -133,17 +133,6 @@ __device__ __forceinline__ void wait_for_producers() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (DELAY && blockIdx.x % 5 == 0)
         for (int i = 0; i < DELAY; i++) asm volatile("nanosleep.u32 1000;");
-}
-
-// ---- clusters ----
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ float4 load_remote(const float4* mine, int rank) {  // what lies there in another CTA
-    u32 at;
-    float4 v;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
-    return v;
 }
 
 // ---- warps ----

@@ -5,6 +5,7 @@
 #include "stages_rows.cuh"
 
 constexpr int OUT = cdiv(DIM, 4);               // float4s of the residual
+constexpr bool AHEAD = OUT <= 1024;             // scales and grids of as many columns wait in shared memory
 constexpr int NORM = cdiv(DIM, 8 * THREADS);    // eights of channels that a thread norms
 constexpr int ROW_O = DIM * BITS_A / 8, ROW_QKV = QKV * BITS_A / 8;  // bytes
 constexpr int GROUPS_OUT = BITS_M == 4 ? DIM / GROUP : 1, GROUPS_MLP = BITS_M == 4 ? FFN / GROUP : 1;
@@ -33,9 +34,10 @@ struct Shared {
     uint2 list[most(DIM, most(HEAD_DIM, CHANNELS)) + 2];
     float4 part[PART];     // sums of threads or warps
     float4 some[THREADS];  // sums of groups of these
+    float4 scale[AHEAD && BITS_A <= 8 ? OUT : 1], grid[AHEAD ? OUT : 1];
     float sums[WARPS], peaks[WARPS];
     int counts[WARPS];
-    float q[QUERIES * HEAD_DIM], k[HEAD_DIM], v[HEAD_DIM], fade[WARPS * QUERIES], total[WARPS * QUERIES];
+    alignas(16) float q[QUERIES * HEAD_DIM], k[HEAD_DIM], v[HEAD_DIM], peak[WARPS * QUERIES], total[WARPS * QUERIES];
     alignas(16) u16 gate_up_groups[most(2 * MLP_GROUPS * DIM, 8)];        // four bits: scales of rows
     alignas(16) u16 down_groups[BITS_M == 4 ? CHANNELS * GROUPS_OUT : 8];
 };
@@ -80,6 +82,16 @@ __device__ __forceinline__ int place(Shared& s, int mine, int& all) {
     return before + upto - mine;
 }
 
+// Eight channels of the residual from k on, with what o and, if any, the MLP have added since.
+__device__ __forceinline__ void add_updates(const float* residual, const float* o, const float* mlp, int k, float* x) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        float4 a = plus(fresh4(residual + k + i), fresh4(o + k + i));
+        if (mlp) a = plus(a, fresh4(mlp + k + i));
+        x[i] = a.x, x[i + 1] = a.y, x[i + 2] = a.z, x[i + 3] = a.w;
+    }
+}
+
 // What a norm is given beforehand, and what it makes of the residual: a thread has NORM times eight channels.
 struct Norm {
     uint4 weight[NORM];
@@ -99,7 +111,7 @@ struct Norm {
             }
     }
 
-    // residual(p, k, x) gives eight channels from k = channel(p) on.
+    // residual(k, x) gives eight channels from k on.
     template <class Source> __device__ __forceinline__ void compute(Shared& s, Source residual, float eps) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         float sum = 0;
@@ -108,7 +120,7 @@ struct Norm {
         for (int p = 0; p < NORM; p++)
             if (const int k = channel(p); k < DIM) {
                 float w[8];
-                residual(p, k, x[p]);
+                residual(k, x[p]);
                 widen(weight[p], w);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {

@@ -47,13 +47,8 @@ STAGE stage_output(const __grid_constant__ Step S, const int number) {
     norm.prepare(S.norm, nullptr);
     for (int i = DIM + t; i < PIECES * 32 * C; i += THREADS) ((u16*)s.part)[i] = 0;
     wait_for_producers();
-    const float* residual = S.residual[number & 1];
-    norm.compute(s, [&](int p, int k, float* x) {
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            const float4 a = plus(__ldcg((const float4*)(residual + k + i)), __ldcg((const float4*)(S.update + k + i)));
-            x[i] = a.x, x[i + 1] = a.y, x[i + 2] = a.z, x[i + 3] = a.w;
-        }
+    norm.compute(s, [&](int k, float* x) {
+        add_updates(S.residual[number & 1], S.o_update[~number & 1], S.mlp_update, k, x);
     }, S.eps);
     const float unit = norm.peak / LEVELS, inverse = norm.peak > 1e-30f ? LEVELS / norm.peak : 0;
 #pragma unroll

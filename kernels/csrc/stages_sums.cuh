@@ -1,21 +1,19 @@
-// Rows of DIM columns summed up: over the warps of a CTA, over a cluster in shared memory, then into a vector, on its grid.
+// Rows of DIM columns summed up: over the warps of a CTA in shared memory, then added to a vector, on its columns' grids.
 #pragma once
 #include "stages_list.cuh"
 
-// What the sums of o and down are given beforehand: of the columns that this thread adds in the end.
+// What o and down know of their columns beforehand: scales of quantized rows, a bias, or none, and the grids.
 struct Columns {
-    static constexpr int OWN = cdiv(OUT, CLUSTER);                    // float4s a CTA of a cluster adds
-    static constexpr int TOGETHER = most(32, power(OWN)), TEAMS = least(CLUSTER, THREADS / TOGETHER);
-    float4 scale, bias, grid;
-    int column;  // -1: none
+    const float* scale;
+    const u16* bias;
+    const float* grid;
 
-    __device__ __forceinline__ void prepare(const float* scales, const u16* biases, const float* grids) {
-        const int own = threadIdx.x, at = blockIdx.x % CLUSTER * OWN + own;
-        column = own < OWN && at < OUT ? 4 * at : -1;
-        if (column < 0) return;
-        scale = scales ? load4(scales + column) : make_float4(1, 1, 1, 1);
-        bias = biases && blockIdx.x < CLUSTER ? bias4(biases + column) : make_float4(0, 0, 0, 0);  // once
-        grid = load4(grids + column);
+    __device__ __forceinline__ void prepare(Shared& s) const {
+        if (AHEAD)
+            for (int q = threadIdx.x; q < OUT; q += THREADS) {
+                s.grid[q] = load4(grid + 4 * q);
+                if (BITS_A <= 8) s.scale[q] = load4(scale + 4 * q);
+            }
     }
 };
 
@@ -26,11 +24,11 @@ template <int BITS> __device__ __forceinline__ int spot(int q) {
     return q / WHOLE * Out<BITS>::PITCH + in % EACH * 33 + in / EACH;
 }
 
-// The list's n entries, this CTA's share of them, times rows from `base` on, added to `to`. All CTAs of a cluster call it.
-template <int BITS, int UNROLL, int ROW, int STRIDE>
+// The list's n entries, this CTA's share of them, times rows from `base` on, added to `to`.
+template <int BITS, int UNROLL, int ROW, int ADDENDS, int STRIDE = 0>
 __device__ __forceinline__ void add_rows(
-    Shared& s, int n, int share, int shares, const Fixed& fixed, const u8* base, const u16* scales, const Columns& own,
-    float* to, u32* beyond) {
+    Shared& s, int n, int share, int shares, const Fixed& fixed, const u8* base, const u16* scales,
+    const Columns& columns, float* to, u32* beyond) {
     typedef Out<BITS> O;
     const int t = threadIdx.x, lane = t & 31, warp = t >> 5, turn = warp / O::SEGMENTS;
 #pragma unroll 1
@@ -48,31 +46,17 @@ __device__ __forceinline__ void add_rows(
         if constexpr (BITS <= 8)
             if (fixed.outliers && first == 0) add_outliers<BITS, ROW, STRIDE>(sums, 33, s.list, rows, base + byte, own_scales);
     }
-    if (O::TURNS > 1) {
-        __syncthreads();
-        for (int q = t; q < OUT; q += THREADS) {
-            float4* sum = s.part + spot<BITS>(q);
-            float4 a = *sum;
-#pragma unroll
-            for (int i = 1; i < O::TURNS; i++) a = plus(a, sum[i * O::SEGMENTS * O::PITCH]);
-            *sum = a;
-        }
-    }
-    cluster_arrive(), cluster_wait();
-    constexpr int EACH = CLUSTER / Columns::TEAMS;
-    const int member = t % Columns::TOGETHER, team = t / Columns::TOGETHER, q = blockIdx.x % CLUSTER * Columns::OWN + member;
-    float4 a = make_float4(0, 0, 0, 0);
-    if (member < Columns::OWN && q < OUT && team < Columns::TEAMS)
-#pragma unroll
-        for (int i = 0; i < EACH; i++) a = plus(a, load_remote(s.part + spot<BITS>(q), team * EACH + i));
-    s.some[t] = a;
     __syncthreads();
-    cluster_arrive();
-    if (own.column >= 0) {
 #pragma unroll
-        for (int i = 1; i < Columns::TEAMS; i++) a = plus(a, s.some[i * Columns::TOGETHER + t]);
-        if (BITS <= 8) a = times(a, own.scale);
-        add_on_grid(to + own.column, plus(a, own.bias), own.grid, beyond);
+    for (int i = 0; i < cdiv(OUT, THREADS); i++) {
+        if (i * THREADS + t >= OUT) break;
+        const int q = (i * THREADS + t + blockIdx.x * 32) % OUT;  // CTAs begin in different places
+        const float4* sum = s.part + spot<BITS>(q);
+        float4 a = *sum;
+#pragma unroll
+        for (int j = 1; j < O::TURNS; j++) a = plus(a, sum[j * O::SEGMENTS * O::PITCH]);
+        if (BITS <= 8) a = times(a, AHEAD ? s.scale[q] : load4(columns.scale + 4 * q));
+        if (columns.bias && blockIdx.x == 0) a = plus(a, bias4(columns.bias + 4 * q));  // once
+        add_on_grid<ADDENDS>(to + 4 * q, a, AHEAD ? s.grid[q] : load4(columns.grid + 4 * q), beyond);
     }
-    cluster_wait();  // no CTA leaves while another reads its sums
 }

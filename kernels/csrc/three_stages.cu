@@ -1,6 +1,6 @@
-// A decode step's layer as three launches, each one CTA a multiprocessor, for clusters of Hopper and later GPUs:
-// q/k/v of the normed residual; attention and o; norm, gate, up and down. Contexts beyond SHORT positions get a launch of
-// their own before o. At the end stage_output: logits, and the likeliest token.
+// A decode step's layer as three launches, each of one CTA a multiprocessor, on Hopper and later GPUs: q/k/v of the normed
+// residual; attention and o; norm, gate, up and down. Attention over more than SHORT positions gets a launch of its own
+// before o. At the end stage_output: logits, and the likeliest token.
 //
 // Sums over CTAs are exact (add_on_grid), so that a step has the same bits whatever the order of its additions. What a
 // kernel reads before wait_for_producers was made before the step: weights, thresholds, grids, the cache's past.
@@ -8,7 +8,7 @@
 #include "stages_output.cuh"
 #include "stages_sums.cuh"
 
-// The residual with the last update, on this layer's grid: every CTA reads it, each writes its share of it.
+// The residual with the layer's updates before: every CTA reads it, each writes its share of it.
 STAGE stage_qkv(const __grid_constant__ Step S, const __grid_constant__ Layer L, const int number) {
     constexpr int C = columns(BITS_A), SEGMENTS = cdiv(ROW_QKV, SEGMENT), EACH = CTAS_QKV * WARPS / SEGMENTS;  // warps
     constexpr int PITCH = C / 4 * 33;
@@ -21,38 +21,25 @@ STAGE stage_qkv(const __grid_constant__ Step S, const __grid_constant__ Layer L,
     launch_dependents();
     Norm norm;
     norm.prepare(L.attention_norm, L.qkv_threshold);
-    float4 scale[2], grid[2], residual_grid[NORM][2];
+    float4 scale[2], grid[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
         if (const int column = (i ? last : first) * 32 * C + 4 * t; t < 8 * C && column < QKV) {
             grid[i] = load4(L.qkv_grid + column);
             scale[i] = BITS_A <= 8 ? load4(L.qkv_scale + column) : make_float4(1, 1, 1, 1);
         }
-#pragma unroll
-    for (int p = 0; p < NORM; p++)
-        if (const int k = Norm::channel(p); k < DIM)
-            residual_grid[p][0] = load4(L.residual_grid + k), residual_grid[p][1] = load4(L.residual_grid + k + 4);
     wait_for_producers();
-    const float* from = S.residual[number & 1];
+    const float *from = S.residual[number & 1], *before = S.o_update[~number & 1];
     float* to = S.residual[~number & 1];
     const u16* embedding = S.embedding + __ldcg(S.token) * DIM;
-    norm.compute(s, [&](int p, int k, float* x) {
-        if (number == 0) {
-            widen(__ldg((const uint4*)(embedding + k)), x);
-        } else {
+    if (number == 0)
+        for (int k = blockIdx.x * THREADS + t; k < DIM; k += CTAS_QKV * THREADS) S.o_update[0][k] = 0;
+    norm.compute(s, [&](int k, float* x) {
+        if (number == 0) widen(__ldg((const uint4*)(embedding + k)), x);
+        else add_updates(from, before, S.mlp_update, k, x);
+        if (k / 8 % gridDim.x == blockIdx.x)
 #pragma unroll
-            for (int i = 0; i < 8; i += 4) {
-                const float4 a = plus(__ldcg((const float4*)(from + k + i)), __ldcg((const float4*)(S.update + k + i)));
-                x[i] = a.x, x[i + 1] = a.y, x[i + 2] = a.z, x[i + 3] = a.w;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            const float4 c = residual_grid[p][i / 4];
-            const float4 a = make_float4(on_grid(x[i], c.x), on_grid(x[i + 1], c.y), on_grid(x[i + 2], c.z), on_grid(x[i + 3], c.w));
-            x[i] = a.x, x[i + 1] = a.y, x[i + 2] = a.z, x[i + 3] = a.w;
-            if (k / 8 % gridDim.x == blockIdx.x) *(float4*)(to + k + i) = a;
-        }
+            for (int i = 0; i < 8; i++) to[k + i] = x[i];
     }, S.eps);
     const int n = norm.list<BITS_A>(s);
     const int byte = segment * SEGMENT + lane * PIECE, rows = turn < EACH && byte < ROW_QKV ? n : 0;
@@ -71,7 +58,7 @@ STAGE stage_qkv(const __grid_constant__ Step S, const __grid_constant__ Layer L,
         float4 a = make_float4(0, 0, 0, 0);
         for (int w = i ? border : 0; w < (i ? WARPS : border); w++)
             a = plus(a, s.part[w * PITCH + t % (C / 4) * 33 + t / (C / 4)]);
-        add_on_grid(S.qkv + column, BITS_A <= 8 ? times(a, scale[i]) : a, grid[i], S.beyond);
+        add_on_grid<ADDENDS_QKV>(S.qkv + column, BITS_A <= 8 ? times(a, scale[i]) : a, grid[i], S.beyond);
     }
 }
 
@@ -79,81 +66,63 @@ __device__ __forceinline__ int first_position(const Layer& L, int position) {
     return L.window > 0 ? most(0, position + 1 - (int)L.window) : 0;
 }
 
-// Partial results of long contexts: a CTA has a key/value head, up to four of its heads, and every SPLITS-th chunk.
+// Partial results of long contexts: a CTA has a key/value head, up to four of its heads, and a share of the positions.
 STAGE stage_attention(const __grid_constant__ Step S, const __grid_constant__ Layer L) {
     Shared& s = shared();
     const int split = blockIdx.x % SPLITS, kv = blockIdx.x / SPLITS % KV_HEADS, batch = blockIdx.x / SPLITS / KV_HEADS;
     const int t = threadIdx.x, position = (int)__ldcg(S.position), begin = first_position(L, position);
     const int head = kv * SHARING + batch * QUERIES, heads = least(QUERIES, SHARING - batch * QUERIES);
     launch_dependents();
-    int chunk = begin / CHUNK;
-    chunk += (split - chunk % SPLITS + SPLITS) % SPLITS;
-    if (position + 1 - begin <= SHORT || chunk * CHUNK > position) return wait_for_producers();
-    int first = most(begin, chunk * CHUNK);
-    Past past;
-    past.load(S, L, kv, first, least(position, (chunk + 1) * CHUNK));
+    if (position + 1 - begin <= SHORT) return wait_for_producers();
+    Attention<QUERIES, Split> attention(S, L, kv, begin, position, Split{split, begin / Split::ROUND});
     Projection<QUERIES> projection;
     projection.prepare(S, L, head, heads, kv, position);
     wait_for_producers();
     projection.rotate(s, S);
-    while (first <= position) {
-        const int last = least(position, (chunk + 1) * CHUNK - 1);
-        Attention<QUERIES> attention;
-        float sums[QUERIES], largest[QUERIES], exponentials[QUERIES];
-        attention.over(s, S, L, kv, first, last, position, past);
-        if (last == position && batch == 0) remember(s, S, L, kv, position);
-        attention.gather(s, sums, largest, exponentials);
-        if (t < HEAD_DIM)
+    if (split == 0 && batch == 0) remember(s, S, L, kv, position);
+    float sums[QUERIES], largest[QUERIES], exponentials[QUERIES];
+    attention.compute(s);
+    attention.gather(s, sums, largest, exponentials);
+    if (t < HEAD_DIM)
 #pragma unroll
-            for (int j = 0; j < QUERIES; j++)
-                if (j < heads) {
-                    float* to = partial_result(S, head + j, chunk);
-                    to[t] = sums[j];
-                    if (t == 0) to[HEAD_DIM] = largest[j], to[HEAD_DIM + 1] = exponentials[j];
-                }
-        chunk += SPLITS, first = chunk * CHUNK;
-        past.load(S, L, kv, first, least(position, first + CHUNK));
-        __syncthreads();
-    }
+        for (int j = 0; j < QUERIES; j++)
+            if (j < heads) {
+                float* to = S.partial + ((i64)(head + j) * SPLITS + split) * RESULT;
+                to[t] = sums[j];
+                if (t == 0) to[HEAD_DIM] = largest[j], to[HEAD_DIM + 1] = exponentials[j];
+            }
 }
 
 // SHARERS CTAs compute the same head, or merge what stage_attention found of it, and each multiplies its share of o's rows.
 STAGE stage_o(const __grid_constant__ Step S, const __grid_constant__ Layer L, const int number) {
     Shared& s = shared();
-    const int t = threadIdx.x, head = blockIdx.x / SHARERS, share = blockIdx.x % SHARERS, kv = least(head, HEADS - 1) / SHARING;
+    const int t = threadIdx.x, head = blockIdx.x / SHARERS, share = blockIdx.x % SHARERS, kv = head / SHARING;
     const int position = (int)__ldcg(S.position), begin = first_position(L, position);
     const bool is_short = position + 1 - begin <= SHORT;
     launch_dependents();
-    Past past;
+    Attention<1, Whole> attention(S, L, kv, begin, is_short ? position : -1, Whole{begin});
     Projection<1> projection;
-    Columns own;
-    if (is_short) {
-        past.load(S, L, kv, begin, position);
-        projection.prepare(S, L, least(head, HEADS - 1), 1, kv, position);
-    }
-    own.prepare(L.o_scale, L.o_bias, L.residual_grid);
-    const float threshold = head < HEADS && t < HEAD_DIM ? __ldg(L.o_threshold + head * HEAD_DIM + t) : 0;
+    if (is_short) projection.prepare(S, L, head, 1, kv, position);
+    const Columns columns{L.o_scale, L.o_bias, L.o_grid};
+    columns.prepare(s);
+    const float threshold = t < HEAD_DIM ? __ldg(L.o_threshold + head * HEAD_DIM + t) : 0;
     wait_for_producers();
-    for (int k = blockIdx.x * THREADS + t; k < DIM; k += CTAS_O * THREADS) S.update[k] = 0;  // the MLP adds to it next
-    int n = 0;
-    Fixed fixed;
-    if (head < HEADS) {
-        float y;
-        if (is_short) {
-            projection.rotate(s, S);
-            if (share == 0 && head % SHARING == 0) remember(s, S, L, kv, position);
-            Attention<1> attention;
-            float largest, exponentials;
-            attention.over(s, S, L, kv, begin, position, position, past);
-            attention.gather(s, &y, &largest, &exponentials);
-            y /= exponentials;
-        } else {
-            y = merge(s, S, head, begin / CHUNK, position / CHUNK);
-        }
-        n = short_list<BITS_A, HEAD_DIM>(s, t < HEAD_DIM ? rounded(y) : 0, threshold, fixed);
+    for (int k = blockIdx.x * THREADS + t; k < DIM; k += CTAS_O * THREADS)  // the MLP and the next o add to them
+        S.mlp_update[k] = 0, S.o_update[~number & 1][k] = 0;
+    float y, largest, exponentials;
+    if (is_short) {
+        projection.rotate(s, S);
+        if (share == 0 && head % SHARING == 0) remember(s, S, L, kv, position);
+        attention.compute(s);
+        attention.gather(s, &y, &largest, &exponentials);
+        y /= exponentials;
+    } else {
+        y = merge(s, S, head);
     }
-    const u8* base = L.wo + (i64)least(head, HEADS - 1) * HEAD_DIM * ROW_O;
-    add_rows<BITS_A, UNROLL_A, ROW_O, 0>(s, n, share, SHARERS, fixed, base, nullptr, own, S.residual[~number & 1], S.beyond);
+    Fixed fixed;
+    const int n = short_list<BITS_A, HEAD_DIM>(s, t < HEAD_DIM ? rounded(y) : 0, threshold, fixed);
+    add_rows<BITS_A, UNROLL_A, ROW_O, ADDENDS_O>(
+        s, n, share, SHARERS, fixed, L.wo + (i64)head * HEAD_DIM * ROW_O, nullptr, columns, S.o_update[number & 1], S.beyond);
 }
 
 // A CTA owns CHANNELS of the MLP: gate and up of all rows, then its own rows of down. Nothing of it crosses CTAs but sums.
@@ -165,8 +134,8 @@ STAGE stage_mlp(const __grid_constant__ Step S, const __grid_constant__ Layer L,
     launch_dependents();
     Norm norm;
     norm.prepare(L.ffn_norm, L.gate_up_threshold);
-    Columns own;
-    own.prepare(L.down_scale, L.down_bias, L.down_grid);
+    const Columns columns{L.down_scale, L.down_bias, L.down_grid};
+    columns.prepare(s);
     const bool has_channel = t < CHANNELS && channel < FFN;
     const float threshold = has_channel ? __ldg(L.down_threshold + channel) : 0;
     float gate_scale = 1, up_scale = 1, gate_bias = 0, up_bias = 0;
@@ -183,15 +152,9 @@ STAGE stage_mlp(const __grid_constant__ Step S, const __grid_constant__ Layer L,
                 s.down_groups[i] = __ldg((const u16*)(L.w2 + (i64)k * ROW_DOWN + DIM / 2) + i % GROUPS_OUT);
     }
     wait_for_producers();
-    const float* residual = S.residual[~number & 1];
     for (int k = blockIdx.x * THREADS + t; k < QKV; k += CTAS_MLP * THREADS) S.qkv[k] = 0;  // the next layer adds to it
-    norm.compute(s, [&](int p, int k, float* x) {
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            const float4 a = __ldcg((const float4*)(residual + k + i));
-            x[i] = a.x, x[i + 1] = a.y, x[i + 2] = a.z, x[i + 3] = a.w;
-        }
-    }, S.eps);
+    norm.compute(
+        s, [&](int k, float* x) { add_updates(S.residual[~number & 1], S.o_update[number & 1], nullptr, k, x); }, S.eps);
     int n = norm.list<BITS_M>(s);
     {
         const int rows = slot < SLOTS && column < FFN ? n : 0;
@@ -224,6 +187,6 @@ STAGE stage_mlp(const __grid_constant__ Step S, const __grid_constant__ Layer L,
     }
     Fixed fixed;
     n = short_list<BITS_M, CHANNELS>(s, x, has_channel ? threshold : 1, fixed);
-    add_rows<BITS_M, UNROLL_M, ROW_DOWN, GROUPS_OUT>(
-        s, n, 0, 1, fixed, L.w2 + (i64)blockIdx.x * CHANNELS * ROW_DOWN, s.down_groups, own, S.update, S.beyond);
+    add_rows<BITS_M, UNROLL_M, ROW_DOWN, ADDENDS_MLP, GROUPS_OUT>(
+        s, n, 0, 1, fixed, L.w2 + (i64)blockIdx.x * CHANNELS * ROW_DOWN, s.down_groups, columns, S.mlp_update, S.beyond);
 }

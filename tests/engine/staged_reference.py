@@ -17,22 +17,24 @@ def on_grid(x: Tensor, constant: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def staged_reference(model: Transformer, cache: KVCache, grids: list[Grids], token: int, position: int) -> Tensor:
-    """Logits fp32 [vocab]; the cache's row `position` is written."""
+def staged_reference(
+    model: Transformer, cache: KVCache, grids: list[Grids], token: int, position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits fp32 [vocab], the residual after the last attention, the last update; the cache's row is written."""
     args, dtype = model.args, model.norm.weight.dtype
     residual, update = model.tok_embeddings.weight[token].float(), 0
     for number, (layer, grid, window) in enumerate(zip(model.layers, grids, args.sliding_windows, strict=True)):
         attention, ffn = layer.attention, layer.feed_forward
-        residual = on_grid(residual + update, grid.residual)
+        residual = residual + update
         qkv = on_grid(product(attention.wqkv, norm(residual, layer.attention_norm, dtype)), grid.qkv)
         if attention.wqkv.bias is not None:
             qkv = qkv + attention.wqkv.bias.float()
         y = attend(attention, qkv, model, cache.k[number][0], cache.v[number][0], position, window).to(dtype)
-        residual = residual + on_grid(biased(attention.wo, y), grid.residual)
+        residual = residual + on_grid(biased(attention.wo, y), grid.o)
         gate, up = biased(ffn.w13, norm(residual, layer.ffn_norm, dtype)).chunk(2)
         update = on_grid(biased(ffn.w2, (F.silu(gate) * up).to(dtype)), grid.down)
     x = norm(residual + update, model.norm, dtype)
-    return (output_weight(model.output).double() @ x.double()).float()
+    return (output_weight(model.output).double() @ x.double()).float(), residual, update
 
 
 def norm(x: Tensor, module: torch.nn.RMSNorm, dtype: torch.dtype) -> Tensor:
