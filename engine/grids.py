@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from teal_fast.model import Transformer
 
-TOKENS = 256  # of the fixed text: ids at even distances over the vocabulary
-LEAST = 1 / 16  # of what a layer's columns hold as a rule: a column that was zero may not stay so
+TEXT = 8, 32  # sequences and tokens of the fixed text: ids at even distances over the vocabulary
 
 
 class Grids(NamedTuple):
@@ -42,8 +41,8 @@ def measure_grids(model: Transformer, addends: tuple[int, int, int]) -> list[Gri
         for module, bias in ((wqkv, wqkv.bias), (layer.attention.wo, None), (layer.feed_forward.w2, None)):
             hooks.append(module.register_forward_hook(partial(watch, bias, number)))
     try:
-        ids = torch.arange(TOKENS, device=device) * vocab // TOKENS
-        model.hidden(ids[None])
+        count = TEXT[0] * TEXT[1]
+        model.hidden((torch.arange(count, device=device) * vocab // count).view(TEXT))
     finally:
         for hook in hooks:
             hook.remove()
@@ -52,5 +51,6 @@ def measure_grids(model: Transformer, addends: tuple[int, int, int]) -> list[Gri
 
 def grid_constant(largest: Tensor, addends: int) -> Tensor:
     """Of columns [N] whose sums of so many addends were at most so large: 1.5 · 2^23 times their grids, fp32."""
-    held = largest.clamp(min=max(largest.median().item() * LEAST, torch.finfo(torch.float32).tiny * 2**64))
+    least = max(largest.median().item(), torch.finfo(torch.float32).tiny * 2**64)  # what was small may not stay so
+    held = largest.clamp(min=least)
     return 1.5 * 2.0 ** ((addends - 1).bit_length()) * held.log2().ceil().exp2()

@@ -62,9 +62,6 @@ class DecodeStages:
         self, constants: dict[str, int], arch: str, processors: int, shared_memory: int, dependent: bool = True
     ):
         self.module = CudaModule(compile_cuda(SOURCE, arch, constants))
-        shared = max(self.module.size("shared_bytes"), shared_memory // 2 + 1024)
-        if shared > shared_memory - 1024:  # what the driver keeps of each CTA's
-            raise ValueError(f"no kernels for {shared} bytes of shared memory")
         grids = {
             "stage_qkv": constants["CTAS_QKV"],
             "stage_attention": constants["SPLITS"] * constants["KV_HEADS"] * constants["BATCHES"],
@@ -72,10 +69,13 @@ class DecodeStages:
             "stage_mlp": constants["CTAS_MLP"],
             "stage_output": processors,
         }
+        shared = max(self.module.size("shared_bytes"), shared_memory // 2 + 1024)
+        if shared > shared_memory - 1024:  # what the driver keeps of each CTA's
+            raise ValueError(f"no kernels for {shared} bytes of shared memory")
         self.constants = constants
         self.kernels = {name: self.module.kernel(name, shared) for name in grids}
         self.configs = {name: launch_config(ctas, THREADS, shared, dependent) for name, ctas in grids.items()}
-        self.first = launch_config(grids["stage_qkv"], THREADS, shared, False)  # waits for all before the step
+        self.first = launch_config(grids["stage_qkv"], THREADS, shared, False)  # waits for what is before
 
     def launch(self, step: StageStep, layers: list[StageLayer], long: bool) -> None:
         """One token on the current stream; long: a layer may attend over more than SHORT positions."""

@@ -65,7 +65,7 @@ def cut(shape: StageShape, processors: int, channels: int | None = None) -> dict
         )
     if shape.bits_m < 16 and shape.dim > MOST_ROWS * min(each, THREADS // width):
         raise ValueError(f"no kernels for quantized rows of {shape.dim} channels")
-    batches = -(-shape.heads // shape.kv_heads // 4)
+    batches = -(-shape.heads // shape.kv_heads // 8)
     unroll_a, unroll_m = UNROLL[shape.bits_a, shape.bits_m]
     return {
         "CTAS_QKV": ctas_qkv, "CTAS_O": ctas_o, "CTAS_MLP": ctas_mlp, "SHARERS": sharers, "CHANNELS": channels,

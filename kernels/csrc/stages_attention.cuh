@@ -1,12 +1,10 @@
 // Attention of one token over the cache: rotary embedding, scores and values in one pass (online softmax), and what its
-// partial results add up to. A warp takes some positions at a time, 16 bytes of keys and values a thread.
+// partial results add up to. A warp takes RUN positions at a time, by matrix instructions with up to eight heads as rows.
 #pragma once
 #include "stages_list.cuh"
 
-constexpr int HALF = HEAD_DIM / 2, ACROSS = HEAD_DIM / 8;  // threads of a position
-constexpr int ABREAST = 32 / ACROSS, SWEEP = WARPS * ABREAST;  // positions of a warp and of a CTA at once
-constexpr int DEEP = 4;  // iterations on their way
-constexpr int RESULT = HEAD_DIM + 2;  // floats of a partial result: sums of values, the largest score, the exponentials
+constexpr int HALF = HEAD_DIM / 2, RUN = 16, RESULT = HEAD_DIM + 2;
+constexpr int EACH = least(8, HEAD_DIM / 8), CHUNKS = HEAD_DIM / 8 / EACH;  // entries of values a thread loads at once
 
 // q of Q heads, k and v as a CTA's threads project them: a thread has a pair to be rotated, or an entry of v. Biases and
 // norms come beforehand.
@@ -67,9 +65,9 @@ template <int Q> struct Projection {
             const int i = e * THREADS + threadIdx.x, d = i % HALF, j = i / HALF;
             const float x = a[e] * cos[e] - b[e] * sin[e], y = b[e] * cos[e] + a[e] * sin[e];
             const float root = 1 / sqrtf((float)HEAD_DIM);
-            if (j < Q) s.q[j * HEAD_DIM + d] = rounded(x * root), s.q[j * HEAD_DIM + d + HALF] = rounded(y * root);
-            else if (i < PAIRS) s.k[d] = rounded(x), s.k[d + HALF] = rounded(y);
-            else if (i < PAIRS + HEAD_DIM) s.v[i - PAIRS] = rounded(a[e]);
+            if (j < Q) s.q[j * HEAD_DIM + d] = half_bits(x * root), s.q[j * HEAD_DIM + d + HALF] = half_bits(y * root);
+            else if (i < PAIRS) s.k[d] = half_bits(x), s.k[d + HALF] = half_bits(y);
+            else if (i < PAIRS + HEAD_DIM) s.v[i - PAIRS] = half_bits(a[e]);
         }
         __syncthreads();
     }
@@ -80,131 +78,155 @@ __device__ __forceinline__ void remember(const Shared& s, const Step& S, const L
     const int t = threadIdx.x;
     if (t >= HEAD_DIM || position >= S.length) return;
     const i64 at = (kv * S.length + position) * HEAD_DIM + t;
-    L.k[at] = half_bits(s.k[t]), L.v[at] = half_bits(s.v[t]);
+    L.k[at] = s.k[t], L.v[at] = s.v[t];
 }
 
-// Which positions a warp's iterations take: ABREAST each, DEEP iterations at a time.
-struct Whole {  // all positions from `begin` on, by one CTA
+// Which positions a warp's iteration i begins with.
+struct Whole {  // all from `begin` on, by one CTA
     int begin;
-    __device__ int first(int i) const { return begin + (i * WARPS + (threadIdx.x >> 5)) * ABREAST; }
-    __device__ int count(int last) const { return cdiv(last + 1 - begin, SWEEP); }
+    __device__ int first(int i) const { return begin + (i * WARPS + (threadIdx.x >> 5)) * RUN; }
 };
-struct Split {  // runs of SPAN positions, at fixed multiples: by turns of all splits' warps
+struct Split {  // runs at fixed multiples, by turns of all splits' warps
+    static constexpr int ROUND = RUN * WARPS * SPLITS;
     int split, round;
-    __device__ int first(int i) const {
-        const int run = ((round + i / EACH) * WARPS + (threadIdx.x >> 5)) * SPLITS + split;
-        return run * SPAN + i % EACH * ABREAST;
-    }
-    __device__ int count(int last) const { return (last / ROUND - round + 1) * EACH; }
-    static constexpr int SPAN = DEEP * most(ABREAST, 4), EACH = SPAN / ABREAST, ROUND = SPAN * WARPS * SPLITS;
+    __device__ int first(int i) const { return (round + i) * ROUND + ((threadIdx.x >> 5) * SPLITS + split) * RUN; }
 };
 
-// Attention of Q heads over positions from `begin` to `position`, which itself comes from shared memory.
+// d += a b of 16 x 16 and 16 x 8 entries.
+__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm(
+#if HALF_IS_FP16
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#else
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#endif
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ u32 both(float a, float b) { return half_bits(a) | (u32)half_bits(b) << 16; }
+
+template <int N> struct Vector { typedef uint4 type; };
+template <> struct Vector<4> { typedef uint2 type; };
+typedef Vector<EACH>::type Entries;  // EACH of 16 bits
+__device__ __forceinline__ u32 word(uint4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ u32 word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
+
+// Attention of Q heads over the past, from `begin` to before `position`; the token itself joins in `gather`.
 template <int Q, class Positions> struct Attention {
     const u16 *keys, *values;  // of the key/value head
     int begin, position;
     Positions positions;
-    uint4 k[DEEP], v[DEEP];
-    float peak[Q], total[Q], y[Q][8];
+    uint4 k[2][HEAD_DIM / 32];     // of position lane / 4 of eight: eights of its entries, by turns of four lanes
+    Entries v[4][CHUNKS];          // of positions 2 (lane % 4) and the next, and these plus 8: EACH entries from EACH (lane / 4)
+    float peak, total;             // of head lane / 4
+    float y[CHUNKS][EACH / 2][4];  // of heads 2 (lane % 4) and the next: two entries of the value, by turns
 
     __device__ __forceinline__ Attention(const Step& S, const Layer& L, int kv, int begin, int position, Positions positions)
         : keys(L.k + kv * S.length * HEAD_DIM), values(L.v + kv * S.length * HEAD_DIM), begin(begin), position(position),
           positions(positions) {
-        load(keys, k, 0), load(values, v, 0);
+        load_keys(0), load_values(0);
     }
 
-    __device__ __forceinline__ int place(int i) const { return positions.first(i) + threadIdx.x % 32 / ACROSS; }
-    __device__ __forceinline__ bool seen(int p) const { return begin <= p && p <= position; }
+    __device__ __forceinline__ bool seen(int p) const { return begin <= p && p < position; }
 
-    // The past of iterations i … i + DEEP - 1.
-    __device__ __forceinline__ void load(const u16* from, uint4* to, int i) const {
+    __device__ __forceinline__ void load_keys(int i) {
+        const int lane = threadIdx.x & 31, first = positions.first(i) + lane / 4;
+        const u16* from = keys + (i64)first * HEAD_DIM + lane % 4 * 8;
 #pragma unroll
-        for (int u = 0; u < DEEP; u++)
-            if (const int p = place(i + u); begin <= p && p < position)
-                to[u] = __ldcg((const uint4*)(from + (i64)p * HEAD_DIM + threadIdx.x % ACROSS * 8));
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int c = 0; c < HEAD_DIM / 32; c++)
+                k[m][c] = seen(first + 8 * m) ? __ldcg((const uint4*)(from + 8 * m * HEAD_DIM + 32 * c)) : make_uint4(0, 0, 0, 0);
     }
-    __device__ __forceinline__ void row(const uint4& from, const float* own, int p, float* x) const {
-        if (p < position) widen(from, x);
-        else
+    __device__ __forceinline__ void load_values(int i) {
+        const int lane = threadIdx.x & 31, first = positions.first(i) + lane % 4 * 2;
+        const u16* from = values + (i64)first * HEAD_DIM + lane / 4 * EACH;
 #pragma unroll
-            for (int i = 0; i < 8; i++) x[i] = own[threadIdx.x % ACROSS * 8 + i];
+        for (int m = 0; m < 4; m++)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                const int p = 8 * (m / 2) + m % 2, at = p * HEAD_DIM + 8 * c * EACH;
+                v[m][c] = seen(first + p) ? __ldcg((const Entries*)(from + at)) : Entries{};
+            }
     }
 
     __device__ __forceinline__ void compute(const Shared& s) {
-        const int d = threadIdx.x % ACROSS * 8, count = positions.count(position);
+        const int lane = threadIdx.x & 31, head = lane / 4;
+        peak = -1e30f, total = 0;
 #pragma unroll
-        for (int j = 0; j < Q; j++) {
-            peak[j] = -1e30f, total[j] = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) y[j][i] = 0;
-        }
+        for (int i = 0; i < HEAD_DIM / 4; i++) y[i / 4 / (EACH / 2)][i / 4 % (EACH / 2)][i % 4] = 0;
+        const uint4* q = (const uint4*)&s.q[least(head, Q - 1) * HEAD_DIM + lane % 4 * 8];  // rows from Q on: not used
 #pragma unroll 1
-        for (int i = 0; i < count; i += DEEP) {
-            if (positions.first(i) > position) continue;  // the same in a warp
-            float score[Q][DEEP], x[8];
+        for (int i = 0; positions.first(i) < position; i++) {
+            float score[2][4] = {}, now = peak;  // of head lane / 4: positions 2 (lane % 4), the next, and these plus 8
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                row(k[u], s.k, place(i + u), x);
+            for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int j = 0; j < Q; j++) {
-                    const float4 a = *(const float4*)&s.q[j * HEAD_DIM + d], b = *(const float4*)&s.q[j * HEAD_DIM + d + 4];
-                    score[j][u] = a.x * x[0] + a.y * x[1] + a.z * x[2] + a.w * x[3] + b.x * x[4] + b.y * x[5] + b.z * x[6] + b.w * x[7];
+                for (int c = 0; c < HEAD_DIM / 32; c++) {
+                    const uint4 a = q[4 * c];
+                    multiply(score[m], a.x, 0, a.y, 0, k[m][c].x, k[m][c].y);
+                    multiply(score[m], a.z, 0, a.w, 0, k[m][c].z, k[m][c].w);
                 }
+            load_keys(i + 1);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                if (!seen(positions.first(i) + 8 * (m / 2) + lane % 4 * 2 + m % 2)) score[m / 2][m % 2] = -1e30f;
+                now = fmaxf(now, score[m / 2][m % 2]);
             }
-            load(keys, k, i + DEEP);
+            now = across(now, larger, 1, 4);
+            const float fade = __expf(peak - now);
+            peak = now, total *= fade;
 #pragma unroll
-            for (int j = 0; j < Q; j++) {
-                float now = peak[j];
+            for (int m = 0; m < 4; m++) {
+                float& e = score[m / 2][m % 2];
+                e = e > -1e30f ? __expf(e - now) : 0;
+                total += e;
+            }
+            const u32 b0 = both(score[0][0], score[0][1]), b1 = both(score[1][0], score[1][1]);
+            const float fades[2] = {__shfl_sync(~0u, fade, lane % 4 * 8), __shfl_sync(~0u, fade, lane % 4 * 8 + 4)};
 #pragma unroll
-                for (int u = 0; u < DEEP; u++) {
-                    score[j][u] = across(score[j][u], add, 1, ACROSS);
-                    if (seen(place(i + u))) now = fmaxf(now, score[j][u]);
+            for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                for (int e = 0; e < EACH / 2; e++) {
+                    const u32 v0 = word(v[0][c], e), v1 = word(v[1][c], e), v2 = word(v[2][c], e), v3 = word(v[3][c], e);
+#pragma unroll
+                    for (int r = 0; r < 4; r++) y[c][e][r] *= fades[r % 2];
+                    multiply(y[c][e], __byte_perm(v0, v1, 0x5410), __byte_perm(v0, v1, 0x7632), __byte_perm(v2, v3, 0x5410),
+                             __byte_perm(v2, v3, 0x7632), b0, b1);
                 }
-                const float fade = __expf(peak[j] - now);
-                peak[j] = now, total[j] *= fade;
-#pragma unroll
-                for (int e = 0; e < 8; e++) y[j][e] *= fade;
-#pragma unroll
-                for (int u = 0; u < DEEP; u++) {
-                    score[j][u] = seen(place(i + u)) ? __expf(score[j][u] - now) : 0;
-                    total[j] += score[j][u];
-                }
-            }
-#pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                if (!seen(place(i + u))) continue;  // what was not loaded may be NaN
-                row(v[u], s.v, place(i + u), x);
-#pragma unroll
-                for (int j = 0; j < Q; j++)
-#pragma unroll
-                    for (int e = 0; e < 8; e++) y[j][e] += score[j][u] * x[e];
-            }
-            load(values, v, i + DEEP);
+            load_values(i + 1);
         }
     }
 
-    // The CTA's result of query j in thread d < HEAD_DIM: sums of values, the largest score, sums of exponentials.
-    __device__ __forceinline__ void gather(Shared& s, float* sums, float* largest, float* exponentials) {
-        const int t = threadIdx.x, lane = t & 31, warp = t >> 5;
-#pragma unroll
-        for (int j = 0; j < Q; j++) {
-            const float top = across(peak[j], larger, ACROSS, 32), fade = __expf(peak[j] - top);
-            total[j] = across(total[j] * fade, add, ACROSS, 32);
-            float* to = (float*)s.part + (j * WARPS + warp) * HEAD_DIM + lane * 8;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                y[j][i] = across(y[j][i] * fade, add, ACROSS, 32);
-                if (lane < ACROSS) to[i] = y[j][i];
-            }
-            if (lane == 0) s.peak[j * WARPS + warp] = top, s.total[j * WARPS + warp] = total[j];
+    // The CTA's result of query j in thread d < HEAD_DIM, with the token's own if it is to join: sums of values, the largest
+    // score, sums of exponentials.
+    __device__ __forceinline__ void gather(Shared& s, bool join, float* sums, float* largest, float* exponentials) {
+        const int t = threadIdx.x, lane = t & 31, warp = t >> 5, head = lane / 4;
+        if (warp < Q) {
+            float score = 0;
+            for (int d = lane; d < HEAD_DIM; d += 32) score += low(s.q[warp * HEAD_DIM + d]) * low(s.k[d]);
+            score = across(score, add, 1, 32);
+            if (lane == 0) s.own[warp] = join ? score : -1e30f;
         }
+        total = across(total, add, 1, 4);
+        if (head < Q && lane % 4 == 0) s.peak[head * WARPS + warp] = peak, s.total[head * WARPS + warp] = total;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+            for (int e = 0; e < EACH / 2; e++)
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+                    if (const int j = lane % 4 * 2 + r % 2; j < Q)
+                        ((float*)s.part)[(j * WARPS + warp) * HEAD_DIM + (8 * c + lane / 4) * EACH + 2 * e + r / 2] = y[c][e][r];
         __syncthreads();
         if (t >= HEAD_DIM) return;
 #pragma unroll
         for (int j = 0; j < Q; j++) {
-            float top = -1e30f, a = 0, z = 0;
+            float top = s.own[j];
 #pragma unroll
             for (int i = 0; i < WARPS; i++) top = fmaxf(top, s.peak[j * WARPS + i]);
+            float z = __expf(s.own[j] - top), a = z * low(s.v[t]);
 #pragma unroll
             for (int i = 0; i < WARPS; i++) {
                 const float fade = __expf(s.peak[j * WARPS + i] - top);

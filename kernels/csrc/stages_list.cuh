@@ -25,20 +25,20 @@ constexpr int BOTH = WIDTH * C_MLP / 4;  // float4s
 constexpr int MLP_GROUPS = BITS_M == 4 ? cdiv(GROUP - common(CHANNELS, GROUP) + CHANNELS, GROUP) : 0;  // in its columns
 
 constexpr int SHARING = HEADS / KV_HEADS;                       // heads of a key/value head
-constexpr int QUERIES = cdiv(SHARING, BATCHES);  // of these, at most four a CTA
+constexpr int QUERIES = cdiv(SHARING, BATCHES);  // of these a CTA of stage_attention takes
 
 constexpr int PART = most(most(WARPS * columns(BITS_A) / 4 * 33, most(Out<BITS_A>::SIZE, Out<BITS_M>::SIZE)),
                           most(most(SLOTS * BOTH, WARPS * HEAD_DIM * QUERIES / 4), cdiv(DIM, 32 * 16) * 32 * 16 / 8));
 
 struct Shared {
-    uint2 list[most(DIM, most(HEAD_DIM, CHANNELS)) + 2];
     float4 part[PART];     // sums of threads or warps
     float4 some[THREADS];  // sums of groups of these
-    float4 scale[AHEAD && BITS_A <= 8 ? OUT : 1], grid[AHEAD ? OUT : 1];
-    float sums[WARPS], peaks[WARPS];
+    alignas(16) u16 q[QUERIES * HEAD_DIM], k[HEAD_DIM], v[HEAD_DIM];
+    float own[QUERIES], peak[WARPS * QUERIES], total[WARPS * QUERIES], sums[WARPS], peaks[WARPS];
     int counts[WARPS];
-    alignas(16) float q[QUERIES * HEAD_DIM], k[HEAD_DIM], v[HEAD_DIM], peak[WARPS * QUERIES], total[WARPS * QUERIES];
-    alignas(16) u16 gate_up_groups[most(2 * MLP_GROUPS * DIM, 8)];        // four bits: scales of rows
+    alignas(16) uint2 list[most(DIM, most(HEAD_DIM, CHANNELS)) + 2];
+    float4 scale[AHEAD && BITS_A <= 8 ? OUT : 1], grid[AHEAD ? OUT : 1];
+    alignas(16) u16 gate_up_groups[most(2 * MLP_GROUPS * DIM, 8)];  // four bits: scales of rows
     alignas(16) u16 down_groups[BITS_M == 4 ? CHANNELS * GROUPS_OUT : 8];
 };
 extern "C" { __device__ char shared_bytes[sizeof(Shared)]; }  // for its size, which the host asks for

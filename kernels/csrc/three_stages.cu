@@ -66,7 +66,7 @@ __device__ __forceinline__ int first_position(const Layer& L, int position) {
     return L.window > 0 ? most(0, position + 1 - (int)L.window) : 0;
 }
 
-// Partial results of long contexts: a CTA has a key/value head, up to four of its heads, and a share of the positions.
+// Partial results of long contexts: a CTA has a key/value head, up to eight of its heads, and a share of the positions.
 STAGE stage_attention(const __grid_constant__ Step S, const __grid_constant__ Layer L) {
     Shared& s = shared();
     const int split = blockIdx.x % SPLITS, kv = blockIdx.x / SPLITS % KV_HEADS, batch = blockIdx.x / SPLITS / KV_HEADS;
@@ -82,7 +82,7 @@ STAGE stage_attention(const __grid_constant__ Step S, const __grid_constant__ La
     if (split == 0 && batch == 0) remember(s, S, L, kv, position);
     float sums[QUERIES], largest[QUERIES], exponentials[QUERIES];
     attention.compute(s);
-    attention.gather(s, sums, largest, exponentials);
+    attention.gather(s, split == 0, sums, largest, exponentials);
     if (t < HEAD_DIM)
 #pragma unroll
         for (int j = 0; j < QUERIES; j++)
@@ -114,7 +114,7 @@ STAGE stage_o(const __grid_constant__ Step S, const __grid_constant__ Layer L, c
         projection.rotate(s, S);
         if (share == 0 && head % SHARING == 0) remember(s, S, L, kv, position);
         attention.compute(s);
-        attention.gather(s, &y, &largest, &exponentials);
+        attention.gather(s, true, &y, &largest, &exponentials);
         y /= exponentials;
     } else {
         y = merge(s, S, head);

@@ -24,7 +24,7 @@ from teal_fast.weights.output import Int8Output
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs compute capability 9.0"
 )
-EVEN = TINY | {"intermediate_size": 320}
+EVEN = TINY | {"intermediate_size": 320, "max_position_embeddings": 4096}
 QWEN2 = EVEN | {"model_type": "qwen2", "tie_word_embeddings": True}
 QWEN3 = EVEN | {"model_type": "qwen3", "head_dim": 64}
 BIASED = EVEN | {"attention_bias": True, "mlp_bias": True}
@@ -76,7 +76,6 @@ def check(model, cache, step, positions, tolerance=0.01):
         for number, (tensor, row) in enumerate(zip((*cache.k, *cache.v), rows, strict=True)):
             errors[f"row {number}"] = error(tensor[0, :, position], row.float())
         assert max(errors.values()) < tolerance, (position, errors)
-    assert step.beyond.item() == 0
 
 
 CASES = {
@@ -149,15 +148,15 @@ def test_the_same_bits_however_it_is_launched(format, how):
 @pytest.mark.parametrize("size", [300, 5000])
 @pytest.mark.parametrize("alone", [True, False], ids=["others", "own"])
 def test_massive_activations_cost_the_others_nothing(format, size, alone):
-    """A channel that is `size` times the rest; alone: its weights are zero, so that the others' products show."""
+    """A channel that is `size` times the rest. alone: its weights are zero, so that the others' products show."""
 
     def change(model):
         for layer in model.layers:
             for norm, part, k in (("attention_norm", "attention.wqkv", 33), ("ffn_norm", "feed_forward.w13", 700)):
                 weight = layer.get_submodule(part).weight
                 getattr(layer, norm).weight[k] = size
-                if alone and weight.format == "int8":
-                    weight.packed[k] = 0
+                if weight.format == "int8":
+                    weight.packed[k] = 0 if alone else weight.packed[k].sign()
                 elif alone:
                     weight.packed[k, : weight.out_features // 2] = 0x88  # eight in both halves stands for zero
 
