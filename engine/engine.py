@@ -228,10 +228,12 @@ class Engine:
 
         def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None) -> Drawn:
             adjusted = adjust(logits)
-            found = best if adjusted is logits and request.sampling.greedy else None
-            token, largest = found or draw(adjusted, generator)
+            if best is not None and adjusted is logits and request.sampling.greedy:
+                (token, told), largest = best, None
+            else:
+                (token, largest), told = draw(adjusted, generator), None
             adjust.add(token)
-            return Drawn(request, token, largest, logits, sparsity, achieved)
+            return Drawn(request, token, largest, logits, sparsity, achieved, told)
 
         with self._computing():
             with self._heard(between):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.engine.grids import Grids, measure_grids
-from teal_fast.kernels.decode_stages import SHORT, DecodeStages, StageLayer, StageStep, defines
+from teal_fast.kernels.decode_stages import SHORT, TOLD, DecodeStages, StageLayer, StageStep, defines
 from teal_fast.kernels.int4 import row_scales
 from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError
@@ -65,7 +65,8 @@ def addends(stages: DecodeStages) -> tuple[int, int, int]:
 class StagedStep:
     """A decode step over one model and one cache as a CUDA graph; each replay fills the same logits [vocab] fp32.
 
-    best: the likeliest token, int64 [1], and its logit, fp32 [1], after the last call; with NaN among the logits, NaN.
+    best: the likeliest token after the last call, int64 [1], and on the host, once the GPU is done, the same and its
+    logit, fp32 [1], for as long as TOLD calls; with NaN among the logits, NaN.
     """
 
     mode = "captured"
@@ -79,6 +80,7 @@ class StagedStep:
         self.token, self.input_pos = zeros(1, 1, dtype=torch.int64), zeros(1, dtype=torch.int64)
         self.logits, self.largest = zeros(args.vocab_size), zeros(1)
         self.beyond = zeros(1, dtype=torch.int32)  # how many addends left their grid so far
+        self.told = self._kept(torch.zeros(TOLD, 2, dtype=torch.int64, pin_memory=True))
         self.at: int | None = None  # the position in input_pos, where the host knows it
         self.residual, self.o_update, self.mlp_update = zeros(2, args.dim), zeros(2, args.dim), zeros(args.dim)
         output = operand_of(model.output)
@@ -100,6 +102,7 @@ class StagedStep:
             best=self._address(zeros(1, dtype=torch.int64)),
             arrived=self._address(zeros(1, dtype=torch.int32)),
             beyond=self._address(self.beyond),
+            told=self._address(self.told),
             length=cache.length,
             eps=args.norm_eps,
         )
@@ -112,8 +115,9 @@ class StagedStep:
         print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     @property
-    def best(self) -> tuple[Tensor, Tensor]:
-        return self.token.view(1), self.largest
+    def best(self) -> tuple[Tensor, list[Tensor]]:
+        told = self.told[(self.at - 1) % TOLD]
+        return self.token.view(1), [told[:1], told.view(torch.float32)[2:3]]
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
         """Logits after token [1, 1] at input_pos [1], which is best given on the host: else its copy is waited for."""

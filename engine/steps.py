@@ -21,7 +21,7 @@ from teal_fast.weights.blocks import in_blocks
 
 class Step(Protocol):
     # `achieved`, where a step has it, is the share of the sparse layers' bytes that the last call skipped; `best`, the
-    # likeliest token, int64 [1], and its logit [1], found on the way. The position may be given on the host.
+    # likeliest token, int64 [1], and what the host is told of it (staged_step.py). The position may be on the host.
     mode: str  # how it runs, as a benchmark record says it: plain, compiled, captured
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor: ...

@@ -13,7 +13,7 @@ from teal_fast.kernels.nvrtc import compile_cuda
 from teal_fast.kernels.stage_shape import THREADS, StageShape
 
 SOURCE = "three_stages.cu"
-SHORT = 512  # positions, as stages_base.cuh has it
+SHORT, TOLD = 512, 8  # as stages_base.cuh has them
 
 
 class StageLayer(ctypes.Structure):
@@ -38,7 +38,7 @@ class StageStep(ctypes.Structure):
         *((name, c_void_p) for name in ("mlp_update", "qkv", "partial", "embedding", "token", "position")),
         ("frequencies", c_void_p),
         *((name, c_void_p) for name in ("output", "output_scale", "norm", "logits", "largest", "best")),
-        *((name, c_void_p) for name in ("arrived", "beyond")),
+        *((name, c_void_p) for name in ("arrived", "beyond", "told")),
         ("length", c_int64),
         ("eps", c_float),
     ]

@@ -18,6 +18,7 @@ constexpr int THREADS = 512, WARPS = 16;
 constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 constexpr int PIECE = 16, SEGMENT = 32 * PIECE;  // bytes that a thread and a warp load at once
 constexpr int SHORT = 512;  // positions that the attention of stage_o takes itself; of more, stage_attention
+constexpr int TOLD = 8;     // answers that the host may be behind
 constexpr float LEVELS = 32767;          // of fixed point in 16 bits
 constexpr float BEYOND = 64, HELD = 16;  // as kernels/outliers.py has RARE and HELD
 constexpr float ROUNDING = 12582912;     // 1.5 * 2^23: added to |x| < 2^22 it leaves the whole number in the low bits
@@ -55,6 +56,7 @@ struct Step {
     float *logits, *largest;
     u64* best;
     u32 *arrived, *beyond;  // beyond: how many addends left their grid
+    i64* told;              // in the host's memory: a token and its logit's bits, by turns of TOLD positions
     i64 length;
     float eps;
 };
@@ -100,6 +102,13 @@ __device__ __forceinline__ uint4 load_weights(const u8* p) {  // read once: past
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
+// To shared memory, without waiting for it: copies_arrive() does, and a barrier then shows it to other threads.
+template <int BYTES = 16> __device__ __forceinline__ void copy(void* to, const void* from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    if constexpr (BYTES == 2) *(u16*)to = __ldg((const u16*)from);
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(at), "l"(from), "n"(BYTES) : "memory");
+}
+__device__ __forceinline__ void copies_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void add_to(float* p, float4 v) {
     asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};"
                  :: "l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");

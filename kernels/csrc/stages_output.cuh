@@ -29,9 +29,12 @@ __device__ __forceinline__ void find_best(Shared& s, const Step& S, u64 best) {
     if (atomicAdd(S.arrived, 1u) != gridDim.x - 1) return;
     __threadfence();
     best = atomicExch(S.best, 0ull);
-    *S.token = (u32)(~best);
+    const i64 position = __ldcg(S.position);
+    i64* told = S.told + position % TOLD * 2;
+    *S.token = told[0] = (u32)(~best);
     *S.largest = logit_of(best);
-    *S.position = __ldcg(S.position) + 1;
+    told[1] = bits_of(logit_of(best));
+    *S.position = position + 1;
     *S.arrived = 0;
 }
 

@@ -11,8 +11,8 @@ struct Columns {
     __device__ __forceinline__ void prepare(Shared& s) const {
         if (AHEAD)
             for (int q = threadIdx.x; q < OUT; q += THREADS) {
-                s.grid[q] = load4(grid + 4 * q);
-                if (BITS_A <= 8) s.scale[q] = load4(scale + 4 * q);
+                copy(&s.grid[q], grid + 4 * q);
+                if (BITS_A <= 8) copy(&s.scale[q], scale + 4 * q);
             }
     }
 };
@@ -46,6 +46,7 @@ __device__ __forceinline__ void add_rows(
         if constexpr (BITS <= 8)
             if (fixed.outliers && first == 0) add_outliers<BITS, ROW, STRIDE>(sums, 33, s.list, rows, base + byte, own_scales);
     }
+    copies_arrive();
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < cdiv(OUT, THREADS); i++) {

@@ -144,15 +144,18 @@ STAGE stage_mlp(const __grid_constant__ Step S, const __grid_constant__ Layer L,
     if constexpr (BITS_M == 4) {  // scales of all rows, in eights, of this CTA's groups; and of its own rows
         for (int i = t; i < 2 * MLP_GROUPS * DIM / 8; i += THREADS) {
             const int row = i / (DIM / 8), group = first_group + row % most(MLP_GROUPS, 1);
-            if (group < GROUPS_MLP)
-                ((uint4*)s.gate_up_groups)[i] = __ldg((const uint4*)L.gate_up_groups + (i64)(row / most(MLP_GROUPS, 1) * GROUPS_MLP + group) * (DIM / 8) + i % (DIM / 8));
+            const i64 from = (row / most(MLP_GROUPS, 1) * GROUPS_MLP + group) * (i64)DIM + i % (DIM / 8) * 8;
+            if (group < GROUPS_MLP) copy(s.gate_up_groups + 8 * i, L.gate_up_groups + from);
         }
-        for (int i = t; i < CHANNELS * GROUPS_OUT; i += THREADS)
-            if (const int k = blockIdx.x * CHANNELS + i / GROUPS_OUT; k < FFN)
-                s.down_groups[i] = __ldg((const u16*)(L.w2 + (i64)k * ROW_DOWN + DIM / 2) + i % GROUPS_OUT);
+        constexpr int AT_ONCE = GROUPS_OUT % 8 == 0 ? 8 : GROUPS_OUT % 2 == 0 ? 2 : 1, PER_ROW = GROUPS_OUT / AT_ONCE;
+        for (int i = t; i < CHANNELS * PER_ROW; i += THREADS)
+            if (const int k = blockIdx.x * CHANNELS + i / PER_ROW; k < FFN)
+                copy<2 * AT_ONCE>(s.down_groups + i * AT_ONCE,
+                                  (const u16*)(L.w2 + (i64)k * ROW_DOWN + DIM / 2) + i % PER_ROW * AT_ONCE);
     }
     wait_for_producers();
     for (int k = blockIdx.x * THREADS + t; k < QKV; k += CTAS_MLP * THREADS) S.qkv[k] = 0;  // the next layer adds to it
+    copies_arrive();  // the norm's barriers come after
     norm.compute(
         s, [&](int k, float* x) { add_updates(S.residual[~number & 1], S.o_update[number & 1], nullptr, k, x); }, S.eps);
     int n = norm.list<BITS_M>(s);
