@@ -126,7 +126,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="the default, accepted as gpt-fast's flag")
     parser.add_argument("--eager", action="store_true", help="decode by plain PyTorch")
-    parser.add_argument("--dense", action="store_true", help="a dense baseline row: cuBLAS in the captured step (CUDA)")
+    parser.add_argument(
+        "--dense", action="store_true", help="baseline rows: the captured step with cuBLAS, and that in Triton (CUDA)"
+    )
     parser.add_argument(
         "--peers", nargs="+", default=[], help="programs to time as well: llama.cpp [FORMAT or file], transformers"
     )

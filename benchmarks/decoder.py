@@ -10,11 +10,12 @@ from teal_fast.benchmarks.dense import cublas_step
 from teal_fast.benchmarks.rows import Row
 from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.cpu_step import CpuStep
-from teal_fast.engine.cuda_step import CapturedStep
+from teal_fast.engine.cuda_step import CapturedStep, can_fuse
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample, cache_length
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.staged_step import StagedStep
 from teal_fast.engine.steps import PlainStep, fast_step
 from teal_fast.files.calibration import Calibration
 from teal_fast.model import Transformer
@@ -98,14 +99,19 @@ def make_decoders(
     new_tokens: int,
     sparsities: list[float],
     eager: bool = False,
-    dense: bool = False,
+    baselines: bool = False,
 ) -> list[Decoder]:
-    """One decoder a sparsity, all on one engine; before them, if `dense`, cuBLAS in the captured step, on its own."""
+    """One decoder a sparsity, all on one engine; before them, if `baselines`, one of the captured step with cuBLAS, and
+    those of the step in Triton, eight kernels a layer, where a faster one serves the model.
+    """
     decoders, context = [], cache_length(model, len(prompt) + new_tokens)
-    if dense and format_of(model) in DTYPES:
-        engine = Engine(model, calibration, (), context, partial(CapturedStep, compute=cublas_step))
-        decoders.append(Decoder(engine, "captured cublas", 0.0, prompt, new_tokens))
     engine, native = Engine(model, calibration, (), context, PlainStep if eager else fast_step), None
+    if baselines and format_of(model) in DTYPES:
+        dense = Engine(model, calibration, (), context, partial(CapturedStep, compute=cublas_step))
+        decoders.append(Decoder(dense, "captured cublas", 0.0, prompt, new_tokens))
+    if baselines and isinstance(engine.step, StagedStep) and can_fuse(model):
+        triton = Engine(model, calibration, (), context, CapturedStep)
+        decoders += [Decoder(triton, "captured triton", sparsity, prompt, new_tokens) for sparsity in sparsities]
     if isinstance(engine.step, CpuStep):
         engine.step.native = native = TimedCalls(engine.step.native)
     return decoders + [

@@ -135,17 +135,17 @@ def _first_token_ratio(record: dict, other: dict) -> str:
 
 
 def _is_ours(record: dict) -> bool:
-    return not record["peer"] and "cublas" not in record["mode"]
+    return not record["peer"] and not record["mode"].startswith("captured ")  # by cuBLAS, by Triton
 
 
 def _name(record: dict) -> str:
     if not _is_ours(record):
-        return record["peer"] or record["mode"]
+        return record["peer"] or f"{record['mode']} {record['sparsity'] * 100:g} %"
     return f"{record['format']} {record['sparsity'] * 100:g} %"
 
 
 def _is_baseline(record: dict, mine: dict) -> bool:
-    """Other programs, our own dense row, and the same sparsity in another format."""
+    """Other programs, other steps of ours, our own dense row, and the same sparsity in another format."""
     same = record["format"] == mine["format"], record["sparsity"] == mine["sparsity"]
     return not _is_ours(record) or (
         record is not mine and (same == (False, True) or (same[0] and not record["sparsity"]))

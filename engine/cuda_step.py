@@ -94,6 +94,9 @@ class CapturedStep:
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
         self.token.copy_(token)
-        self.input_pos.copy_(input_pos)
+        if input_pos.is_cuda:
+            self.input_pos.copy_(input_pos)
+        else:
+            self.input_pos.fill_(int(input_pos))  # a copy from the host would be waited for
         self.graph.replay()
         return self.logits

@@ -231,15 +231,19 @@ class Engine:
         stop = self.stop if request.stop is None else request.stop
         ahead = 1 if device.type == "cuda" and constraint is None else 0
 
-        def drawn_from(logits: Tensor, sparsity: float, achieved: float | None) -> Drawn:
-            token, largest = draw(adjust(logits), generator)
+        def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None) -> Drawn:
+            adjusted = adjust(logits)
+            if best is not None and adjusted is logits and request.sampling.greedy:
+                (token, told), largest = best, None
+            else:
+                (token, largest), told = draw(adjusted, generator), None
             adjust.add(token)
-            return Drawn(request, token, largest, logits, sparsity, achieved)
+            return Drawn(request, token, largest, logits, sparsity, achieved, told)
 
         with self._computing():
             logits = self._start(request, between)
             last = drawn_from(logits, 0.0, None)
-            position = torch.tensor([len(prompt)], device=device)
+            position = torch.tensor([len(prompt)])  # on the host, where it is known
             drawn, launched, previous = deque([last]), 1, None
         for count in range(1, new_tokens + 1):
             while launched < new_tokens and len(drawn) <= ahead:
@@ -248,7 +252,9 @@ class Engine:
                     self._apply(pending)
                 with self._computing():
                     logits = self.step(last.token.view(1, 1), position)
-                    last = drawn_from(logits, self.sparsity, getattr(self.step, "achieved", None))
+                    last = drawn_from(
+                        logits, self.sparsity, *(getattr(self.step, what, None) for what in ("achieved", "best"))
+                    )
                     drawn.append(last)
                     position = position + 1
                 launched += 1

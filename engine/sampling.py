@@ -46,13 +46,18 @@ class Sampling:
             if not abs(value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} {value}: expected a finite number (0: off)")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is drawn."""
+        return self.temperature < SMALLEST
+
     def draw(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One token id, int64 [1], from logits [vocab], and the largest logit [1].
 
         If that is not finite, logits hold NaN or inf, and the token is any: who reads it on the host is to check. Here
         a GPU would be waited for.
         """
-        if self.temperature < SMALLEST:
+        if self.greedy:
             largest, token = logits.max(-1, keepdim=True)
             return token, largest
         top_p = None if self.top_p == 1 else self.top_p

@@ -1,7 +1,8 @@
 """A decode step bound to its model and cache: step(token [1, 1], position [1]) -> logits [vocab].
 
-There are three: plain PyTorch, C++ on the CPU (cpu_step.py), a CUDA graph of fused sparse kernels (cuda_step.py). The
-last two return the same tensor each time. A GGUF file's own values are decoded by the first two alone.
+There are four: plain PyTorch, C++ on the CPU (cpu_step.py), and two CUDA graphs, of three launches a layer in CUDA C++
+on Hopper and later (staged_step.py), else of Triton's fused kernels (cuda_step.py). All but the first return the same
+tensor each time. A GGUF file's own values are decoded by the first two alone.
 """
 
 import sys
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from teal_fast.engine.cpu_step import CpuStep
 from teal_fast.engine.cuda_step import CapturedStep, plain_step
+from teal_fast.engine.staged_step import staged_step
 from teal_fast.kernels.native import library
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import format_of
@@ -18,8 +20,9 @@ from teal_fast.weights.blocks import in_blocks
 
 
 class Step(Protocol):
-    # `dense(tokens, position, wanted)`, where a step has it, computes several tokens at once: see CpuStep.
-    # `achieved`, where a step has it, is the share of the sparse layers' bytes that the last call skipped.
+    # `achieved`, where a step has it, is the share of the sparse layers' bytes that the last call skipped;
+    # `dense(tokens, position, wanted)` computes several tokens at once (cpu_step.py); `best` is the likeliest token,
+    # int64 [1], and what the host is told of it (staged_step.py). The position may be on the host.
     mode: str  # how it runs, as a benchmark record says it: plain, compiled, captured
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor: ...
@@ -34,7 +37,7 @@ class PlainStep:
         self.model, self.cache = model, cache
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:
-        return plain_step(self.model, self.cache, token, input_pos)
+        return plain_step(self.model, self.cache, token, input_pos.to(token.device, non_blocking=True))
 
 
 def fast_step(model: Transformer, cache: KVCache) -> Step:
@@ -45,6 +48,6 @@ def fast_step(model: Transformer, cache: KVCache) -> Step:
     if not model.norm.weight.is_cuda:
         return PlainStep(model, cache) if library() is None else CpuStep(model, cache)
     if not in_blocks(model):
-        return CapturedStep(model, cache)
+        return staged_step(model, cache) or CapturedStep(model, cache)
     print(f"{format_of(model)} has no fast step on CUDA: decoding in plain PyTorch, many times slower", file=sys.stderr)
     return PlainStep(model, cache)

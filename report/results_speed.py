@@ -9,13 +9,16 @@ from teal_fast.report.results_section import Record, Section, by, each, listed, 
 
 
 def is_ours(record: Record) -> bool:
-    return not record["peer"] and "cublas" not in record["mode"]
+    """Whether a row is of the step that serves, and not of another for comparison: by cuBLAS, by Triton."""
+    return not record["peer"] and not record["mode"].startswith("captured ")
 
 
 def row_name(record: Record) -> str:
     if record["peer"]:
         return record["peer"]
-    return f"{record['format']}, {'dense by cuBLAS' if 'cublas' in record['mode'] else percent(record['sparsity'])}"
+    if "cublas" in record["mode"]:
+        return f"{record['format']}, dense by cuBLAS"
+    return f"{record['format']}, {percent(record['sparsity'])}{'' if is_ours(record) else ' in Triton'}"
 
 
 def ratio(record: Record, other: Record) -> str:
@@ -73,13 +76,14 @@ def ratio_table(records: list[Record]) -> list[str]:
     places = {(row_name(record), record["prompt_tokens"]): record for record in records}
     shortest = min(record["prompt_tokens"] for record in records)
     formats = unique(record["format"] for record in ours)
-    others = unique(row_name(record) for record in records if not is_ours(record))
+    others = unique(row_name(record) for record in records if record["peer"] or "cublas" in record["mode"])
     head = ["", "after", "of 0 % in this format", *(f"of {formats[0]}, 50 %" for _ in formats[1:2])]
-    head += [*(f"of {name}" for name in others), f"of itself after {shortest:,}"]
+    head += [*(f"of {name}" for name in others), "of the same in Triton", f"of itself after {shortest:,}"]
     rows = []
     for record in ours:
         length = record["prompt_tokens"]
         names = [f"{record['format']}, 0 %", *(f"{formats[0]}, 50 %" for _ in formats[1:2]), *others]
+        names.append(f"{row_name(record)} in Triton")
         compared = [places.get((name, length)) for name in names] + [places.get((row_name(record), shortest))]
         cells = ["" if other is None or other is record else ratio(record, other) for other in compared]
         if any(cells):

@@ -15,7 +15,7 @@ from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 from teal_fast.files.paths import ROOT
 
-SHIPPED = {".py", ".cpp", ".h", ".html", ".safetensors", ".md"}
+SHIPPED = {".py", ".cpp", ".h", ".cu", ".cuh", ".html", ".safetensors", ".md"}
 LLAMA = """
 from transformers import LlamaForCausalLM
 from transformers.utils.import_utils import is_kernels_available

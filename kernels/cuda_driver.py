@@ -1,0 +1,79 @@
+"""CUDA's driver: loads machine code and launches its kernels on PyTorch's current stream.
+
+Unlike PyTorch's own launcher it has programmatic dependent launch. A CUDA graph can record the launches.
+"""
+
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+
+import torch
+
+from teal_fast.kernels.nvrtc import CudaError
+
+DEPENDENT = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute, whose value is a union of 64 bytes."""
+
+    _fields_ = [("id", c_int), ("padding", c_int), ("value", c_uint * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_memory")),
+        ("stream", c_void_p),
+        ("attributes", POINTER(Attribute)),
+        ("count", c_uint),
+    ]
+
+
+class CudaModule:
+    """Machine code loaded on the current device; its kernels by name."""
+
+    def __init__(self, code: bytes):
+        self.driver, self.module = ctypes.CDLL("libcuda.so.1"), c_void_p()
+        self._check(self.driver.cuModuleLoadData(byref(self.module), code))
+
+    def kernel(self, name: str, shared_memory: int) -> c_void_p:
+        """A kernel that may take so many bytes of dynamic shared memory."""
+        kernel = c_void_p()
+        self._check(self.driver.cuModuleGetFunction(byref(kernel), self.module, name.encode()))
+        self._check(self.driver.cuFuncSetAttribute(kernel, SHARED_MEMORY, shared_memory))
+        return kernel
+
+    def size(self, name: str) -> int:
+        """Bytes of one of the module's variables."""
+        address, size = c_void_p(), c_size_t()
+        self._check(self.driver.cuModuleGetGlobal_v2(byref(address), byref(size), self.module, name.encode()))
+        return size.value
+
+    def attributes(self, kernel: c_void_p) -> dict[str, int]:
+        """What a kernel takes: registers a thread, bytes of local memory, of shared memory that is not dynamic."""
+        found, value = {}, c_int()
+        for name, number in (("shared", 1), ("local", 3), ("registers", 4)):
+            self._check(self.driver.cuFuncGetAttribute(byref(value), number, kernel))
+            found[name] = value.value
+        return found
+
+    def launch(self, kernel: c_void_p, config: LaunchConfig, *parameters) -> None:
+        """Launches it with parameters that are ctypes values, on PyTorch's current stream."""
+        config.stream = torch.cuda.current_stream().cuda_stream
+        addresses = (c_void_p * len(parameters))(*map(ctypes.addressof, parameters))
+        self._check(self.driver.cuLaunchKernelEx(byref(config), kernel, addresses, None))
+
+    def _check(self, result: int) -> None:
+        if result:
+            text = c_char_p()
+            self.driver.cuGetErrorString(result, byref(text))
+            raise CudaError(f"the CUDA driver says: {(text.value or b'error %d' % result).decode()}")
+
+
+def launch_config(grid: int, threads: int, shared_memory: int, dependent: bool) -> LaunchConfig:
+    """A launch of one dimension. dependent: it may start before the launch ahead of it has ended."""
+    attribute = Attribute(DEPENDENT)
+    attribute.value[0] = int(dependent)
+    return LaunchConfig(grid, 1, 1, threads, 1, 1, shared_memory, None, ctypes.pointer(attribute), 1)

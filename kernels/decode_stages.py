@@ -1,0 +1,91 @@
+"""A decode step's launches in CUDA C++ (csrc/three_stages.cu): three a layer, then the output layer and its best token.
+
+A model's sizes are compiled in (stage_shape.py). `StageLayer` and `StageStep` are the structures that the kernels take,
+`DecodeStages` launches them. They serve GPUs of compute capability 9.0 on.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+from dataclasses import asdict
+
+from teal_fast.kernels.cuda_driver import CudaModule, launch_config
+from teal_fast.kernels.nvrtc import compile_cuda
+from teal_fast.kernels.stage_shape import THREADS, StageShape
+
+SOURCE = "three_stages.cu"
+SHORT, TOLD = 512, 8  # as stages_base.cuh has them
+
+
+class StageLayer(ctypes.Structure):
+    """`Layer` of stages_base.cuh, which says what the addresses are of."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("wqkv", "wo", "w13", "w2")),
+        *((name, c_void_p) for name in ("qkv_scale", "o_scale", "gate_up_scale", "down_scale", "gate_up_groups")),
+        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
+        *((name, c_void_p) for name in ("qkv_threshold", "o_threshold", "gate_up_threshold", "down_threshold")),
+        *((name, c_void_p) for name in ("qkv_grid", "o_grid", "down_grid", "k", "v")),
+        ("window", c_int64),
+    ]
+
+
+class StageStep(ctypes.Structure):
+    """`Step` of stages_base.cuh."""
+
+    _fields_ = [
+        *((name, c_void_p * 2) for name in ("residual", "o_update")),
+        *((name, c_void_p) for name in ("mlp_update", "qkv", "partial", "embedding", "token", "position")),
+        ("frequencies", c_void_p),
+        *((name, c_void_p) for name in ("output", "output_scale", "norm", "logits", "largest", "best")),
+        *((name, c_void_p) for name in ("arrived", "beyond", "told")),
+        ("length", c_int64),
+        ("eps", c_float),
+    ]
+
+
+def defines(shape: StageShape, launches: dict[str, int], delay: int = 0) -> dict[str, int]:
+    """All constants of the source. delay: microseconds that some CTAs come late, for tests of what waits for what."""
+    sizes = {name.upper(): int(value) for name, value in asdict(shape).items()}
+    structures = {"LAYER_BYTES": ctypes.sizeof(StageLayer), "STEP_BYTES": ctypes.sizeof(StageStep)}
+    return sizes | launches | structures | {"DELAY": delay}
+
+
+class DecodeStages:
+    """The compiled kernels of one model's sizes, loaded on the current device. CudaError: they can't be had.
+
+    shared_memory: bytes of a multiprocessor, of which a CTA takes more than half, so that no two share one: under
+    dependent launch they would.
+    """
+
+    def __init__(
+        self, constants: dict[str, int], arch: str, processors: int, shared_memory: int, dependent: bool = True
+    ):
+        self.module = CudaModule(compile_cuda(SOURCE, arch, constants))
+        grids = {
+            "stage_qkv": constants["CTAS_QKV"],
+            "stage_attention": constants["SPLITS"] * constants["KV_HEADS"] * constants["BATCHES"],
+            "stage_o": constants["CTAS_O"],
+            "stage_mlp": constants["CTAS_MLP"],
+            "stage_output": processors,
+        }
+        shared = max(self.module.size("shared_bytes"), shared_memory // 2 + 1024)
+        if shared > shared_memory - 1024:  # what the driver keeps of each CTA's
+            raise ValueError(f"no kernels for {shared} bytes of shared memory")
+        self.constants = constants
+        self.kernels = {name: self.module.kernel(name, shared) for name in grids}
+        self.configs = {name: launch_config(ctas, THREADS, shared, dependent) for name, ctas in grids.items()}
+        self.first = launch_config(grids["stage_qkv"], THREADS, shared, False)  # waits for what is before
+
+    def launch(self, step: StageStep, layers: list[StageLayer], long: bool) -> None:
+        """One token on the current stream; long: a layer may attend over more than SHORT positions."""
+        for number, layer in enumerate(map(c_int, range(len(layers)))):
+            self._launch("stage_qkv", step, layers[number], layer, config=None if number else self.first)
+            if long and not 0 < layers[number].window <= SHORT:
+                self._launch("stage_attention", step, layers[number])
+            self._launch("stage_o", step, layers[number], layer)
+            self._launch("stage_mlp", step, layers[number], layer)
+        self._launch("stage_output", step, c_int(len(layers)))
+
+    def _launch(self, name: str, *parameters, config=None) -> None:
+        self.module.launch(self.kernels[name], config or self.configs[name], *parameters)
