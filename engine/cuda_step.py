@@ -80,6 +80,7 @@ class CapturedStep:
         )
         compute = compute or (fused_step if fused else plain_step)
         device = model.norm.weight.device
+        self.cache = cache  # the graph knows its addresses alone
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.input_pos = torch.zeros(1, dtype=torch.long, device=device)
         stream = torch.cuda.Stream(device)
