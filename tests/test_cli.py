@@ -148,7 +148,7 @@ def test_a_prompt_of_known_tokens_is_answered(small_table, run_main):
 @pytest.mark.parametrize(
     "module, arguments, what, todo",
     [
-        (generate, ("--prompt", "a b c"), "for a prompt of 3 tokens and its answer ", "shorten the prompt"),
+        (generate, ("--prompt", "a b c " * 20), "for a prompt of 61 tokens and its answer ", "shorten the prompt"),
         (
             calibrate,
             ("--corpus", "text.txt", "--context", 64),

@@ -66,10 +66,14 @@ def test_an_interrupted_answer_is_no_part_of_the_chat(opened, monkeypatch):
     session.turn("What is a whale?")
     before, step = list(session.chat), session.engine.step
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
+    class Interrupted:
+        def __call__(self, *arguments):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(session.engine, "step", interrupted)
+        def __getattr__(self, name):
+            return getattr(step, name)
+
+    monkeypatch.setattr(session.engine, "step", Interrupted())
     sample = session.turn("And a shark?")
     assert session.chat == before and len(sample.tokens) == 1
     monkeypatch.setattr(session.engine, "step", step)
