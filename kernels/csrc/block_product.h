@@ -7,15 +7,6 @@ namespace blocks {
 constexpr int64_t TILE = 8 * STRIP;  // outputs whose sums stay in L1 for SUPER inputs; of several tokens a STRIP
 constexpr int64_t AHEAD = 6;         // strips that are fetched ahead: of 2, 4 and 6 the best on a Zen 5, cold weights
 
-// As `fetch`, but GCC 12 leaves loops and calls out that do nothing but __builtin_prefetch.
-inline void fetch_line(const void* p) {
-#if defined(__x86_64__)
-    asm volatile("prefetcht1 %0" : : "m"(*(const char*)p));
-#else
-    fetch(p);
-#endif
-}
-
 // The way through blocks and strips: SUPER inputs at a time, of which a tile of outputs, of which block by block. Blocks
 // without a kept channel are left out.
 struct Walk {
@@ -104,17 +95,17 @@ template <class Kind, int MOST> class Product {
         const uint8_t* low = w.plane[0] + BLOCK * (b * N + s) * Kind::LOW / 8;
         const uint8_t* high = w.plane[1] + BLOCK * (b * N + s) * Kind::HIGH / 8;
         for (int i = 0; i < 4 * x.groups; i++) {
-            fetch_line(low + x.row[i] * (STRIP * Kind::LOW / 8));
-            if (Kind::LOW == 8) fetch_line(low + x.row[i] * STRIP + LINE);
-            if (Kind::HIGH) fetch_line(high + x.row[i] * (STRIP * Kind::HIGH / 8));
+            fetch(low + x.row[i] * (STRIP * Kind::LOW / 8));
+            if (Kind::LOW == 8) fetch(low + x.row[i] * STRIP + LINE);
+            if (Kind::HIGH) fetch(high + x.row[i] * (STRIP * Kind::HIGH / 8));
         }
         for (int64_t i = 0; i < SCALES; i++) {
             const Scale* scale = (const Scale*)w.scale + (b * SCALES + i) * N + s;
-            for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch_line(scale + j);
+            for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch(scale + j);
         }
         if (Kind::MINIMUM)
             for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Minimum)))
-                fetch_line((const Minimum*)w.minimum + b * N + s + j);
+                fetch((const Minimum*)w.minimum + b * N + s + j);
     }
 
     // Block b's share of the sums of the strip from output s on, which is output `at` of its tile.
