@@ -25,13 +25,13 @@ from teal_fast.weights.product import product_dtype
 # bits are those it has among 500 others, but for some shapes when it is alone.
 FEWEST_ROWS = 12
 FEWEST_BF16_ROWS = 2
-# The longest prompts that are read by steps. Qwen2.5-Coder-1.5B in Q4_K_M, Zen 3 (AVX2, no bf16 products), one thread:
-# 2, 4, 8, 12, 16, 100 and 500 tokens take 0.20, 0.27, 0.49, 0.67, 0.84, 4.8 and 26.8 s of CPU time, by PyTorch 4.1,
-# 4.0, 4.3, 4.4, 4.2, 7.5 and 35.2, and one decoded token 0.14.
-# Its shapes with random weights, 4 layers, 8, 16, 32 and 64 tokens, seconds by steps and by PyTorch: fp32 0.34 / 0.62,
-# 0.61 / 0.81, 0.81 / 1.26, 1.79 / 1.66; fp16 0.22 / 1.05, 0.36 / 0.97, 0.86 / 1.10, 1.17 / 1.63; bf16 and int8 as fp16.
-# Processors with bf16 products were not at hand: 16 tokens of bf16 then cost PyTorch four decoded ones, and 12 of the
-# demo too (docs/cpu_log.md).
+# The longest prompts that are read by steps. Zen 3 (AVX2, no bf16 products), one thread, a machine with other work.
+# Qwen2.5-Coder-1.5B in Q4_K_M: 2, 4, 8, 12, 16, 100 and 500 tokens take 0.20, 0.27, 0.49, 0.67, 0.84, 4.8 and 26.8 s of
+# CPU time, by PyTorch 4.1, 4.0, 4.3, 4.4, 4.2, 7.5 and 35; one decoded token takes 0.14. Four layers of its shapes, 16
+# and 64 tokens, seconds by steps and by PyTorch: fp32 0.61 / 0.81, 1.79 / 1.66; fp16 0.36 / 0.97, 1.17 / 1.63; bf16
+# 0.27 / 0.74, 1.05 / 1.44; int8 0.66 / 1.99, 1.07 / 0.88; int4 0.21 / 0.90, 0.79 / 1.14. The demo in bf16, 16, 100 and
+# 500 tokens: 0.12 / 0.33, 0.59 / 0.69, 3.83 / 3.36. With bf16 products nothing was measured: 16 tokens of a 1.5B model
+# then cost PyTorch four decoded ones (docs/cpu_log.md), and steps about as much by the number of their multiplications.
 LONGEST_BY_STEPS_IN_BLOCKS = sys.maxsize
 LONGEST_BY_STEPS = 48  # where PyTorch computes in fp32, widening what is not
 LONGEST_BY_STEPS_BF16 = 16  # where it has bf16 products

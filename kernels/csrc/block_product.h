@@ -124,13 +124,13 @@ template <class Kind> class Product {
     // Fetches what the next pass reads at the strip from output s on.
     void ahead(const Walk& at, int64_t s) const {
         if (s >= at.tile_end()) return;
-        for (int g = at.group; g < at.group_end; g++) next[g - at.group].fetch(s);
+        for (int g = at.group; g < at.group_end; g++) next[g - at.group].fetch_at(s);
         if (!at.starts()) return;
         const Scale* scale = (const Scale*)w.scale + (at.b * SCALES + at.half) * N + s;
-        for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch_line(scale + j);
+        for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Scale))) fetch(scale + j);
         if (Kind::MINIMUM && !at.half)
             for (int64_t j = 0; j < STRIP; j += LINE / int64_t(sizeof(Minimum)))
-                fetch_line((const Minimum*)w.minimum + at.b * N + s + j);
+                fetch((const Minimum*)w.minimum + at.b * N + s + j);
     }
 
     // A pass's share of the sums of the strip from output s on, which is output `at` of its tile.

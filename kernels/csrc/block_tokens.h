@@ -156,7 +156,7 @@ template <class Kind> class Products {
 
     // Fetches the codes of a block and a strip.
     void ahead(int64_t b, int64_t s) const {
-        for (int g = 0; g < BLOCK / 4; g++) Four<Kind>(w, b, g).fetch(s);
+        for (int g = 0; g < BLOCK / 4; g++) Four<Kind>(w, b, g).fetch_at(s);
     }
 
     // Block b's share of the sums of the strip from output s on, which is output `at` of its tile.

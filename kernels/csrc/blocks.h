@@ -54,15 +54,6 @@ struct Part {
     int64_t padded() const { return (N + HALF - 1) / HALF * HALF; }
 };
 
-// As `fetch`, but GCC 12 leaves calls out that do nothing but __builtin_prefetch (findings/gcc-prefetch-calls.sh).
-inline void fetch_line(const void* p) {
-#if defined(__x86_64__)
-    asm volatile("prefetcht1 %0" : : "m"(*(const char*)p));
-#else
-    fetch(p);
-#endif
-}
-
 // Where four rows of a block begin, in both planes.
 template <class Kind> struct Four {
     const uint8_t *low[4], *high[4];
@@ -80,11 +71,11 @@ template <class Kind> struct Four {
         *this = Four(w, b, row);
     }
     // Fetches what they have at output s.
-    void fetch(int64_t s) const {
+    void fetch_at(int64_t s) const {
         for (int r = 0; r < 4; r++) {
-            fetch_line(low[r] + s * Kind::LOW / 8);
-            if (Kind::LOW == 8) fetch_line(low[r] + s + LINE);
-            if (Kind::HIGH) fetch_line(high[r] + s * Kind::HIGH / 8);
+            fetch(low[r] + s * Kind::LOW / 8);
+            if (Kind::LOW == 8) fetch(low[r] + s + LINE);
+            if (Kind::HIGH) fetch(high[r] + s * Kind::HIGH / 8);
         }
     }
 };

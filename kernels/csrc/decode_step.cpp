@@ -88,18 +88,21 @@ template <class T> class Step {
         if (m.output.parts)
             return blocks::multiply_many(kept + skipped * (m.dim / blocks::BLOCK), tokens.wanted,
                                          {m.output.part, m.output.parts, m.vocab_size}, logits, worker);
-        int64_t last = share(m.vocab_size, 1);
-        for (int64_t i = share(m.vocab_size, 0); i < last; i++) {
-            if (m.output.scale)
+        int64_t last = share(m.vocab_size, 1), rows = tokens.wanted == 1 ? m.vocab_size : 16;  // these stay near the core
+        for (int64_t i = share(m.vocab_size, 0); i < last; i += rows) put_out(i, std::min(rows, last - i), logits + i);
+    }
+    void put_out(int64_t first, int64_t count, float* logits) {  // of some outputs, which are rows
+        int64_t skipped = tokens.count - tokens.wanted;
+        if (m.output.scale)
+            for (int64_t i = 0; i < count; i++)
                 for (int64_t t = 0; t < tokens.wanted; t++)
-                    logits[t * m.vocab_size + i] =
-                        now.fixed[skipped + t].times((const int8_t*)m.output.data + i * m.dim, m.output.scale[i]);
-            else
-                in_groups<AT_ONCE>(tokens.wanted, [&](auto number, int64_t t) {
-                    dot_rows<T, number>((const T*)m.output.data + i * m.dim, now.value + (skipped + t) * m.dim, m.dim, 1,
-                                        logits + t * m.vocab_size + i, m.vocab_size, nullptr);
-                });
-        }
+                    logits[t * m.vocab_size + i] = now.fixed[skipped + t].times(
+                        (const int8_t*)m.output.data + (first + i) * m.dim, m.output.scale[first + i]);
+        else
+            in_groups<AT_ONCE>(tokens.wanted, [&](auto number, int64_t t) {
+                dot_rows<T, number>((const T*)m.output.data + first * m.dim, now.value + (skipped + t) * m.dim, m.dim, count,
+                                    logits + t * m.vocab_size, m.vocab_size, nullptr);
+            });
     }
 
     void block(const Layer& layer) {

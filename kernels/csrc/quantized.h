@@ -53,9 +53,10 @@ struct Int4Rows {
 
     // sums [tokens, stride] += the entries up to `most` times their rows; each x rounded to 8 bits of the largest. A call
     // would cost a quarter of the time: the rows' addresses then lie in memory.
+    template <int MOST>
     __attribute__((always_inline)) void add(const Entries& of, const uint8_t* const* row, const uint8_t* const* next,
                                             int64_t begin, int64_t columns, float* sums, int64_t stride) const {
-        Factors factors[MOST_TOKENS];
+        Factors factors[MOST];
         int64_t last = (begin + columns) / group;
         for (int64_t tile = begin / group / TILE * TILE; tile < last; tile += TILE) {
             for (int64_t t = 0; t < of.tokens; t++)
@@ -65,7 +66,7 @@ struct Int4Rows {
                 for (int64_t n = g * group; n < (g + 1) * group; n += STRIP) {
                     if (n % (2 * LINE) == 0)
                         for (int r = 0; r < ROWS; r++) fetch(next[r] + n / 2);
-                    in_groups<AT_ONCE / 2>(of.tokens, [&](auto number, int64_t t) __attribute__((always_inline)) {
+                    in_groups<std::min(MOST, AT_ONCE / 2)>(of.tokens, [&](auto number, int64_t t) __attribute__((always_inline)) {
                         add_strip<number>(row, n, factors + t, g - tile, sums + t * stride + n - begin, stride);
                     });
                 }
@@ -78,7 +79,7 @@ struct Int4Rows {
         std::fill_n(rows, ROWS, weight.row(row));
         CompactVector alone{nullptr, &x, 1};
         float most = __builtin_inff();
-        weight.add({&alone, &most, 1, 0, 1}, rows, rows, begin, columns, sums, 0);
+        weight.add<1>({&alone, &most, 1, 0, 1}, rows, rows, begin, columns, sums, 0);
     }
     void add_outliers(const CompactVector& x, int64_t first, int64_t last, float most, int64_t begin, int64_t columns,
                       float* sums) const {

@@ -22,8 +22,15 @@ static_assert(GRAIN % PAIR == 0, "else sums would depend on the number of thread
 constexpr int64_t MOST_TOKENS = 16;  // that a product reads its weight once for: of more, once for each so many
 constexpr int64_t SUMS = 4096;       // of several tokens that are kept near the core: 16 KB of a first cache's 32
 
-// Into L2: of lines on their way to L1 a core has fewer. A quarter faster on Zen 4 (docs/cpu_log.md).
-inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Into L2: of lines on their way to L1 a core has fewer. A quarter faster on Zen 4 (docs/cpu_log.md). GCC 12 leaves loops
+// and calls out that do nothing but __builtin_prefetch (findings/gcc-prefetch-calls.sh).
+inline void fetch(const void* p) {
+#if defined(__x86_64__)
+    asm volatile("prefetcht1 %0" : : "m"(*(const char*)p));
+#else
+    __builtin_prefetch(p, 0, 2);
+#endif
+}
 
 #define UNROLL _Pragma("GCC unroll 8")  // else small arrays of vectors live in memory
 
@@ -75,14 +82,14 @@ inline CompactVector compact(const float* x, const float* threshold, int64_t K, 
 
 // sums [TOKENS, stride] += x[t][0] row[0] + … + x[t][R-1] row[R-1] of each token t, in the order of load_pair. `next`: as
 // many rows again, to be fetched meanwhile, or null.
-template <class T, int R, int TOKENS>
-inline void add_rows(const T* const* row, const float* const* x, const T* const* next, int64_t columns, float* sums,
-                     int64_t stride) {
+template <class T, int R, int TOKENS>  // inlined, its pointers would not stay in registers
+__attribute__((noinline)) void add_rows(const T* const* row, const float* const* x, const T* const* next,
+                                        int64_t columns, float* sums, int64_t stride) {
     const T* rows[R];
     float scale[TOKENS][R];
-    for (int r = 0; r < R; r++) rows[r] = row[r];
-    for (int k = 0; k < TOKENS; k++)
-        for (int r = 0; r < R; r++) scale[k][r] = x[k][r];
+    UNROLL for (int r = 0; r < R; r++) rows[r] = row[r];
+    UNROLL for (int k = 0; k < TOKENS; k++)
+        UNROLL for (int r = 0; r < R; r++) scale[k][r] = x[k][r];
     int64_t n = 0;
     for (; n + PAIR <= columns; n += PAIR) {
         if (next && n * int64_t(sizeof(T)) % LINE == 0)
@@ -121,11 +128,12 @@ template <class W> struct Rows {
     int64_t bytes(int64_t columns) const { return columns * int64_t(sizeof(W)); }
 
     // sums [tokens, stride] += the entries times their rows, from column `begin` on. `next`: as `add_rows` has it.
+    template <int MOST>
     void add(const Entries& of, const W* const* row, const W* const* next, int64_t begin, int64_t columns, float* sums,
              int64_t stride) const {
         const W *mine[ROWS], *theirs[ROWS];
         for (int r = 0; r < ROWS; r++) mine[r] = row[r] + begin, theirs[r] = next[r] + begin;
-        in_groups<AT_ONCE>(of.tokens, [&](auto number, int64_t t) {
+        in_groups<std::min(MOST, AT_ONCE)>(of.tokens, [&](auto number, int64_t t) __attribute__((always_inline)) {
             const float* x[number];
             for (int k = 0; k < number; k++) x[k] = of.x[t + k].value + of.first;
             const W* const* fetched = bytes(columns) <= SHORT && !t ? theirs : nullptr;
@@ -143,9 +151,10 @@ template <class W> struct Rows {
 
 // sums [tokens, stride] = entries `first` to `last` of each list times their rows, `columns` of them from `begin` on;
 // entries up to `end` follow and are fetched two steps ahead. Outliers go last.
-template <class Weight>
+template <int MOST, class Weight>
 inline void sum_rows(Entries of, int64_t first, int64_t last, int64_t end, const Weight& weight, int64_t begin,
                      int64_t columns, float* sums, int64_t stride) {
+    if (MOST == 1) of.tokens = 1;  // a constant, so that one token's loops are no loops
     for (int64_t t = 0; t < of.tokens; t++) std::memset(sums + t * stride, 0, columns * sizeof(float));
     for (int64_t i = first; i < last; i += ROWS) {
         of.first = i, of.count = std::min<int64_t>(ROWS, last - i);
@@ -154,7 +163,7 @@ inline void sum_rows(Entries of, int64_t first, int64_t last, int64_t end, const
             row[r] = weight.row(of.x->index[std::min(i + r, last - 1)]);
             next[r] = weight.row(of.x->index[std::min(i + 2 * ROWS + r, end - 1)]);
         }
-        weight.add(of, row, next, begin, columns, sums, stride);
+        weight.template add<MOST>(of, row, next, begin, columns, sums, stride);
     }
     for (int64_t t = 0; t < of.tokens; t++, sums += stride) {
         weight.add_outliers(of.x[t], first, last, of.most[t], begin, columns, sums);
@@ -179,8 +188,8 @@ __attribute__((noinline)) void multiply(const CompactVector* x, int64_t tokens, 
     for (int split = first; split < last; split++)
         for (int64_t n = begin, to; n < end; n = to) {
             to = std::min((n / tile + 1) * tile, end);
-            sum_rows(of, part(x->count, split, SPLITS), part(x->count, split + 1, SPLITS), part(x->count, last, SPLITS),
-                     weight, n, to - n, partial + split * N + n, SPLITS * N);
+            sum_rows<MOST>(of, part(x->count, split, SPLITS), part(x->count, split + 1, SPLITS),
+                           part(x->count, last, SPLITS), weight, n, to - n, partial + split * N + n, SPLITS * N);
         }
 }
 template <class Weight>
