@@ -104,7 +104,7 @@ def test_every_command_runs(copy, environment, hub):
         if "eval.py" in command:
             command += " --windows 2"  # in place of the page's number
         if "serve.py" in command:  # which would go on for ever; tests/test_serve.py has more
-            command = f"timeout --signal=TERM --preserve-status 20 {command} --port 0"
+            command = f"timeout --signal=TERM --preserve-status 45 {command} --port 0"
         run(command, copy, environment | {"HF_ENDPOINT": hub})
 
 
