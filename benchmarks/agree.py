@@ -15,6 +15,7 @@ On the demo's Q4_1 (12 windows, one run) its own two perplexities are 0.34 % apa
 """
 
 import argparse
+import ctypes
 import json
 import math
 from pathlib import Path
@@ -52,6 +53,13 @@ def cut(ids: list[int], limit: int | None, bos: int | None) -> list[list[int]]:
     count = min(limit or len(starts), len(starts))
     starts = [starts[i * len(starts) // count] for i in range(count)]
     return [ids[i : i + WINDOW] if bos is None else [bos, *ids[i + 1 : i + WINDOW]] for i in starts]
+
+
+def vocabulary_of(theirs: ctypes.c_void_p) -> tuple[int, int | None]:
+    """The tokens of llama.cpp's model, and BOS where its file asks for it."""
+    vocabulary = native().llama_model_get_vocab(theirs)
+    bos = native().llama_vocab_bos(vocabulary) if native().llama_vocab_get_add_bos(vocabulary) else None
+    return native().llama_vocab_n_tokens(vocabulary), bos
 
 
 @torch.no_grad()
@@ -132,9 +140,8 @@ def compare(
     theirs, model = load(path), opened.model
     if not theirs:
         raise ValueError(f"llama.cpp cannot load {path}: take another file")
-    vocabulary = native().llama_model_get_vocab(theirs)
-    bos = native().llama_vocab_bos(vocabulary) if native().llama_vocab_get_add_bos(vocabulary) else None
-    ids, size = read_ids(text, opened.tokenizer, model.args), native().llama_vocab_n_tokens(vocabulary)
+    size, bos = vocabulary_of(theirs)
+    ids = read_ids(text, opened.tokenizer, model.args)
     asked = [window[:PROMPT] for window in cut(ids, prompts, bos)]
     found = compare_perplexity(model, Scorer(theirs, size, [0], WINDOW - 1), cut(ids, windows, bos))
     engine, decoder = Engine(model, None, (), PROMPT + new_tokens), Decoder(theirs, size, [0], PROMPT + new_tokens)

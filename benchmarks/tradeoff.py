@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from teal_fast.benchmarks.agree import PROMPT, UNSCORED, WINDOW, Scorer, cut
+from teal_fast.benchmarks.agree import PROMPT, UNSCORED, WINDOW, Scorer, cut, vocabulary_of
 from teal_fast.benchmarks.bandwidth import bandwidth_meter
 from teal_fast.benchmarks.decoder import make_decoders
-from teal_fast.benchmarks.peer_llama import FILE, load, native, requantized, rows
+from teal_fast.benchmarks.peer_llama import FILE, load, requantized, rows
 from teal_fast.benchmarks.peers import check_installed
 from teal_fast.benchmarks.rows import Row, Task, measure
 from teal_fast.calibration.corpus import read_ids
@@ -74,10 +74,9 @@ def loss_fields(losses: list[float], dense: list[float]) -> dict:
 
 def compare(opened: Opened, gguf: Path, text: list[Path], windows: int | None, plan: Plan) -> list[dict]:
     """The records of all rows."""
-    vocabulary = native().llama_model_get_vocab(load(gguf))
-    bos = native().llama_vocab_bos(vocabulary) if native().llama_vocab_get_add_bos(vocabulary) else None
+    size, bos = vocabulary_of(load(gguf))
     cuts = cut(read_ids(text, opened.tokenizer, opened.model.args), windows, bos)
-    size, formats = native().llama_vocab_n_tokens(vocabulary), [FILE, *plan.formats]
+    formats = [FILE, *plan.formats]
     files = [gguf if format == FILE else requantized(gguf, format) for format in formats]
     ours, theirs = our_losses(opened, cuts, plan.sparsities), [their_losses(path, cuts, size) for path in files]
     scores = [loss_fields(losses, program[0]) for program in (ours, theirs) for losses in program]
