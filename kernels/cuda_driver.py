@@ -10,6 +10,7 @@ import torch
 
 from teal_fast.kernels.nvrtc import CudaError
 
+CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 DEPENDENT = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -72,8 +73,12 @@ class CudaModule:
             raise CudaError(f"the CUDA driver says: {(text.value or b'error %d' % result).decode()}")
 
 
-def launch_config(grid: int, threads: int, shared_memory: int, dependent: bool) -> LaunchConfig:
-    """A launch of one dimension. dependent: it may start before the launch ahead of it has ended."""
-    attribute = Attribute(DEPENDENT)
-    attribute.value[0] = int(dependent)
-    return LaunchConfig(grid, 1, 1, threads, 1, 1, shared_memory, None, ctypes.pointer(attribute), 1)
+def launch_config(grid: int, threads: int, shared_memory: int, dependent: bool, cluster: int = 1) -> LaunchConfig:
+    """A launch of one dimension. dependent: it may start before the launch ahead of it has ended.
+
+    cluster: how many CTAs next to each other may read each other's shared memory.
+    """
+    attributes = (Attribute * 2)(Attribute(DEPENDENT), Attribute(CLUSTER))
+    attributes[0].value[0] = int(dependent)
+    attributes[1].value[:3] = (cluster, 1, 1)
+    return LaunchConfig(grid, 1, 1, threads, 1, 1, shared_memory, None, attributes, 2)

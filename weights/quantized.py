@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from teal_fast.kernels.dequantize import dequantize
+from teal_fast.kernels.few_token_gemm import MOST_TOKENS as FEW_TOKENS
+from teal_fast.kernels.few_token_gemm import few_token_gemm
 from teal_fast.kernels.int4 import pack_int4, row_bytes, row_scales
 from teal_fast.kernels.packed import ALIGNMENT, PackedWeight
 from teal_fast.kernels.quantized_gemm import MOST_TOKENS, quantized_gemm
@@ -44,11 +46,12 @@ class QuantizedWeight(RowSkippingWeight):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Computes x [..., K] -> [..., N] in x's dtype from the dequantized weight.
 
-        On CUDA a kernel dequantizes one tile at a time, for up to MOST_TOKENS tokens and where no gradient is needed
+        On CUDA kernels dequantize values on the way, for up to MOST_TOKENS tokens and where no gradient is needed
         (calibration/probe.py needs one); otherwise the whole weight is dequantized into a temporary copy.
         """
-        if x.is_cuda and not x.requires_grad and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
-            return quantized_gemm(x.reshape(-1, x.shape[-1]), self.operand, bias).view(*x.shape[:-1], -1)
+        if x.is_cuda and not x.requires_grad and 0 < (tokens := x.shape[:-1].numel()) <= MOST_TOKENS:
+            gemm = few_token_gemm if tokens <= FEW_TOKENS else quantized_gemm
+            return gemm(x.reshape(-1, x.shape[-1]), self.operand, bias).view(*x.shape[:-1], -1)
         return product_by_columns(x, partial(dequantize, self.operand), self.out_features, bias)
 
 

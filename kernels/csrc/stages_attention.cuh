@@ -92,20 +92,6 @@ struct Split {  // runs at fixed multiples, by turns of all splits' warps
     __device__ int first(int i) const { return (round + i) * ROUND + ((threadIdx.x >> 5) * SPLITS + split) * RUN; }
 };
 
-// d += a b of 16 x 16 and 16 x 8 entries.
-__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm(
-#if HALF_IS_FP16
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#else
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#endif
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ u32 both(float a, float b) { return half_bits(a) | (u32)half_bits(b) << 16; }
-
 template <int N> struct Vector { typedef uint4 type; };
 template <> struct Vector<4> { typedef uint2 type; };
 typedef Vector<EACH>::type Entries;  // EACH of 16 bits

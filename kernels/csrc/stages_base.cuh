@@ -5,12 +5,7 @@
 // at most add to a column; DELAY, for tests: microseconds that some CTAs come late. Structures are as StageLayer and
 // StageStep there. No header of CUDA's is included: NVRTC alone is enough to compile this.
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "halves.cuh"
 
 #define STAGE extern "C" __global__ void __launch_bounds__(THREADS, 1)  // one CTA a multiprocessor
 
@@ -22,12 +17,6 @@ constexpr int TOLD = 8;     // answers that the host may be behind
 constexpr float LEVELS = 32767;          // of fixed point in 16 bits
 constexpr float BEYOND = 64, HELD = 16;  // as kernels/outliers.py has RARE and HELD
 constexpr float ROUNDING = 12582912;     // 1.5 * 2^23: added to |x| < 2^22 it leaves the whole number in the low bits
-
-constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
-constexpr int most(int a, int b) { return a > b ? a : b; }
-constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int common(int a, int b) { return b ? common(b, a % b) : a; }  // the greatest common divisor
-constexpr int power(int a) { return a <= 1 ? 1 : 2 * power((a + 1) / 2); }  // the next power of two
 
 constexpr int columns(int bits) { return 8 * PIECE / bits; }  // values that a thread loads at once
 
@@ -63,45 +52,7 @@ struct Step {
 
 static_assert(sizeof(Layer) == LAYER_BYTES && sizeof(Step) == STEP_BYTES, "the structures of kernels/decode_stages.py");
 
-__device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
-
-// ---- 16-bit floats ----
-#if HALF_IS_FP16
-__device__ __forceinline__ float low(u32 w) {
-    float y;
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(y) : "r"(w));
-    return y;
-}
-__device__ __forceinline__ float high(u32 w) { return low(w >> 16); }
-__device__ __forceinline__ u16 half_bits(float x) {
-    u16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#else
-__device__ __forceinline__ float low(u32 w) { return __uint_as_float(w << 16); }
-__device__ __forceinline__ float high(u32 w) { return __uint_as_float(w & 0xffff0000u); }
-__device__ __forceinline__ u16 half_bits(float x) {
-    u16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#endif
-__device__ __forceinline__ float rounded(float x) { return low(half_bits(x)); }
-__device__ __forceinline__ void widen(uint4 w, float* x) {
-    const u32 word[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) x[2 * i] = low(word[i]), x[2 * i + 1] = high(word[i]);
-}
-__device__ __forceinline__ float half_at(const u16* p, i64 i) { return low(__ldg(p + i)); }
-
 // ---- memory ----
-__device__ __forceinline__ uint4 load_weights(const u8* p) {  // read once: past the L1 cache
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
 // To shared memory, without waiting for it: copies_arrive() does, and a barrier then shows it to other threads.
 template <int BYTES = 16> __device__ __forceinline__ void copy(void* to, const void* from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
@@ -123,19 +74,6 @@ template <int ADDENDS> __device__ __forceinline__ void add_on_grid(float* p, flo
     if (!inside) atomicAdd(beyond, 1u);
     add_to(p, make_float4(on_grid(v.x, c.x), on_grid(v.y, c.y), on_grid(v.z, c.z), on_grid(v.w, c.w)));
 }
-__device__ __forceinline__ float4 plus(float4 a, float4 b) {
-    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-__device__ __forceinline__ float4 times(float4 a, float4 b) {
-    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
-}
-__device__ __forceinline__ float4 load4(const float* p) { return __ldg((const float4*)p); }
-__device__ __forceinline__ float4 fresh4(const float* p) { return __ldcg((const float4*)p); }  // made in this step
-__device__ __forceinline__ float4 bias4(const u16* p) {
-    const uint2 w = __ldg((const uint2*)p);
-    return make_float4(low(w.x), high(w.x), low(w.y), high(w.y));
-}
-
 // ---- dependent launches: a kernel starts early, and waits before it touches what those before it made ----
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_producers() {

@@ -1,0 +1,70 @@
+"""The product of few tokens: what it computes, and that a token's bits are its own. Without CUDA, Triton's kernel."""
+
+import pytest
+import torch
+
+from teal_fast.kernels.few_token_gemm import MOST_TOKENS, _few_token_gemm_cuda, constants, cut, few_token_gemm
+from teal_fast.kernels.nvrtc import compile_cuda
+from teal_fast.kernels.quantized_gemm import quantized_gemm_reference
+from teal_fast.tests.kernels.compacted import DEVICE, normal
+from teal_fast.tests.kernels.quantized import quantized
+from teal_fast.tests.kernels.test_quantized_gemm import TOLERANCE, make
+from teal_fast.tests.kernels.test_stage_shape import has_nvrtc
+
+SHAPES = [(4096, 6144), (4096, 4096), (14336, 4096), (4096, 28672), (2048, 3072), (576, 960), (64, 64)]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("K, N", SHAPES)
+def test_how_channels_are_shared_does_not_depend_on_the_number_of_tokens(K, N, bits):
+    words, splits, ctas = cut(K, N, bits, 1, 132)
+    assert cut(K, N, bits, 2, 132)[1] == splits
+    assert ctas // splits * 8 * words * 32 // bits >= N  # every column has a CTA
+    assert splits == 1 or ctas <= 231  # clusters of them fit an H200 at once
+    assert splits * 8 * 16 <= max(K, 128)  # no warp is without channels, but for small weights
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="no NVRTC here (nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize(
+    "bits, group, fp16, tiles, words", [(8, 0, False, 1, 4), (8, 0, True, 2, 2), (4, 64, False, 1, 4)]
+)
+def test_the_source_compiles(bits, group, fp16, tiles, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for splits in (1, 7):
+        code = compile_cuda("few_token_gemm.cu", "sm_90", constants(bits, group, fp16, tiles, words, splits))
+        assert code.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("tokens, K, N, group", [(1, 96, 64, 0), (16, 100, 208, 0), (5, 64, 128, 64)])
+def test_matches_reference_everywhere(tokens, K, N, group):
+    inputs = make(tokens, K, N, group, torch.bfloat16)
+    found, expected = _few_token_gemm_cuda(*inputs), quantized_gemm_reference(*inputs)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[torch.bfloat16] / 8, atol=TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [0, 64, "N"])
+@pytest.mark.parametrize("K, N", [*SHAPES, (976, 1088), (1536, 576)])
+def test_a_token_has_the_same_bits_among_others_as_alone(K, N, group, dtype):
+    x, bias = normal(MOST_TOKENS, K, dtype=dtype), normal(N, dtype=dtype, seed=1)
+    weight = quantized(K, N, N if group == "N" else group).weight
+    whole, expected = few_token_gemm(x, weight, bias), quantized_gemm_reference(x, weight, bias)
+    # Row scales and what they are multiplied by are rounded to the type, as in quantized_gemm; then sums are.
+    allowed = 2 * torch.finfo(dtype).eps * (expected.float().abs() + expected.float().std())
+    assert ((whole.float() - expected.float()).abs() <= allowed).all()
+    others = x.roll(3, 0) * 7
+    for first, count in ((0, 1), (3, 1), (2, 5), (0, 8), (5, 9)):
+        part = x[first : first + count]
+        assert torch.equal(few_token_gemm(part.contiguous(), weight, bias), whole[first : first + count])
+        moved = torch.cat((part, others[: MOST_TOKENS - count]))
+        assert torch.equal(few_token_gemm(moved, weight, bias)[:count], whole[first : first + count])
+
+
+def test_bad_input_is_named():
+    x, weight, _ = make(MOST_TOKENS + 1, 64, 64, 0, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^few_token_gemm takes 1 to 16 tokens, got 17$"):
+        few_token_gemm(x, weight)
+    with pytest.raises(ValueError, match=r"^few_token_gemm takes contiguous "):
+        few_token_gemm(x[:2, :32].contiguous(), weight)
+    assert x.device.type == DEVICE
