@@ -4,9 +4,10 @@
     python generate.py --checkpoint checkpoints/demo-int8 --sparsity 0.5
 
 int8 has a scale for each output channel. int4 has, in addition, a row scale for every `--group` outputs of each input
-channel; its attention weights are int8. The output layer is int8 in both; embeddings and norms stay as they are. q4_k,
-q5_k, q6_k and q8_0 are mixtures of llama.cpp's block types, embeddings and output layer among them
-(quantization/mixtures.py), and lie as a GGUF file's own values do: they are made for CPUs.
+channel; its attention weights are int8. The output layer is int8 in both; embeddings and norms stay as they are. In
+output8 nothing but the output layer is quantized, which every token reads whole. q4_k, q5_k, q6_k and q8_0 are
+mixtures of llama.cpp's block types, embeddings and output layer among them (quantization/mixtures.py), and lie as a
+GGUF file's own values do: they are made for CPUs.
 
 By default weights are rounded to nearest. `--calibrated` rounds them with GPTQ (arXiv:2210.17323) on a corpus, for
 dense inputs and for inputs with half of their channels dropped, and lets each layer compensate for the errors of the
@@ -37,14 +38,14 @@ from teal_fast.quantization.checkpoint import (
     rounded_to,
 )
 from teal_fast.quantization.mixtures import MIXTURES
-from teal_fast.weights.formats import QUANTIZED
+from teal_fast.weights.formats import FORMATS, OUTPUT8
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER|demo", help="a converted checkpoint, or demo")
     parser.add_argument(
-        "--mode", choices=[*QUANTIZED, *MIXTURES], default="int8", help="the weights' format (default: %(default)s)"
+        "--mode", choices=[*FORMATS, *MIXTURES], default="int8", help="the weights' format (default: %(default)s)"
     )
     parser.add_argument("--group", type=positive_int, help="outputs that share a row scale in int4 (default: 64)")
     parser.add_argument("--calibrated", action="store_true", help="round with GPTQ instead of to nearest")
@@ -63,6 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not (options.calibrated or options.tune) and options.corpus:
         parser.error("--corpus is text for --calibrated and --tune")
+    if options.mode == OUTPUT8 and (options.calibrated or options.tune):
+        parser.error("--mode output8 rounds the output layer alone, to nearest: leave --calibrated and --tune out")
     if options.group and options.mode != "int4":
         parser.error("--group is for --mode int4")
     return options

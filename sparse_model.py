@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from teal_fast.model import Transformer
 from teal_fast.weights.dense import DenseWeight, Weight
-from teal_fast.weights.formats import DTYPES, BlockFormat, Format
+from teal_fast.weights.formats import DTYPES, OUTPUT8, BlockFormat, Format
+from teal_fast.weights.output import Int8Output
 
 SPARSE_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w13|w2))\.weight")
 KINDS = {"wqkv": "qkv", "wo": "o", "w13": "gate+up", "w2": "down"}
@@ -102,9 +103,11 @@ def dtype_name(model: Transformer) -> str:
 
 
 def format_of(model: Transformer) -> str:
-    """The format of the weights: bf16, fp16, fp32, int8, int4, or what a GGUF file calls its own, as Q4_K_M."""
+    """The format of the weights: bf16, fp16, fp32, int8, int4, output8, or a GGUF file's name of its own, as Q4_K_M."""
     formats = [layer.weight.format for layer in sparse_layers(model).values() if layer.weight.format != "dense"]
-    return formats[-1] if formats else dtype_name(model)  # an int4 model's attention, which comes first, is int8
+    if formats:
+        return formats[-1]  # an int4 model's attention, which comes first, is int8
+    return OUTPUT8 if isinstance(model.output, Int8Output) else dtype_name(model)
 
 
 Observer = Callable[[str, SparseLinear, Tensor, Phase], Tensor | None]

@@ -36,7 +36,7 @@ from teal_fast.engine.measure import profiler
 from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.files.demo import find_gguf
 from teal_fast.sparse_model import dtype_name, format_of
-from teal_fast.weights.formats import DTYPES, QUANTIZED
+from teal_fast.weights.formats import DTYPES, FORMATS
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     what.add_argument("--shapes", nargs="+", choices=SHAPES, help="random weights in these models' shapes")
     parser.add_argument(
-        "--formats", nargs="+", choices=("dense", *QUANTIZED), default=["dense"], help="of the random weights"
+        "--formats", nargs="+", choices=("dense", *FORMATS), default=["dense"], help="of the random weights"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="computation type (default: the stored one; bf16)")

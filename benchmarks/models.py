@@ -8,7 +8,7 @@ from teal_fast.benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_toke
 from teal_fast.cli import ModelChoice, open_model
 from teal_fast.files.calibration import Calibration
 from teal_fast.model import Transformer
-from teal_fast.weights.formats import DTYPES, QUANTIZED, Format
+from teal_fast.weights.formats import DTYPES, FORMATS, Format
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Choice:
             return self._load_checkpoints(calibrated)
         config, dtype = COMMON | SHAPES[self.shape], DTYPES[self.dtype or "bf16"]
         groups = {"int4": 128 if config["hidden_size"] % 128 == 0 else 64}  # outputs a scale
-        formats = [Format(name, groups.get(name, 0)) if name in QUANTIZED else None for name in self.formats]
+        formats = [Format(name, groups.get(name, 0)) if name in FORMATS else None for name in self.formats]
         models = [random_model(config, self.device, dtype, format=format) for format in formats]
         return [(model, calibrate_on_random_tokens(model) if calibrated else None) for model in models]
 

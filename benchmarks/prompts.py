@@ -26,7 +26,7 @@ from teal_fast.engine.steps import PlainStep, Step, fast_step
 from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import format_of
-from teal_fast.weights.formats import DTYPES, QUANTIZED
+from teal_fast.weights.formats import DTYPES, FORMATS
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", nargs="+", help="a model's converted checkpoints")
     what.add_argument("--shapes", choices=SHAPES, help="random weights in this model's shapes")
-    parser.add_argument("--formats", nargs="+", choices=("dense", *QUANTIZED), default=["dense"], help="of these")
+    parser.add_argument("--formats", nargs="+", choices=("dense", *FORMATS), default=["dense"], help="of these")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="computation type (default: the stored one; bf16)")
     parser.add_argument("--tokens", type=positive_int, nargs="+", default=[12, 128, 512], help="prompt lengths")

@@ -26,7 +26,7 @@ from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, one_line, open_
 from teal_fast.kernels.blocks import BLOCK_TYPES
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
-from teal_fast.weights.formats import DTYPES, EMBEDDINGS, QUANTIZED, BlockFormat, Format
+from teal_fast.weights.formats import DTYPES, EMBEDDINGS, FORMATS, BlockFormat, Format
 from teal_fast.weights.quantized import Int4Weight
 
 # What a quantized weight is called after its layer's name, by the version of the file. A dense one is a "weight".
@@ -121,8 +121,8 @@ def read_format(
         raise refuse("version", "'3' where weights is 'gguf', and nowhere else")
     if name == "gguf":
         return read_parts(folder / WEIGHTS, metadata, dtype), PACKED[version]
-    if name not in (None, *QUANTIZED):
-        raise refuse("weights", f"{' or '.join(map(repr, QUANTIZED))}, or none at all")
+    if name not in (None, *FORMATS):
+        raise refuse("weights", f"{' or '.join(map(repr, FORMATS))}, or none at all")
     if name != "int4":
         return (Format(name), PACKED[version]) if name else (None, "weight")
     if version == "1" and metadata.get("row_scales") != "at most 1":  # a GPU's fixed point may not hold others

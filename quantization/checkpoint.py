@@ -20,7 +20,7 @@ from teal_fast.calibration.passes import cut_sequences
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION, Calibration, calibration_path
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, fingerprint, read_config
-from teal_fast.files.load import PACKED, load_model, stored_as
+from teal_fast.files.load import PACKED, keeps_type, load_model, stored_as
 from teal_fast.files.memory import memory_for
 from teal_fast.files.store import new_file, open_safetensors, short, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ from teal_fast.quantization.tuning import STEP_TOKENS, tune_scales
 from teal_fast.sparse_model import format_of, sparse_layers, sparsify
 from teal_fast.weights.blocks import BlockWeight, in_blocks
 from teal_fast.weights.dense import Weight
-from teal_fast.weights.formats import QUANTIZED, BlockFormat, Format, LayerBlocks
+from teal_fast.weights.formats import FORMATS, BlockFormat, Format, LayerBlocks
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 ROUNDING_TOKENS, TUNING_TOKENS = 2048, 65536  # by default: a model of 1.5B is rounded in 12 minutes on 2 cores
@@ -53,7 +53,7 @@ def choose_format(folder: Path, mode: str, group: int | None) -> tuple[Format | 
     model = load_model(folder)  # memory-mapped
     if in_blocks(model) and format_of(model) not in MIXTURES:
         raise ValueError(f"{folder} holds a GGUF file's own values, in {format_of(model)}: {FULL_PRECISION}")
-    if format_of(model) in (*QUANTIZED, *MIXTURES):
+    if format_of(model) in (*FORMATS, *MIXTURES):
         raise ValueError(f"{folder} is in {format_of(model)} already: quantize the checkpoint that it was made from")
     if (folder / CALIBRATION).exists():
         Calibration.load(folder / CALIBRATION).check(folder)
@@ -134,7 +134,11 @@ def write_quantized(folder: Path, out: Path, format: Format | BlockFormat, pack:
         layout = {}
         for stored, name in names.items():
             parameter = model.get_parameter(name)
-            dtype = parameter.dtype if stored in source.made_of else file.get_tensor(stored).dtype
+            if stored in source.made_of and keeps_type(name, parameter):
+                dtype = parameter.dtype
+            else:
+                was = f"{TENSOR.sub('', name)}.weight" if stored in source.made_of else stored
+                dtype = file.get_tensor(was).dtype
             layout[stored] = (dtype, parameter.shape)
         for path in folder.iterdir():
             if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from teal_fast import cli, generate, quantize
 from teal_fast import eval as evaluation
 from teal_fast.calibration.probe import measure_quantiles
+from teal_fast.engine.steps import fast_step
 from teal_fast.files.calibration import CALIBRATION, Calibration, load_calibration, set_sparsity
 from teal_fast.files.checkpoint import CONFIG, METADATA, WEIGHTS, fingerprint
 from teal_fast.files.huggingface import convert_huggingface
@@ -24,7 +25,7 @@ from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.model import Transformer
 from teal_fast.quantization.gptq_quantizer import GptqQuantizer
-from teal_fast.sparse_model import DECODE, sparse_layers
+from teal_fast.sparse_model import DECODE, format_of, sparse_layers
 from teal_fast.tests.models import write_tokenizer
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
@@ -436,3 +437,28 @@ def test_a_missing_calibration_is_made(dense, tmp_path, little_calibration):
     code, _, err = run_here("--checkpoint", folder, "--calibrated", *text, "--device", "cpu", "--out", tmp_path / "out")
     assert code == 0 and "calibrating, once: python calibrate.py" in err
     assert load_calibration(tmp_path / "out").origin == load_calibration(folder).origin
+
+
+def test_output8_quantizes_the_output_layer_alone(dense, tmp_path):
+    code, printed, err = run_here("--checkpoint", dense, "--mode", "output8", "--out", tmp_path / "made")
+    assert code == 0 and printed.startswith(f"wrote {tmp_path / 'made'}: ")
+    model, source = load_model(tmp_path / "made"), load_model(dense)
+    assert format_of(model) == "output8" and model.output.weight.dtype == torch.int8
+    parameters = dict(model.named_parameters())
+    for name, parameter in source.named_parameters():
+        if not name.startswith("output."):
+            assert parameters[name].dtype == parameter.dtype and torch.equal(parameters[name], parameter)
+    tokens = held_out(dense)
+    assert 0 < off(logits(model, tokens), logits(source, tokens)) < 0.01  # each row's 255 levels
+    cache, step_cache = model.new_cache(1, 8), model.new_cache(1, 8)
+    step = fast_step(model, step_cache)
+    with torch.no_grad():
+        for position, token in enumerate(tokens[0, :8]):
+            found = step(token.view(1, 1), torch.tensor([position]))
+            expected = model(token.view(1, 1), torch.tensor([position]), cache, DECODE)[0, -1]
+            torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=0.02 * expected.std().item())
+    for mode in ("int8", "output8"):
+        code, _, err = run_here("--checkpoint", tmp_path / "made", "--mode", mode, "--out", tmp_path / "again")
+        assert code == 1 and "is in output8 already: quantize the checkpoint that it was made from" in err
+    code, _, err = run_here("--checkpoint", dense, "--mode", "output8", "--tune", "--out", tmp_path / "again")
+    assert code == 2 and "--mode output8 rounds the output layer alone, to nearest" in err

@@ -26,10 +26,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Format:
-    """A quantized checkpoint's format, "int8" or "int4"; group: how many outputs share a row scale in int4, else 0.
+    """A quantized checkpoint's format: int8, int4 or output8; group: how many outputs share a row scale in int4.
 
     In an int4 checkpoint the attention's weights are int8: they are a quarter of the weights, and in int4 they cost
-    more quality than the others.
+    more quality than the others. In output8 only the output layer is quantized, to int8 as in both others.
     """
 
     name: str
@@ -53,10 +53,12 @@ class Format:
 
     def within(self, name: str) -> "Format":
         """The format of one layer of the checkpoint, by its module name."""
-        return Format("int8") if ".attention." in name else self
+        return Format("int8") if self.name == "int4" and ".attention." in name else self
 
     def empty(self, K: int, N: int) -> Weight:
         """A weight [K, N] in this format whose tensors are yet to be filled. Raises ValueError on a misfit of N."""
+        if self.name == OUTPUT8:
+            return DenseWeight(torch.empty(K, N))
         return QUANTIZED[self.name].empty(K, N, self.group)
 
     def pack(
@@ -71,12 +73,15 @@ class Format:
         importance: fp32 [K], what a squared error in an input channel counts when int8 scales are chosen. Raises
         ValueError when N does not suit the format.
         """
+        if self.name == OUTPUT8:
+            return DenseWeight(weight)
         grid = QUANTIZED[self.name].grid(weight, self.group, importance)
         codes = round_to(weight, grid) if round_to else grid.round(weight.float())
         return QUANTIZED[self.name].from_codes(grid, *codes)
 
 
-QUANTIZED = {"int8": Int8Weight, "int4": Int4Weight}
+QUANTIZED, OUTPUT8 = {"int8": Int8Weight, "int4": Int4Weight}, "output8"
+FORMATS = (*QUANTIZED, OUTPUT8)  # that a `Format` has
 EMBEDDINGS, OUTPUT = "tok_embeddings", "output"
 
 
