@@ -89,7 +89,7 @@ def main() -> None:
                 for kernel, function in kernels.items():
                     time = microseconds(weights, partial(function, x))
                     record = {"benchmark": "few_tokens", "format": format, "product": name, "K": K, "N": N}
-                    record |= {"kernel": kernel, "tokens": tokens, "microseconds": time, "bytes": nbytes}
+                    record |= {"kernel": kernel, "tokens": tokens, "us": time, "bytes": nbytes}
                     records.append(common | record | {"bandwidth_share": nbytes / (time * 1e-6) / read})
                     print(f"{name:<8} {format:<5} {kernel:<15} {tokens:>3} tokens {time:>7.1f} us  "
                           f"{records[-1]['bandwidth_share']:.0%} of read bandwidth")  # fmt: skip

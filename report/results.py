@@ -31,6 +31,7 @@ from teal_fast.report.results_section import Record, Section, by, read_text, uni
 from teal_fast.report.results_speed import (
     alternate_section,
     decode_section,
+    few_tokens_section,
     kernels_section,
     prompts_section,
     serve_section,
@@ -58,6 +59,7 @@ SECTIONS = {
     "prompts": Kind(("file", "run", "model"), prompts_section),
     "serve": Kind(("file", "run", "model"), serve_section),
     "kernels": Kind(("file", "run", "model"), kernels_section),
+    "few_tokens": Kind(("file", "run", "model"), few_tokens_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),
     "tradeoff": Kind(("file", "run", "model"), tradeoff_section),

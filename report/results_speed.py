@@ -131,6 +131,22 @@ def kernels_section(records: list[Record]) -> Section:
     return Section(title, [markdown(head, rows)], [f"read bandwidth {bandwidth(records)}"])
 
 
+def few_tokens_section(records: list[Record]) -> Section:
+    def column(record: Record) -> str:
+        return f"{record['tokens']} token{'s' * (record['tokens'] > 1)}"
+
+    columns = unique(map(column, sorted(records, key=lambda r: r["tokens"])))
+    rows = []
+    for row in by(records, "product", "format", "kernel").values():
+        found = {column(r): f"{r['us']:,.1f} ({percent(r['bandwidth_share'])})" for r in row}
+        shape = f"{row[0]['K']} x {row[0]['N']}"
+        rows.append([row[0]["product"], shape, row[0]["format"], row[0]["kernel"], *map(found.get, columns)])
+    head = ["us (share of bandwidth)", "inputs x outputs", "weight", "kernel", *columns]
+    return Section(
+        f"{records[0]['model']}'s products of a few tokens on {records[0]['device']}", [markdown(head, rows)]
+    )
+
+
 def serve_section(records: list[Record]) -> Section:
     names = {id(r): r["peer"] or f"{r['mode']}, {percent(r['sparsity'])}" for r in records}
     times = ("first_token_s", "first_turn_s", "second_turn_s")
