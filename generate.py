@@ -13,7 +13,9 @@ from pathlib import Path
 
 from teal_fast.cli import (
     ModelChoice,
+    add_lossless_arguments,
     add_model_arguments,
+    check_lossless_arguments,
     count,
     open_model,
     parse_with_model,
@@ -50,6 +52,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
         "--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="fill in what stands between two pieces of code"
     )
     parser.add_argument("--sparsity", type=sparsity, default=0.0, help="fraction of input channels skipped, 0 to 0.95")
+    add_lossless_arguments(parser)
     parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
     parser.add_argument("--num_samples", type=positive_int, default=1, help="texts to generate (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=positive_int, default=200, help="tokens a text (default: %(default)s)")
@@ -68,6 +71,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object, last line")
     options, choice = parse_with_model(parser)
+    check_lossless_arguments(parser, options)
     if options.system is not None and not options.chat:
         parser.error("--system is the system message of a chat: use it with --chat")
     if options.fim and (options.prompt is not None or options.chat or options.interactive):

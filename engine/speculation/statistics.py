@@ -1,0 +1,66 @@
+"""What drafting brought: acceptance by position, tokens a cycle, what was chosen, and how much faster it was."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Statistics:
+    """Of the cycles of one or more answers. A cycle verifies some drafts, or none, and gives one token more than stood.
+
+    proposed, accepted: by position in a cycle, from 0. lengths: cycles by number of drafts. drafters: by name and
+    sparsity, cycles, proposed and accepted drafts. dense_s: seconds that dense steps would have taken, by what one was
+    measured to take at the time.
+    """
+
+    cycles: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    dense_s: float = 0.0
+    proposed: Counter[int] = field(default_factory=Counter)
+    accepted: Counter[int] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    drafters: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def add(self, drafter: str, drafts: int, stood: int, seconds: float, dense_s: float) -> None:
+        """One cycle. dense_s: of a dense step."""
+        self.cycles += 1
+        self.tokens += stood + 1
+        self.seconds += seconds
+        self.dense_s += dense_s * (stood + 1)
+        self.lengths[drafts] += 1
+        self.proposed.update(range(min(drafts, stood + 1)))
+        self.accepted.update(range(stood))
+        self.drafters.setdefault(drafter, Counter()).update(cycles=1, proposed=drafts, accepted=stood)
+
+    def __iadd__(self, other: "Statistics") -> "Statistics":
+        self.cycles, self.tokens = self.cycles + other.cycles, self.tokens + other.tokens
+        self.seconds, self.dense_s = self.seconds + other.seconds, self.dense_s + other.dense_s
+        for mine, theirs in ((getattr(self, n), getattr(other, n)) for n in ("proposed", "accepted", "lengths")):
+            mine.update(theirs)
+        for name, counts in other.drafters.items():
+            self.drafters.setdefault(name, Counter()).update(counts)
+        return self
+
+    def record(self) -> dict:
+        """As fields of a record. acceptance: of the drafts in each position whose predecessors stood."""
+        return {
+            "cycles": self.cycles,
+            "tokens_per_cycle": self.tokens / self.cycles if self.cycles else None,
+            "acceptance": [self.accepted[i] / self.proposed[i] for i in sorted(self.proposed)],
+            "lengths": {str(length): self.lengths[length] for length in sorted(self.lengths)},
+            "drafters": {name: dict(counts) for name, counts in sorted(self.drafters.items())},
+            "speedup": self.dense_s / self.seconds if self.seconds else None,
+        }
+
+    def describe(self) -> str:
+        """In a line, for the end of an answer."""
+        if not self.cycles:
+            return "lossless: one token, nothing to draft"
+        found = self.record()
+        accepted = " ".join(f"{share:.0%}" for share in found["acceptance"][:8]) or "no drafts"
+        chosen = ", ".join(f"{name} {counts['cycles']}" for name, counts in found["drafters"].items())
+        return (
+            f"lossless: {found['tokens_per_cycle']:.2f} tokens a cycle · accepted by position: {accepted} · "
+            f"cycles: {chosen} · about {found['speedup']:.2f}x dense"
+        )
