@@ -1,6 +1,7 @@
 """What drafting brought: acceptance by position, tokens a cycle, what was chosen, and how much faster it was."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -33,14 +34,22 @@ class Statistics:
         self.accepted.update(range(stood))
         self.drafters.setdefault(drafter, Counter()).update(cycles=1, proposed=drafts, accepted=stood)
 
-    def __iadd__(self, other: "Statistics") -> "Statistics":
+    @classmethod
+    def over(cls, answers: Iterable["Statistics"]) -> "Statistics | None":
+        """Of several answers together; None of none."""
+        found = list(answers)
+        together = cls()
+        for one in found:
+            together._take(one)
+        return together if found else None
+
+    def _take(self, other: "Statistics") -> None:
         self.cycles, self.tokens = self.cycles + other.cycles, self.tokens + other.tokens
         self.seconds, self.dense_s = self.seconds + other.seconds, self.dense_s + other.dense_s
         for mine, theirs in ((getattr(self, n), getattr(other, n)) for n in ("proposed", "accepted", "lengths")):
             mine.update(theirs)
         for name, counts in other.drafters.items():
             self.drafters.setdefault(name, Counter()).update(counts)
-        return self
 
     def record(self) -> dict:
         """As fields of a record. acceptance: of the drafts in each position whose predecessors stood."""
@@ -53,14 +62,14 @@ class Statistics:
             "speedup": self.dense_s / self.seconds if self.seconds else None,
         }
 
-    def describe(self) -> str:
-        """In a line, for the end of an answer."""
-        if not self.cycles:
-            return "lossless: one token, nothing to draft"
-        found = self.record()
-        accepted = " ".join(f"{share:.0%}" for share in found["acceptance"][:8]) or "no drafts"
-        chosen = ", ".join(f"{name} {counts['cycles']}" for name, counts in found["drafters"].items())
-        return (
-            f"lossless: {found['tokens_per_cycle']:.2f} tokens a cycle · accepted by position: {accepted} · "
-            f"cycles: {chosen} · about {found['speedup']:.2f}x dense"
-        )
+
+def describe_drafts(record: dict) -> str:
+    """A `Statistics.record` in a line, for the end of an answer."""
+    if not record["cycles"]:
+        return "lossless: nothing to draft"
+    stood = " ".join(f"{share:.0%}" for share in record["acceptance"][:8]) or "no drafts"
+    chosen = ", ".join(f"{name} {counts['cycles']}" for name, counts in record["drafters"].items())
+    return (
+        f"lossless: {record['tokens_per_cycle']:.2f} tokens a cycle · stood by position: {stood} · cycles by drafter: "
+        f"{chosen} · about {record['speedup']:.2f}x dense"
+    )
