@@ -76,7 +76,7 @@ class Sampling:
         return (token if candidates is None else candidates[token]), _of_all(probabilities, candidates, logits)
 
     def _filtered(self, logits: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Probabilities of some candidates; their ids, None for all tokens in order; the largest logit [1]."""
+        """In proportion to which some candidates are drawn; their ids, None for all tokens in order; the largest logit [1]."""
         top_p = None if self.top_p == 1 else self.top_p
         candidates = None  # token ids of the logits left; drawing among a few costs a tenth of drawing among all
         if self.top_k or top_p is not None:
@@ -103,6 +103,7 @@ def draw_index(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _of_all(probabilities: Tensor, candidates: Tensor | None, logits: Tensor) -> Tensor:
+    probabilities = probabilities / probabilities.sum()  # min-p took some away
     if candidates is None:
         return probabilities
     return probabilities.new_zeros(logits.shape).scatter_(0, candidates, probabilities)
