@@ -30,6 +30,7 @@ from teal_fast.cli import (
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample, cache_length, profiler
 from teal_fast.engine.prefill import compiled_prefill, prefill
+from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
 from teal_fast.engine.speculation.find import find_drafts
@@ -160,17 +161,9 @@ def main() -> None:
     stop_ids, stop_strings = split_stops(tokenizer, options.stop)
     engine = Engine(model, opened.calibration, tokenizer.eos_ids | stop_ids, context, step, read_prompt, drafts=drafts)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    session = Session(
-        engine,
-        tokenizer,
-        sampling,
-        options.sparsity,
-        options.max_new_tokens,
-        options.seed,
-        chat,
-        stop_strings,
-        drafting,
-    )
+    limits = (options.sparsity, options.max_new_tokens, options.seed)
+    session = Session(engine, tokenizer, sampling, *limits, chat, stop_strings, drafting)
+    engine.check(Request([0], max_new_tokens=1, **drafting))  # before anything is printed
     if options.interactive:
         return interactive(session)
     shown = "" if options.chat or options.fim else options.prompt

@@ -4,8 +4,8 @@
     python -m teal_fast.benchmarks.speculate --checkpoint demo --prompts repeat --draft ngram
 
 Greedy answers to ten prompts of a chat, or to one that asks to repeat a text with a word changed. First every drafter
-drafts at each sparsity, 7 tokens at a time: `acceptance` is that of each position whose predecessors stood, costs are in
-dense steps, `predicted` is the speed-up over dense by the number of drafts. Then each prompt is answered densely and
+drafts at each sparsity, 7 tokens at a time: `acceptance` is that of each position whose predecessors stood, costs are
+in dense steps, `predicted` is the speed-up over dense by the number of drafts. Then each prompt is answered densely and
 losslessly by turns; `ratio` is that of their times, without the prompts'. Texts that differ end the benchmark.
 """
 

@@ -76,7 +76,7 @@ class Sampling:
         return (token if candidates is None else candidates[token]), _of_all(probabilities, candidates, logits)
 
     def _filtered(self, logits: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """In proportion to which some candidates are drawn; their ids, None for all tokens in order; the largest logit [1]."""
+        """Weights of some candidates; their ids, None for all tokens in order; the largest logit [1]."""
         top_p = None if self.top_p == 1 else self.top_p
         candidates = None  # token ids of the logits left; drawing among a few costs a tenth of drawing among all
         if self.top_k or top_p is not None:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 WEIGHT, FADE, FADE_IDLE = 6.0, 0.97, 0.997
 # What a further verified token takes. The demo in bf16 on Zen 3: 0.12 with two threads, 0.16 with one.
 SLOPE = 0.14
-NEWEST = 0.3  # weight of the newest time in a mean
-OUTLIER = 2.0  # times what was expected: a machine with other work is no news of the drafter
+# Weights of a time that is shorter than was thought, and of a longer one: what is learnt is near the shortest times,
+# since a machine with other work is no news of the drafter.
+SHORTER, LONGER = 0.5, 0.05
+FIRST = 3  # dense steps that are measured before anything is drafted
 CREDIT, INCOME, MOST_CREDIT = 2.5, 0.015, 8.0  # in dense steps: at first, for each token, at most
 STALE = 64  # cycles after which a dense step is measured again
 
@@ -49,7 +51,7 @@ class Controller:
     """Learns over all answers of an engine; the credit is of one."""
 
     def __init__(self):
-        self.dense_s: float | None = None
+        self.dense_s, self.measured = 0.0, 0  # seconds of a dense step, and how many were measured
         self.verify: dict[int, float] = {}  # what verifying so many tokens takes
         self.slope, self.since_dense, self.credit = SLOPE, 0, CREDIT
 
@@ -67,7 +69,7 @@ class Controller:
         forced: so many drafts wherever there can be, whether they pay or not.
         """
         best: tuple[Arm | None, int] = (None, 0)
-        if self.dense_s is None or (forced is None and (self.since_dense >= STALE or self.credit <= 0)):
+        if self.measured < FIRST or (forced is None and (self.since_dense >= STALE or self.credit <= 0)):
             return best
         most = 1.0 if forced is None else 0.0
         for arm, longest in offers:
@@ -80,21 +82,24 @@ class Controller:
                     best, most = (arm, count), rate
         return best
 
-    def learn(self, arm: Arm | None, drafts: int, stood: int, draft_s: float, verify_s: float) -> None:
-        """What a cycle showed. Times in seconds."""
+    def learn(self, arm: Arm | None, drafts: int, stood: int, draft_s: float, verify_s: float) -> float:
+        """What a cycle showed, by its times in seconds. Returns what such a cycle takes, in dense steps."""
         self.since_dense = self.since_dense + 1 if drafts else 0
         self.credit += INCOME * (stood + 1)
-        if self.dense_s is None or not drafts:
-            old = self.dense_s or verify_s
-            self.dense_s = old + NEWEST * (min(verify_s, OUTLIER * old) - old)
         if drafts == 0:
-            return
-        expected = self.cost(drafts + 1)
-        verify = min(verify_s / self.dense_s, OUTLIER * expected)
-        self.verify[drafts + 1] = expected + NEWEST * (verify - expected)
+            self.dense_s = nearer(self.dense_s if self.measured else verify_s, verify_s)
+            self.measured += 1
+            return 1.0
+        self.verify[drafts + 1] = nearer(self.cost(drafts + 1), verify_s / self.dense_s)
         slopes = [(cost - 1) / (tokens - 1) for tokens, cost in self.verify.items()]
         self.slope = max(0.0, sum(slopes) / len(slopes))
-        draft = min(draft_s / drafts / self.dense_s, OUTLIER * max(arm.cost, 0.1))
-        arm.cost += NEWEST * (draft - arm.cost)
+        arm.cost = nearer(arm.cost, draft_s / drafts / self.dense_s)
         arm.learn(drafts, stood)
-        self.credit = min(MOST_CREDIT, self.credit + stood + 1 - drafts * draft - verify)
+        cost = drafts * arm.cost + self.cost(drafts + 1)
+        self.credit = min(MOST_CREDIT, self.credit + stood + 1 - cost)
+        return cost
+
+
+def nearer(thought: float, found: float) -> float:
+    """What is thought of a time once another one was found; at most twice as long counts."""
+    return thought + (SHORTER if found < thought else LONGER) * (min(found, 2 * thought + 0.1) - thought)

@@ -182,12 +182,11 @@ class Cycles:
                 break
         stood = len(found) - 1
         verified = time.perf_counter()
-        lossless.controller.learn(arm, len(drafts), stood, drafted - began, verified - drafted)
+        cost = lossless.controller.learn(arm, len(drafts), stood, drafted - began, verified - drafted)
         for offer in offers:
             if offer.arm is not arm:
                 offer.arm.fade()
-        name = arm.name if drafts else "none"
-        lossless.statistics.add(name, len(drafts), stood, verified - began, lossless.controller.dense_s)
+        lossless.statistics.add(arm.name if drafts else "none", len(drafts), stood, cost)
         return found
 
     def _draw(self) -> Callable[[Tensor], Draft]:

@@ -10,25 +10,23 @@ class Statistics:
     """Of the cycles of one or more answers. A cycle verifies some drafts, or none, and gives one token more than stood.
 
     proposed, accepted: by position in a cycle, from 0. lengths: cycles by number of drafts. drafters: by name and
-    sparsity, cycles, proposed and accepted drafts. dense_s: seconds that dense steps would have taken, by what one was
-    measured to take at the time.
+    sparsity, cycles, proposed and accepted drafts. cost: of all cycles, in dense steps, as the fastest of
+    their parts were measured.
     """
 
     cycles: int = 0
     tokens: int = 0
-    seconds: float = 0.0
-    dense_s: float = 0.0
+    cost: float = 0.0
     proposed: Counter[int] = field(default_factory=Counter)
     accepted: Counter[int] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     drafters: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def add(self, drafter: str, drafts: int, stood: int, seconds: float, dense_s: float) -> None:
-        """One cycle. dense_s: of a dense step."""
+    def add(self, drafter: str, drafts: int, stood: int, cost: float) -> None:
+        """One cycle."""
         self.cycles += 1
         self.tokens += stood + 1
-        self.seconds += seconds
-        self.dense_s += dense_s * (stood + 1)
+        self.cost += cost
         self.lengths[drafts] += 1
         self.proposed.update(range(min(drafts, stood + 1)))
         self.accepted.update(range(stood))
@@ -45,7 +43,7 @@ class Statistics:
 
     def _take(self, other: "Statistics") -> None:
         self.cycles, self.tokens = self.cycles + other.cycles, self.tokens + other.tokens
-        self.seconds, self.dense_s = self.seconds + other.seconds, self.dense_s + other.dense_s
+        self.cost += other.cost
         for mine, theirs in ((getattr(self, n), getattr(other, n)) for n in ("proposed", "accepted", "lengths")):
             mine.update(theirs)
         for name, counts in other.drafters.items():
@@ -59,7 +57,7 @@ class Statistics:
             "acceptance": [self.accepted[i] / self.proposed[i] for i in sorted(self.proposed)],
             "lengths": {str(length): self.lengths[length] for length in sorted(self.lengths)},
             "drafters": {name: dict(counts) for name, counts in sorted(self.drafters.items())},
-            "speedup": self.dense_s / self.seconds if self.seconds else None,
+            "speedup": self.tokens / self.cost if self.cost else None,
         }
 
 
