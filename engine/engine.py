@@ -174,7 +174,7 @@ class Engine:
     @contextmanager
     def _held(self) -> Iterator[None]:
         """In the block, model and cache are this thread's. Raises where the thread has them already: it would wait."""
-        if self._owner == threading.get_ident():
+        if self._lock.locked() and self._owner == threading.get_ident():
             raise ValueError("the engine is in the middle of another answer: finish or close that stream first")
         with self._lock:
             try:
