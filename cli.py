@@ -28,6 +28,7 @@ from teal_fast.model import Transformer
 from teal_fast.weights.formats import DTYPES
 
 MAX_SPARSITY = 0.95
+DRAFTING = ("draft", "draft_sparsity", "draft_tokens")  # flags beside --lossless, and fields of requests
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -153,6 +154,27 @@ def parse_with_model(parser: argparse.ArgumentParser) -> tuple[argparse.Namespac
     return options, ModelChoice(*(getattr(options, field.name) for field in fields(ModelChoice)))
 
 
+def add_lossless_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of decoding that keeps the dense model's text."""
+    parser.add_argument("--lossless", action="store_true", help="the dense model's text, drafted cheaply and verified")
+    parser.add_argument("--draft", type=text, metavar="auto|self|ngram|FOLDER", help="what drafts (default: auto)")
+    parser.add_argument("--draft_sparsity", type=_or_auto(sparsity), help="of a model's drafts, 0 to 0.95, or auto")
+    parser.add_argument("--draft_tokens", type=_or_auto(positive_int), help="drafts verified at once, 1 to 15, or auto")
+
+
+def check_lossless_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command where the flags contradict one another."""
+    if options.lossless and options.sparsity:
+        parser.error("--lossless gives the dense model's text: drop --sparsity, --draft_sparsity is that of drafts")
+    if not options.lossless and (given := [name for name in DRAFTING if getattr(options, name) is not None]):
+        parser.error(f"--{given[0]} is for --lossless: add that or drop this")
+
+
+def _or_auto(read: Callable[[str], float]) -> Callable[[str], float | None]:
+    """argparse type: what `read` reads, or auto, which is None."""
+    return lambda given: None if given == "auto" else read(given)
+
+
 def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
     """The flag of every command that would make what it misses."""
     parser.add_argument(
@@ -252,13 +274,21 @@ class Opened:
         return self.folder.resolve().name
 
 
-def open_model(choice: ModelChoice, calibrated: bool = True) -> Opened:
+def open_model(choice: ModelChoice, calibrated: bool | None = True) -> Opened:
     """The chosen checkpoint with its tokenizer, its model and, if calibrated, its calibration or the chosen one.
+
+    calibrated None: if there is one.
 
     What is missing is made first, with a line on stderr, unless no_prepare is set. Small files are read before weights.
     """
     prepare = not choice.no_prepare
     folder, device = open_checkpoint(choice.checkpoint, prepare), pick_device(choice.device)
     tokenizer = Tokenizer.load(folder)
-    found = open_calibration(folder, choice.calibration, device, prepare) if calibrated else None
+    found = None
+    if calibrated is not False:
+        try:
+            found = open_calibration(folder, choice.calibration, device, prepare and bool(calibrated))
+        except MissingCalibrationError:
+            if calibrated:
+                raise
     return Opened(folder, device, tokenizer, load_model(folder, device, DTYPES.get(choice.dtype)), found)

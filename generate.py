@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 from teal_fast.cli import (
+    DRAFTING,
     ModelChoice,
+    add_lossless_arguments,
     add_model_arguments,
+    check_lossless_arguments,
     count,
     open_model,
     parse_with_model,
@@ -27,8 +30,10 @@ from teal_fast.cli import (
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample, cache_length, profiler
 from teal_fast.engine.prefill import compiled_prefill, prefill
+from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
+from teal_fast.engine.speculation.find import find_drafts
 from teal_fast.engine.steps import PlainStep, fast_step
 from teal_fast.engine.text import split_stops
 from teal_fast.evaluation.record import describe
@@ -50,6 +55,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
         "--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="fill in what stands between two pieces of code"
     )
     parser.add_argument("--sparsity", type=sparsity, default=0.0, help="fraction of input channels skipped, 0 to 0.95")
+    add_lossless_arguments(parser)
     parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
     parser.add_argument("--num_samples", type=positive_int, default=1, help="texts to generate (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=positive_int, default=200, help="tokens a text (default: %(default)s)")
@@ -68,6 +74,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object, last line")
     options, choice = parse_with_model(parser)
+    check_lossless_arguments(parser, options)
     if options.system is not None and not options.chat:
         parser.error("--system is the system message of a chat: use it with --chat")
     if options.fim and (options.prompt is not None or options.chat or options.interactive):
@@ -112,6 +119,20 @@ def interactive(session: Session) -> None:
             print(describe_cost(summarize(session.engine, [sample])), file=sys.stderr)
 
 
+def lossless_request(options: argparse.Namespace) -> dict:
+    """The fields of requests that --lossless and its flags mean; a folder's model drafts under the name it is given."""
+    if not options.lossless:
+        return {}
+    return {"lossless": True} | {name: getattr(options, name) for name in DRAFTING} | {"draft": options.draft or "auto"}
+
+
+def needs_calibration(options: argparse.Namespace) -> bool | None:
+    """Whether the model's thresholds are needed; None where they only serve if there are some."""
+    if options.lossless:
+        return {None: None, "auto": None, "self": True}.get(options.draft, False)
+    return options.sparsity > 0
+
+
 def main() -> None:
     options, choice = parse_arguments()
     if options.profile:
@@ -120,7 +141,8 @@ def main() -> None:
         raise ValueError("the prompt is empty: give some text with --prompt")
     if options.interactive:
         print(f"loading {options.checkpoint} …", file=sys.stderr, flush=True)
-    opened = open_model(choice, calibrated=options.sparsity > 0)
+    drafting = lossless_request(options)
+    opened = open_model(choice, needs_calibration(options))
     chat = ([] if options.system is None else [{"role": "system", "content": options.system}]) if options.chat else None
     model, tokenizer = opened.model, opened.tokenizer
     if options.interactive:
@@ -133,14 +155,15 @@ def main() -> None:
                 "answer: shorten it"
             )
         context = cache_length(model, len(ids) + options.max_new_tokens)
+    drafts = find_drafts(opened.folder, model, tokenizer, drafting["draft"]) if drafting else []
     step = PlainStep if options.eager else fast_step
     read_prompt = compiled_prefill() if options.compile_prefill else prefill
     stop_ids, stop_strings = split_stops(tokenizer, options.stop)
-    engine = Engine(model, opened.calibration, tokenizer.eos_ids | stop_ids, context, step, read_prompt)
+    engine = Engine(model, opened.calibration, tokenizer.eos_ids | stop_ids, context, step, read_prompt, drafts=drafts)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    session = Session(
-        engine, tokenizer, sampling, options.sparsity, options.max_new_tokens, options.seed, chat, stop_strings
-    )
+    limits = (options.sparsity, options.max_new_tokens, options.seed)
+    session = Session(engine, tokenizer, sampling, *limits, chat, stop_strings, drafting)
+    engine.check(Request([0], max_new_tokens=1, **drafting))  # before anything is printed
     if options.interactive:
         return interactive(session)
     shown = "" if options.chat or options.fim else options.prompt

@@ -1,5 +1,6 @@
 """What changes logits before a token is drawn: a bias, penalties on what was said, a constraint; in this order."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,14 @@ class Adjustment:
         if self.constraint is not None:
             logits = logits.masked_fill(self.constraint.mask().to(logits.device).logical_not(), -torch.inf)
         return logits
+
+    def fork(self) -> "Adjustment":
+        """Another one that goes on from here by itself, for tokens that are not certain; it asks no constraint."""
+        other = copy.copy(self)
+        other.constraint = None
+        other.seen = None if self.seen is None else self.seen.clone()
+        other.times = None if self.times is None else self.times.clone()
+        return other
 
     def add(self, token: Tensor) -> None:
         """Takes note of a drawn token, int64 [1]; a constraint is told on the host, by its id."""

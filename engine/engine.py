@@ -21,7 +21,11 @@ from teal_fast.engine.held import Held
 from teal_fast.engine.prefill import Prefill, longest_by_steps, prefill, prefill_by_steps
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request, Token
+from teal_fast.engine.sampling import new_generator
 from teal_fast.engine.scoring import Scored, parts, score
+from teal_fast.engine.speculation.accept import accept
+from teal_fast.engine.speculation.drafters import DraftModel
+from teal_fast.engine.speculation.lossless import Lossless
 from teal_fast.engine.steps import Step, fast_step
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.files.memory import memory_for
@@ -38,7 +42,8 @@ class Engine:
     calibration: what thresholds are read from; None serves sparsity 0 only. stop: ids that end an answer unless the
     request names others. context: the most tokens of a prompt with its answer; the model's own limit holds besides.
     make_step: makes the decode step over a model and its cache. prefill: the prompt's pass. chunk: the most tokens of a
-    pass, None for whole prompts. prefixes: keeps the conversations before the last one.
+    pass, None for whole prompts. prefixes: keeps the conversations before the last one. drafts: models that may draft
+    for lossless answers, besides this one.
     """
 
     def __init__(
@@ -51,10 +56,12 @@ class Engine:
         prefill: Prefill = prefill,
         chunk: int | None = None,
         prefixes: PrefixStore | None = None,
+        drafts: Iterable[DraftModel] = (),
     ):
         self.model, self.calibration = with_own_thresholds(model), calibration
         self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
+        self.lossless = Lossless(self.model, calibration, self.cache, self.step, make_step, drafts)
         self.chunk, self.held = chunk, Held(self.cache, prefixes)
         self.by_steps = longest_by_steps(self.model, self.step)  # tokens of a pass that the step reads, not `prefill`
         self.sparsity = 0.0  # of the thresholds now set
@@ -86,6 +93,8 @@ class Engine:
             raise ValueError(f"{needed} do not fit the context of {self.context}: shorten the prompt or the answer")
         self.model.args.check_ids(request.prompt)
         self._check_sparsity(request.sparsity)
+        if request.lossless:
+            self.lossless.check(request)
 
     def score(
         self,
@@ -123,7 +132,7 @@ class Engine:
     def set_sparsity(self, sparsity: float) -> None:
         """Changes the running answer from the next step on; a GPU has one step more on its way by then.
 
-        Without a running answer it changes nothing, since each request brings its own.
+        Without a running answer it changes nothing, since each request brings its own; nor does it a lossless one.
         """
         self._check_sparsity(sparsity)
         self._pending = sparsity
@@ -165,7 +174,7 @@ class Engine:
     @contextmanager
     def _held(self) -> Iterator[None]:
         """In the block, model and cache are this thread's. Raises where the thread has them already: it would wait."""
-        if self._owner == threading.get_ident():
+        if self._lock.locked() and self._owner == threading.get_ident():
             raise ValueError("the engine is in the middle of another answer: finish or close that stream first")
         with self._lock:
             try:
@@ -224,40 +233,49 @@ class Engine:
 
     def _decode(self, request: Request, new_tokens: int, between: Callable[[], None] | None) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
-        device, prompt, draw = self._device, request.prompt, request.sampling.draw
-        generator = _generator(device, request.seed)
+        device, prompt, sampling = self._device, request.prompt, request.sampling
+        generator = new_generator(device, request.seed)
         constraint = request.constraint() if request.constraint else None
-        adjust = Adjustment(request.sampling, prompt, self.model.args.vocab_size, device, constraint)
+        adjust = Adjustment(sampling, prompt, self.model.args.vocab_size, device, constraint)
         stop = self.stop if request.stop is None else request.stop
         ahead = 1 if device.type == "cuda" and constraint is None else 0
+        cycles = None
 
-        def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None) -> Drawn:
+        def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None, draft=None):
             adjusted = adjust(logits)
-            if best is not None and adjusted is logits and request.sampling.greedy:
+            if best is not None and adjusted is logits and sampling.greedy:
                 (token, told), largest = best, None
             else:
-                (token, largest), told = draw(adjusted, generator), None
+                (token, largest), told = accept(sampling, adjusted, draft, generator), None
             adjust.add(token)
-            return Drawn(request, token, largest, logits, sparsity, achieved, told)
+            drawn = Drawn(request, token, largest, logits, sparsity, achieved, told)
+            if constraint is not None:
+                id, sound, *_ = drawn.wait()
+                if sound:
+                    constraint.accept(id)
+            return drawn
 
         with self._computing():
             logits = self._start(request, between)
             last = drawn_from(logits, 0.0, None)
             position = torch.tensor([len(prompt)])  # on the host, where it is known
             drawn, launched, previous = deque([last]), 1, None
+            if request.lossless:
+                cycles = self.lossless.begin(request, last, stop, adjust, generator)
         for count in range(1, new_tokens + 1):
             while launched < new_tokens and len(drawn) <= ahead:
                 pending, self._pending = self._pending, None
-                if pending is not None:
+                if pending is not None and cycles is None:
                     self._apply(pending)
                 with self._computing():
-                    logits = self.step(last.token.view(1, 1), position)
-                    last = drawn_from(
-                        logits, self.sparsity, *(getattr(self.step, what, None) for what in ("achieved", "best"))
-                    )
-                    drawn.append(last)
-                    position = position + 1
-                launched += 1
+                    if cycles is not None:
+                        new = cycles.run(new_tokens - launched, drawn_from)
+                    else:
+                        logits = self.step(last.token.view(1, 1), position)
+                        achieved, best = (getattr(self.step, what, None) for what in ("achieved", "best"))
+                        new = [drawn_from(logits, self.sparsity, achieved, best)]
+                drawn.extend(new)
+                last, position, launched = new[-1], position + len(new), launched + len(new)
             found = drawn.popleft()
             id, sound, logprob, top = found.wait()
             if not sound:
@@ -266,8 +284,6 @@ class Engine:
                     f"the logits after {len(prompt) + count - 1} tokens hold NaN or inf: the checkpoint is damaged, or "
                     "its values are too large for fp16 (then use bf16 or fp32)"
                 )
-            if constraint is not None:
-                constraint.accept(id)
             if previous is not None:  # the step that gave this token has put that one into the cache
                 self.held.add(previous, found.sparsity)
                 self._decoded.append(found.sparsity)
@@ -277,12 +293,3 @@ class Engine:
             self._owner = threading.get_ident()  # a stream may be taken on by another thread
             if reason:
                 return
-
-
-def _generator(device: torch.device, seed: int | None) -> torch.Generator:
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator

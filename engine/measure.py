@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from teal_fast.engine.request import Token
+from teal_fast.engine.speculation.statistics import Statistics
 from teal_fast.files.store import new_file
 from teal_fast.model import Transformer
 
@@ -19,7 +20,8 @@ class Sample:
     """One timed stream: its tokens, seconds to the first one, and seconds of each decode step after it.
 
     achieved: the sparsity of those steps, by tensor kind and "all", once it is counted. finish_reason: "stop" at a stop
-    token or string, "length", or None where it was interrupted. cut: whether the full context ended the text.
+    token or string, "length", or None where it was interrupted. cut: whether the full context ended the text. drafted:
+    what drafting brought to a lossless one.
     """
 
     prompt_tokens: int
@@ -29,6 +31,7 @@ class Sample:
     achieved: dict[str, float] = field(default_factory=dict)
     finish_reason: str | None = None
     cut: bool = False
+    drafted: Statistics | None = None
 
     @property
     def tokens_per_s(self) -> float:

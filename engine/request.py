@@ -8,6 +8,8 @@ from torch import Tensor
 
 from teal_fast.engine.sampling import Sampling
 
+LOSSLESS_IS_DENSE = "lossless text is the dense model's"
+
 
 class Constraint(Protocol):
     """What one answer may consist of, token by token, for example JSON of a schema."""
@@ -31,6 +33,10 @@ class Request:
     all of the prompt but its first token is sparse as well, as evaluations have it; else the prompt is dense. cache:
     whether the prompt's beginning may come from the engine's cache, and this request stay in it. constraint: begins
     what the answer is held to.
+
+    lossless: whether tokens are drafted cheaply and verified by the dense model, whose text it is: greedy bit for bit,
+    drawn in distribution. draft: auto, self, ngram, or the name of another of the engine's draft models.
+    draft_sparsity, draft_tokens: of drafts, and how many are verified at once; None to choose while it runs.
     """
 
     prompt: Iterable[int]
@@ -44,6 +50,10 @@ class Request:
     sparse_prompt: bool = False
     cache: bool = True
     constraint: Callable[[], Constraint] | None = None
+    lossless: bool = False
+    draft: str = "auto"
+    draft_sparsity: float | None = None
+    draft_tokens: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prompt", tuple(self.prompt))
@@ -53,6 +63,10 @@ class Request:
             raise ValueError("the prompt is empty: give at least one token")
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity {self.sparsity}: expected a fraction from 0 (dense) to 1")
+        if self.lossless and (self.sparsity or self.sparse_prompt):
+            raise ValueError(f"{LOSSLESS_IS_DENSE}: leave sparsity and a sparse prompt out, and give draft_sparsity")
+        if self.draft_sparsity is not None and not 0 <= self.draft_sparsity <= 1:
+            raise ValueError(f"draft_sparsity {self.draft_sparsity}: expected a fraction from 0 to 1, or None")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed {self.seed}: expected a whole number of at most 64 bits")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

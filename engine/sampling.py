@@ -60,6 +60,23 @@ class Sampling:
         if self.greedy:
             largest, token = logits.max(-1, keepdim=True)
             return token, largest
+        probabilities, candidates, largest = self._filtered(logits)
+        token = draw_index(probabilities, generator)
+        return (token if candidates is None else candidates[token]), largest
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """With which probability `draw` draws each token: [vocab] fp32, of logits [vocab]. Not of greedy sampling."""
+        probabilities, candidates, _ = self._filtered(logits)
+        return _of_all(probabilities, candidates, logits)
+
+    def draw_known(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A token id, int64 [1], and the `probabilities` that it was drawn from."""
+        probabilities, candidates, _ = self._filtered(logits)
+        token = draw_index(probabilities, generator)
+        return (token if candidates is None else candidates[token]), _of_all(probabilities, candidates, logits)
+
+    def _filtered(self, logits: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Weights of some candidates; their ids, None for all tokens in order; the largest logit [1]."""
         top_p = None if self.top_p == 1 else self.top_p
         candidates = None  # token ids of the logits left; drawing among a few costs a tenth of drawing among all
         if self.top_k or top_p is not None:
@@ -76,6 +93,27 @@ class Sampling:
         probabilities = logits.softmax(-1)
         if self.min_p:
             probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.max(), 0)
-        # As torch.multinomial draws one, which on CUDA also asserts that there is no NaN: that would end the process.
-        token = (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax(-1, True)
-        return (token if candidates is None else candidates[token]), largest
+        return probabilities, candidates, largest
+
+
+def draw_index(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """An index, int64 [1], drawn in proportion to weights [n], which need not add up to 1."""
+    # As torch.multinomial draws one, which on CUDA also asserts that there is no NaN: that would end the process.
+    return (weights / torch.empty_like(weights).exponential_(1, generator=generator)).argmax(-1, True)
+
+
+def _of_all(probabilities: Tensor, candidates: Tensor | None, logits: Tensor) -> Tensor:
+    probabilities = probabilities / probabilities.sum()  # min-p took some away
+    if candidates is None:
+        return probabilities
+    return probabilities.new_zeros(logits.shape).scatter_(0, candidates, probabilities)
+
+
+def new_generator(device: torch.device, seed: int | None) -> torch.Generator:
+    """Where draws come from; None is a seed that nobody knows."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator

@@ -2,15 +2,17 @@
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.speculation.statistics import Statistics, describe_drafts
 from teal_fast.engine.text import TextStream
 from teal_fast.files.tokenizer import Tokenizer
 
@@ -22,7 +24,8 @@ class Session:
     """Answers prompts one after another with the same settings.
 
     chat: the messages so far, at first the system's or none; None where each prompt is a text of its own. seed: of the
-    next answer; it counts up. stop: strings that end an answer, besides the engine's stop tokens.
+    next answer; it counts up. stop: strings that end an answer, besides the engine's stop tokens. lossless: fields of
+    lossless requests.
     """
 
     engine: Engine
@@ -33,6 +36,7 @@ class Session:
     seed: int
     chat: list[Message] | None
     stop: Sequence[str] = ()
+    lossless: Mapping[str, Any] = field(default_factory=dict)
 
     def answer(self, prompt: list[int], sample: Sample) -> str:
         """Prints the answer's text as it comes, and returns it; what there is of the sample survives Ctrl-C.
@@ -40,7 +44,7 @@ class Session:
         An answer that ends because the context is full says so: it is shorter than was asked for.
         """
         new_tokens = min(self.max_new_tokens, self.engine.context - len(prompt))
-        request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed)
+        request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed, **self.lossless)
         self.seed += 1
         text, stream, pieces = TextStream(self.tokenizer, prompt, self.stop), self.engine.stream(request), []
         try:
@@ -51,6 +55,7 @@ class Session:
                     break
         finally:
             stream.close()
+            sample.drafted = self.engine.lossless.statistics if request.lossless else None
             pieces.append(text.flush())
             print(pieces[-1], flush=True)
         sample.finish_reason = "stop" if text.stopped else token.finish_reason
@@ -128,13 +133,13 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
     decoded = [sample for sample in samples if sample.decode_s and sample.achieved]  # not interrupted while counted
     rates = [sample.tokens_per_s for sample in decoded]
     reads = [sample.tokens_per_s * bytes_per_token(engine.model, sample.achieved["all"]) for sample in decoded]
-    achieved = mean_sparsity(decoded)
+    achieved, drafted = mean_sparsity(decoded), Statistics.over(sample.drafted for sample in samples if sample.drafted)
     return {
         "benchmark": "decode",
         "sparsity": engine.sparsity,
         "achieved_sparsity": achieved.get("all"),
         "achieved_by_kind": {kind: value for kind, value in achieved.items() if kind != "all"},
-        "mode": engine.step.mode,
+        "mode": engine.step.mode if drafted is None else "lossless",
         "prompt_tokens": samples[-1].prompt_tokens,
         "new_tokens": [len(sample.tokens) for sample in samples],
         "finish_reason": samples[-1].finish_reason,
@@ -144,7 +149,8 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "tokens_per_s": statistics.median(rates or [0.0]),
         "tokens_per_s_spread": [min(rates, default=0.0), max(rates, default=0.0)],
         "bytes_per_token": bytes_per_token(engine.model, achieved.get("all", 0.0)),
-        "gb_per_s": statistics.median(reads or [0.0]) / 1e9,
+        "gb_per_s": statistics.median(reads or [0.0]) / 1e9 if drafted is None else None,  # drafters read besides
+        "lossless": None if drafted is None else drafted.record(),
     }
 
 
@@ -162,9 +168,11 @@ def describe_cost(record: dict) -> str:
     """What the samples cost in a line or two."""
     lines = [
         f"first token {record['first_token_s']:.2f} s · {record['tokens_per_s']:.1f} tokens/s "
-        f"(median of {len(record['new_tokens'])}) · {record['gb_per_s']:.2f} GB/s of weights read "
-        f"({record['bytes_per_token'] / 1e6:.0f} MB a token)"
+        f"(median of {len(record['new_tokens'])})"
     ]
+    if record["lossless"] is not None:
+        return f"{lines[0]}\n{describe_drafts(record['lossless'])}"
+    lines[0] += f" · {record['gb_per_s']:.2f} GB/s of weights read ({record['bytes_per_token'] / 1e6:.0f} MB a token)"
     if record["achieved_sparsity"] is not None:
         kinds = " · ".join(f"{kind} {value:.1%}" for kind, value in record["achieved_by_kind"].items())
         achieved, nominal = record["achieved_sparsity"], record["sparsity"]

@@ -17,6 +17,7 @@ from teal_fast.files.store import SAFETENSORS_DTYPES, open_safetensors, read_jso
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 METADATA = {"format": "teal-fast", "version": "2", "linear": "[K, N]"}  # of our model.safetensors
+SOURCE = "source"  # of the metadata of a quantized checkpoint: see source_of
 SIZES = ("architecture", "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
 FINGERPRINT = (*SIZES, "weights")  # the keys of a fingerprint
 
@@ -69,3 +70,10 @@ def fingerprint(folder: Path) -> dict[str, str]:
             rows = rows[:2]
             digest.update(name.encode() + rows.float().numpy().tobytes())
     return {name: str(getattr(args, name)) for name in SIZES} | {"weights": digest.hexdigest()[:16]}
+
+
+def source_of(folder: Path) -> str:
+    """The weights' hash of the checkpoint that this one's were rounded from (quantize.py), else its own."""
+    with open_safetensors(folder / WEIGHTS) as file:
+        source = (file.metadata() or {}).get(SOURCE)
+    return source or fingerprint(folder)["weights"]

@@ -19,7 +19,7 @@ from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.calibration.passes import cut_sequences
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION, Calibration, calibration_path
-from teal_fast.files.checkpoint import METADATA, WEIGHTS, fingerprint, read_config
+from teal_fast.files.checkpoint import METADATA, SOURCE, WEIGHTS, fingerprint, read_config, source_of
 from teal_fast.files.load import PACKED, keeps_type, load_model, stored_as
 from teal_fast.files.memory import memory_for
 from teal_fast.files.store import new_file, open_safetensors, short, write_safetensors
@@ -125,7 +125,7 @@ def write_quantized(folder: Path, out: Path, format: Format | BlockFormat, pack:
     """
     with torch.device("meta"):
         model = sparsify(Transformer(model_args(read_config(folder))), format)
-    metadata = METADATA | format.metadata()
+    metadata = METADATA | format.metadata() | {SOURCE: source_of(folder)}
     packed_name = PACKED[metadata["version"]]
     with open_safetensors(folder / WEIGHTS) as file:
         source = QuantizedSource(file, format, pack)
@@ -196,7 +196,7 @@ def tune_checkpoint(folder: Path, out: Path, format: Format | BlockFormat, fit: 
                 return tensor
             return tensor * factor_of(name, factors[module].cpu(), format.within(module))
 
-        write_safetensors(temporary, layout, read, METADATA | format.metadata())
+        write_safetensors(temporary, layout, read, file.metadata())
 
 
 def factor_of(name: str, factor: Tensor, format: Format | LayerBlocks) -> Tensor | float:

@@ -38,7 +38,8 @@ class Settings:
 
     max_new_tokens: None for as many as fit the context. prefill: "dense", or "full" where all of the prompt but its
     first token is sparse. cache: whether the prompt's beginning may come from the prefix cache, and stay in it.
-    ignore_eos: whether the answer goes on after tokens that end it. n: how many answers.
+    ignore_eos: whether the answer goes on after tokens that end it. n: how many answers. lossless and
+    what begins with draft: as a Request has them.
     """
 
     sampling: Sampling
@@ -51,6 +52,10 @@ class Settings:
     cache: bool = True
     ignore_eos: bool = False
     n: int = 1
+    lossless: bool = False
+    draft: str = "auto"
+    draft_sparsity: float | None = None
+    draft_tokens: int | None = None
 
 
 @dataclass(frozen=True)

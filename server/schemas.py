@@ -5,6 +5,7 @@ null counts as a field that is left out, and fields that are not named here are 
 
 from typing import Any
 
+from teal_fast.engine.speculation.lossless import MOST_DRAFTS
 from teal_fast.server.chat_completions import MOST_MESSAGES, ROLES
 from teal_fast.server.completions import MOST_PROMPTS
 from teal_fast.server.settings import MAX_SPARSITY, MOST_ANSWERS, MOST_BIAS, MOST_STOPS, MOST_TOP
@@ -95,7 +96,10 @@ OURS = {
     "cache": FLAG,
     "cache_prompt": FLAG,
     "ignore_eos": FLAG,
-    "lossless": maybe("boolean", enum=[False, None]),
+    "lossless": FLAG,
+    "draft": TEXT,
+    "draft_sparsity": either(number(0, MAX_SPARSITY), text("auto")),
+    "draft_tokens": either(whole(1, MOST_DRAFTS), text("auto")),
 }
 STREAM = maybe("object", properties={"include_usage": FLAG, "sparsity": FLAG})
 FUNCTION = fields("name", name=TEXT, description=TEXT, parameters=ANY, strict=FLAG)

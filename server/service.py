@@ -138,6 +138,10 @@ class Service:
                 settings.prefill == "full",
                 settings.cache,
                 made.constraint,
+                settings.lossless,
+                settings.draft,
+                settings.draft_sparsity,
+                settings.draft_tokens,
             )
             if decode:
                 engine.check(request)
@@ -165,6 +169,8 @@ class Service:
     def set_sparsity(self, id: str, sparsity: float) -> None:
         """Changes the answers of a request from their next token on. Raises ApiError 404 or 409."""
         jobs = self._jobs.get(id, [])
+        if any(job.work.request.lossless for job in jobs):
+            raise ApiError(409, f"request {short(id)} is lossless: its text has no sparsity to change", "sparsity")
         if any([self.worker.set_sparsity(job, sparsity) for job in jobs]):
             return
         if jobs or id in self._ended:

@@ -1,8 +1,10 @@
 """The fields of a body that say how an answer is made, of all dialects: sampling, limits, and what is our own."""
 
+from collections.abc import Callable
 from typing import Any
 
 from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.speculation.lossless import MOST_DRAFTS
 from teal_fast.server.asked import Settings
 from teal_fast.server.errors import ApiError
 from teal_fast.server.fields import Fields
@@ -21,11 +23,13 @@ def read_settings(
     n: int = 1,
 ) -> Settings:
     """Settings of a body. What dialects name or bound each in their own way is given; stop None: the field `stop`."""
-    if fields.flag("lossless"):
-        raise ApiError(400, "lossless is true, and this server has no lossless mode yet: leave it out", "lossless")
+    lossless = fields.flag("lossless")
+    if lossless and fields.number("sparsity", 0.0, 0, MAX_SPARSITY):
+        said = "sparsity is of text that may change, lossless text is the dense model's: ask for draft_sparsity"
+        raise ApiError(400, said, "sparsity")
     return Settings(
         read_sampling(fields, service.vocab_size),
-        fields.number("sparsity", service.limits.sparsity, 0, MAX_SPARSITY),
+        0.0 if lossless else fields.number("sparsity", service.limits.sparsity, 0, MAX_SPARSITY),
         max_new_tokens,
         read_stop(fields, "stop") if stop is None else stop,
         fields.whole("seed", None, -(2**63), 2**63 - 1),
@@ -34,7 +38,16 @@ def read_settings(
         fields.flag("cache", fields.flag("cache_prompt", True)),
         fields.flag("ignore_eos"),
         n,
+        lossless,
+        fields.text("draft", "auto"),
+        read_unless_auto(fields, "draft_sparsity", fields.number, 0, MAX_SPARSITY),
+        read_unless_auto(fields, "draft_tokens", fields.whole, 1, MOST_DRAFTS),
     )
+
+
+def read_unless_auto(fields: Fields, name: str, read: Callable[..., Any], low: float, high: float) -> Any:
+    """A number from low to high; None for "auto", which is the default."""
+    return None if fields.body.get(name) == "auto" else read(name, None, low, high)
 
 
 def read_sampling(fields: Fields, vocab_size: int) -> Sampling:

@@ -184,12 +184,23 @@ __attribute__((noinline)) void multiply(const CompactVector* x, int64_t tokens, 
     int64_t begin = part(N, worker.id / shared, parts, weight.grain);
     int64_t end = part(N, worker.id / shared + 1, parts, weight.grain);
     int first = worker.id % shared * splits, last = first + splits;
-    int64_t tile = MOST == 1 ? N : std::max(SUMS / tokens / weight.tile, int64_t(1)) * weight.tile;
+    if constexpr (MOST == 1) {
+        for (int split = first; split < last; split++)
+            sum_rows<1>(of, part(x->count, split, SPLITS), part(x->count, split + 1, SPLITS), part(x->count, last, SPLITS),
+                        weight, begin, end - begin, partial + split * N + begin, 0);
+        return;
+    }
+    // Side by side: where they go, they often are a multiple of 4096 bytes apart, and would push one another out of L1.
+    static thread_local Floats near;
+    int64_t tile = std::max(SUMS / tokens / weight.tile, int64_t(1)) * weight.tile;
+    near.resize(tokens * tile);
     for (int split = first; split < last; split++)
         for (int64_t n = begin, to; n < end; n = to) {
             to = std::min((n / tile + 1) * tile, end);
             sum_rows<MOST>(of, part(x->count, split, SPLITS), part(x->count, split + 1, SPLITS),
-                           part(x->count, last, SPLITS), weight, n, to - n, partial + split * N + n, SPLITS * N);
+                           part(x->count, last, SPLITS), weight, n, to - n, near, tile);
+            for (int64_t t = 0; t < tokens; t++)
+                std::copy_n(near + t * tile, to - n, partial + (t * SPLITS + split) * N + n);
         }
 }
 template <class Weight>

@@ -70,9 +70,10 @@ function messages(system) {
 }
 
 function requestBody() {
-  const { system, temperature, tokens } = settings(), sparsity = dial.sparsity();
+  const { system, temperature, tokens, lossless } = settings(), sparsity = dial.sparsity();
   const body = { model, messages: messages(system) };
-  if (sparsity !== null) body.sparsity = sparsity;
+  if (lossless) body.lossless = true;
+  else if (sparsity !== null) body.sparsity = sparsity;
   if (temperature) body.temperature = Number(temperature);
   if (tokens) body.max_tokens = Number(tokens);
   return body;
@@ -82,7 +83,7 @@ async function answer() {
   const body = requestBody();
   const turn = Object.assign(addTurn("assistant", ""), { thinking: "", began: performance.now(), facts: {} });
   const mine = (running = { abort: new AbortController(), id: null, sent: body.sparsity });
-  dial.steer(mine);
+  dial.steer(body.lossless ? null : mine);
   begin();
   try {
     for await (const chunk of chat(body, mine.abort.signal)) read(chunk, turn, mine);

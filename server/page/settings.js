@@ -6,13 +6,16 @@ const $ = (id) => document.getElementById(id);
 const FIELDS = ["system", "temperature", "tokens"];
 
 export function settings() {
-  return Object.fromEntries(FIELDS.map((name) => [name, $(name).value.trim()]));
+  const given = Object.fromEntries(FIELDS.map((name) => [name, $(name).value.trim()]));
+  return { ...given, lossless: $("lossless").checked };
 }
 
 for (const name of FIELDS) {
   $(name).value = localStorage.getItem(name) ?? "";
   $(name).addEventListener("change", () => localStorage.setItem(name, $(name).value));
 }
+$("lossless").checked = localStorage.getItem("lossless") === "true";
+$("lossless").addEventListener("change", () => localStorage.setItem("lossless", $("lossless").checked));
 $("open-settings").addEventListener("click", () => $("settings").showModal());
 
 // Two calls that are refused at once ask once.

@@ -139,7 +139,9 @@ REFUSED = [
     ({"messages": SAY, "top_logprobs": 2}, 422, "top_logprobs"),
     ({"messages": SAY, "n": 0}, 400, "n"),
     ({"messages": SAY, "seed": 1.5}, 400, "seed"),
-    ({"messages": SAY, "lossless": True}, 400, "lossless"),
+    ({"messages": SAY, "lossless": True, "sparsity": 0.5}, 400, "sparsity"),
+    ({"messages": SAY, "lossless": True, "draft_tokens": 16}, 400, "draft_tokens"),
+    ({"messages": SAY, "lossless": True, "draft_sparsity": "much"}, 400, "draft_sparsity"),
     ({"messages": SAY, "response_format": {"type": "json_schema"}}, 400, "response_format"),
     ({"messages": SAY, "tool_choice": "maybe"}, 400, "tool_choice"),
 ]
@@ -155,6 +157,18 @@ def test_refusals_name_the_field(client, body, status, param):
 
 def test_unknown_fields_are_ignored(client):
     assert ask(client, tokens=1, extra_body={"unheard_of": [1]}).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"draft": "ngram", "draft_tokens": 4}, {"draft": "self", "draft_sparsity": 0.4}]
+)
+def test_a_lossless_answer_is_the_dense_one_and_has_no_dial(live, client, fields):
+    dense = ask(client, temperature=0, extra_body={"sparsity": 0})
+    found = ask(client, temperature=0, extra_body={"lossless": True} | fields)
+    assert found.choices[0].message.content == dense.choices[0].message.content
+    stream = ask(client, tokens=60, stream=True, extra_body={"lossless": True} | fields)
+    assert patch(live, next(iter(stream)).id, {"sparsity": 0.5})[0] == 409
+    stream.close()
 
 
 def test_a_seed_repeats_an_answer(client):

@@ -1,0 +1,205 @@
+"""Lossless decoding: drafts are verified by the model's own dense weights, several tokens in one call.
+
+One key/value cache serves both. Drafts at positions behind the text are written by the drafter first, and written again
+by the verifier, densely; those of drafts that did not stand lie behind the text, where they are written before they are
+read. The verifier gives each token the bits of a dense step (engine/cpu_step.py), so that greedy text is the dense one.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teal_fast.engine.accounting import bytes_per_token
+from teal_fast.engine.adjust import Adjustment
+from teal_fast.engine.cache import new_cache
+from teal_fast.engine.drawn import Drawn
+from teal_fast.engine.request import Request
+from teal_fast.engine.speculation.controller import Arm, Controller
+from teal_fast.engine.speculation.drafters import Draft, Drafter, DraftModel, ModelDrafter, NGram
+from teal_fast.engine.speculation.statistics import Statistics
+from teal_fast.engine.steps import Step
+from teal_fast.files.calibration import Calibration
+from teal_fast.files.paths import command
+from teal_fast.model import KVCache, Transformer
+from teal_fast.sparse_model import format_of, with_own_thresholds
+
+MOST_DRAFTS = 15  # with the token before them what the step reads the weights once for
+MOST_CHOSEN = 7  # of a model's drafts: later ones hardly ever pay, and all are drafted before one is verified
+SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.6)  # that are chosen among
+# How often a greedy draft of the demo stood at these sparsities, over 300 tokens of chat; int8 alone 0.97.
+STANDS = {0.0: 0.99, 0.25: 0.93, 0.4: 0.84, 0.5: 0.74, 0.6: 0.66}
+STANDS_ROUNDED = {"int8": 0.98, "int4": 0.88}  # what rounding leaves of that
+STANDS_OTHER = 0.7  # of another model
+MATCHES = {2: 0.35, 3: 0.5, 4: 0.7}  # by the length of an n-gram
+SELF, NGRAM, AUTO = "self", "ngram", "auto"
+
+
+class Offer(NamedTuple):
+    """A way to draft now, at most `longest` tokens, by a drafter's name and sparsity."""
+
+    arm: Arm
+    longest: int
+    name: str
+    sparsity: float
+
+
+class Lossless:
+    """Drafts for the answers of one engine, one after another. statistics: of the last one.
+
+    step: the engine's, over its cache. make_step: makes a drafter's. models: what may draft besides the model itself.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        calibration: Calibration | None,
+        cache: KVCache,
+        step: Step,
+        make_step: Callable[[Transformer, KVCache], Step],
+        models: Iterable[DraftModel] = (),
+    ):
+        self.step, self.cache, self.make_step = step, cache, make_step
+        own = DraftModel(SELF, with_own_thresholds(model), calibration, shared=True)
+        self.models = {draft.name: draft for draft in (own, *models)}
+        self.dense_bytes = bytes_per_token(model, 0.0)
+        self.controller, self.ngram, self.statistics = Controller(), NGram(), Statistics()
+        self.drafters: dict[str, ModelDrafter] = {}
+        self.arms: dict[tuple[str, float], Arm] = {}
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError on a lossless request that can't be served."""
+        if not hasattr(self.step, "dense"):
+            said = "verifies several tokens at once, which the C++ step on a CPU does alone so far"
+            raise ValueError(f"lossless {said}: leave it out, or take --device cpu without --eager")
+        known = (AUTO, NGRAM, *self.models)
+        if request.draft not in known:
+            raise ValueError(f"draft {request.draft!r} is not known here, expected {' or '.join(known)}")
+        if (count := request.draft_tokens) is not None and not 1 <= count <= MOST_DRAFTS:
+            raise ValueError(f"draft_tokens {count}: expected a whole number from 1 to {MOST_DRAFTS}, or auto")
+        sparsity = request.draft_sparsity
+        if sparsity is not None and (request.draft == NGRAM or (request.draft == SELF and sparsity == 0)):
+            what = "ngram reads no weights" if request.draft == NGRAM else "at 0 self is the dense model"
+            raise ValueError(f"draft_sparsity {sparsity} beside draft {request.draft}: {what}, leave one of them out")
+        drafting = [self.models[name] for name in self._names(request)]
+        if (sparsity or request.draft == SELF) and not any(draft.calibration for draft in drafting):
+            raise ValueError(
+                f"a sparse draft by {' or '.join(draft.name for draft in drafting)} needs a calibration, and there is "
+                f"none: run `{command('calibrate')}` first, or draft by ngram"
+            )
+
+    def begin(
+        self, request: Request, first: Drawn, stop: Collection[int], adjust: Adjustment, generator: torch.Generator
+    ) -> "Cycles":
+        """The cycles of an answer whose first token is drawn. The request must have been checked."""
+        self.controller.begin()
+        self.statistics = Statistics()
+        return Cycles(self, request, [*request.prompt, first.wait()[0]], stop, adjust, generator)
+
+    def _names(self, request: Request) -> list[str]:
+        """Of the models that may draft."""
+        return {AUTO: list(self.models), NGRAM: []}.get(request.draft, [request.draft])
+
+    def offers(self, request: Request, text: Sequence[int]) -> list[Offer]:
+        """Ways to draft now."""
+        found = []
+        if request.draft in (AUTO, NGRAM) and (n := self.ngram.match(text)[0]):
+            arm = self.arms.setdefault((NGRAM, n), Arm(NGRAM, MATCHES[n], 0.0))
+            found.append(Offer(arm, MOST_DRAFTS, NGRAM, 0.0))
+        for name in self._names(request):
+            draft, wanted = self.models[name], request.draft_sparsity
+            for sparsity in SPARSITIES if wanted is None else (wanted,):
+                if draft.calibration is not None if sparsity else name != SELF:
+                    if (name, sparsity) not in self.arms:
+                        self.arms[name, sparsity] = self._arm(draft, sparsity)
+                    longest = MOST_CHOSEN if request.draft_tokens is None else MOST_DRAFTS
+                    found.append(Offer(self.arms[name, sparsity], longest, name, sparsity))
+        return found
+
+    def _arm(self, draft: DraftModel, sparsity: float) -> Arm:
+        nearest = min(STANDS, key=lambda known: abs(known - sparsity))
+        rounding = STANDS_ROUNDED.get(format_of(draft.model), 0.93) if draft.name != SELF else 1.0
+        share = STANDS[nearest] * (rounding if draft.shared else STANDS_OTHER)
+        cost = bytes_per_token(draft.model, sparsity) / self.dense_bytes
+        name = f"{draft.name} at {sparsity:.0%}" if draft.calibration is not None else draft.name
+        return Arm(name, share, cost)
+
+    def drafter(self, offer: Offer) -> Drafter:
+        """What drafts for an offer that is taken."""
+        if offer.name == NGRAM:
+            return self.ngram
+        if offer.name not in self.drafters:
+            draft = self.models[offer.name]
+            length = min(self.cache.length, draft.model.args.max_position)
+            cache = self.cache if draft.shared else new_cache(draft.model, length)
+            self.drafters[offer.name] = ModelDrafter(draft, self.make_step(draft.model, cache), length)
+        drafter = self.drafters[offer.name]
+        drafter.set_sparsity(offer.sparsity)
+        return drafter
+
+
+@dataclass
+class Cycles:
+    """One answer: each cycle drafts some tokens, verifies them, and gives those that stand and one more.
+
+    text: all tokens so far; keys and values lack the last one's. stop: ids that end it. adjust: changes its logits.
+    """
+
+    lossless: Lossless
+    request: Request
+    text: list[int]
+    stop: Collection[int]
+    adjust: Adjustment
+    generator: torch.Generator
+
+    def run(self, room: int, drawn_from: Callable[..., Drawn]) -> list[Drawn]:
+        """The next tokens, at most `room`.
+
+        drawn_from(logits [vocab], sparsity, achieved, draft=…): draws the token in a draft's place, by `accept`.
+        """
+        text = self.text
+        lossless, request = self.lossless, self.request
+        offers = lossless.offers(request, text)
+        limits = [(offer.arm, min(offer.longest, room - 1)) for offer in offers]
+        arm, count = lossless.controller.choose(limits, request.draft_tokens)
+        began = time.perf_counter()
+        drafts: list[Draft] = []
+        if arm is not None:
+            taken = next(offer for offer in offers if offer.arm is arm)
+            drafts = lossless.drafter(taken).propose(text, count, self._draw())
+        drafted = time.perf_counter()
+        ids = [text[-1], *(draft.id for draft in drafts)]
+        rows = lossless.step.dense(ids, len(text) - 1, len(ids))
+        found: list[Drawn] = []
+        for logits, draft in zip(rows, [*drafts, None], strict=True):
+            found.append(drawn_from(logits, 0.0, None, draft=draft))
+            id, sound, *_ = found[-1].wait()
+            text.append(id)
+            if draft is None or id != draft.id or id in self.stop or not sound:
+                break
+        stood = len(found) - 1
+        verified = time.perf_counter()
+        cost = lossless.controller.learn(arm, len(drafts), stood, drafted - began, verified - drafted)
+        for offer in offers:
+            if offer.arm is not arm:
+                offer.arm.fade()
+        lossless.statistics.add(arm.name if drafts else "none", len(drafts), stood, cost)
+        return found
+
+    def _draw(self) -> Callable[[Tensor], Draft]:
+        """How a draft is drawn: as a token is, with what the drafts before it change; a constraint is not asked."""
+        sampling, fork = self.request.sampling, self.adjust.fork()
+
+        def draw(logits: Tensor) -> Draft:
+            logits = fork(logits)
+            if sampling.greedy:
+                token, chances = sampling.draw(logits, self.generator)[0], None
+            else:
+                token, chances = sampling.draw_known(logits, self.generator)
+            fork.add(token)
+            return Draft(int(token), chances)
+
+        return draw
