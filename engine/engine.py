@@ -4,6 +4,7 @@ The cache keeps the last conversation, and a store of prefixes those before it, 
 what comes after the longest common prefix of its prompt and of what they hold (held.py).
 """
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.cache import new_cache
 from teal_fast.engine.drawn import Drawn
 from teal_fast.engine.held import Held
-from teal_fast.engine.prefill import Prefill, longest_by_steps, prefill, prefill_by_steps
+from teal_fast.engine.prefill import Prefill, again, longest_by_steps, prefill, prefill_by_steps
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.scoring import Scored, parts, score
@@ -55,6 +56,9 @@ class Engine:
         self.model, self.calibration = with_own_thresholds(model), calibration
         self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
+        if prefixes is not None and self.model.args.longest_plain is not None:
+            print("prefixes are not kept: this model turns the keys of long texts otherwise", file=sys.stderr)
+            prefixes = None
         self.chunk, self.held = chunk, Held(self.cache, prefixes)
         self.by_steps = longest_by_steps(self.model, self.step)  # tokens of a pass that the step reads, not `prefill`
         self.sparsity = 0.0  # of the thresholds now set
@@ -202,6 +206,8 @@ class Engine:
     def _start(self, request: Request, between: Callable[[], None] | None) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
         prompt, dense = request.prompt, 1 if request.sparse_prompt else len(request.prompt)
+        if self.model.stretch(self.cache, len(prompt)):
+            self._clear()
         self.reused = self.held.reuse(request)
         for begin, end in parts(self.reused, len(prompt), self.chunk):
             if not request.sparse_prompt and end - begin <= self.by_steps:
@@ -229,6 +235,7 @@ class Engine:
         constraint = request.constraint() if request.constraint else None
         adjust = Adjustment(request.sampling, prompt, self.model.args.vocab_size, device, constraint)
         stop = self.stop if request.stop is None else request.stop
+        dense = 1 if request.sparse_prompt else len(prompt)
         ahead = 1 if device.type == "cuda" and constraint is None else 0
 
         def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None) -> Drawn:
@@ -251,10 +258,14 @@ class Engine:
                 if pending is not None:
                     self._apply(pending)
                 with self._computing():
-                    logits = self.step(last.token.view(1, 1), position)
-                    last = drawn_from(
-                        logits, self.sparsity, *(getattr(self.step, what, None) for what in ("achieved", "best"))
-                    )
+                    if self.model.stretch(self.cache, int(position) + 1) and self.model.args.remakes_keys:
+                        unread = [int(one.token) for one in drawn]
+                        text = [*self.held.ids, *([] if previous is None else [previous]), *unread]
+                        logits = again(self.prefill, self.model, self.cache, text, dense, self.chunk)
+                        last = drawn_from(logits, self.sparsity, None)
+                    else:
+                        logits, told = self.step(last.token.view(1, 1), position), ("achieved", "best")
+                        last = drawn_from(logits, self.sparsity, *(getattr(self.step, what, None) for what in told))
                     drawn.append(last)
                     position = position + 1
                 launched += 1

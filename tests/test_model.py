@@ -12,9 +12,10 @@ import transformers
 from torch import Tensor
 
 from teal_fast.families.config import model_args
+from teal_fast.families.rotary import make_rope
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
-from teal_fast.model import Transformer, rotary_frequencies
+from teal_fast.model import Transformer
 from teal_fast.tests.models import LLAMA3_ROPE, write_tokenizer
 
 TOKENS, TOLERANCE = 64, 1e-4  # fp32 sums in another order
@@ -119,18 +120,18 @@ def test_batch_rows_do_not_mix(pair):
 def test_rope_scaling_and_windows_show_in_the_logits(pair):
     """The comparison above can fail: with the plain rope, or without the window, a model is visibly another."""
     args = pair.model.args
-    plain = dataclasses.replace(args, rope={"rope_type": "default", "rope_theta": 10000.0})
+    settings = {"rope_type": "default", "rope_theta": 10000.0, "share": 1.0}
+    plain = dataclasses.replace(args, ropes=(make_rope(settings, args.head_dim),))
     full = dataclasses.replace(args, sliding_windows=(None,) * args.n_layers)
     altered = [other for other in (plain, full) if other != args]
     for other in altered:
         pair.model.args = other
-        before = pair.model.frequencies.clone()
-        pair.model.frequencies.copy_(rotary_frequencies(other.rope, other.head_dim))
+        pair.model.reset_rope()
         difference = (pair.model(pair.tokens) - pair.expected).abs().max()
         pair.model.args = args
-        pair.model.frequencies.copy_(before)
+        pair.model.reset_rope()
         assert difference > 0.1
-    assert len(altered) == (args.rope["rope_type"] != "default") + any(args.sliding_windows)
+    assert len(altered) == (plain != args) + any(args.sliding_windows)
 
 
 @torch.inference_mode()
