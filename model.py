@@ -35,7 +35,8 @@ class Linear(nn.Linear):
         """Draws no initial values: checkpoints have them, and drawing any, even on "meta", costs 1.2 s and 150 MB."""
 
 
-def norm(width: int, args: ModelArgs, wanted: bool = True) -> nn.Module:
+def norm(width: int, args: ModelArgs, wanted: bool) -> nn.Module:
+    """RMSNorm of so many channels, or nothing where a family has none."""
     return nn.RMSNorm(width, args.norm_eps) if wanted else nn.Identity()
 
 
@@ -47,6 +48,7 @@ class KVCache:
 
     def __init__(self, k: list[Tensor], v: list[Tensor], frequencies: Tensor):
         self.k, self.v, self.frequencies = k, v, frequencies
+        self.regimes: list[int] | None = None  # that these are of
 
     @property
     def length(self) -> int:
@@ -179,10 +181,12 @@ class Transformer(nn.Module):
         """
         if self.args.longest_plain is None:
             return False
-        wanted = self.frequencies_at(length).to(cache.frequencies.device)
-        changed = not torch.equal(wanted, cache.frequencies)
-        cache.frequencies.copy_(wanted)
-        return changed
+        regimes = [rope.regime(length) for rope in self.args.ropes]
+        if regimes == cache.regimes:
+            return False
+        cache.frequencies.copy_(self.frequencies_at(length))
+        cache.regimes = regimes
+        return True
 
     def hidden(
         self, tokens: Tensor, input_pos: Tensor | None = None, cache: KVCache | None = None, phase: Any = None
@@ -232,8 +236,8 @@ class Transformer(nn.Module):
             beta, tokens = self.args.query_growth
             growth = (1 + beta * (1 + positions // tokens).float().log())[:, None].to(dtype)
         calls = []
-        for row, sizes in zip(frequencies, self.rope_sizes, strict=True):
-            angles = positions[:, None].float() * row
+        for rope in range(len(self.args.ropes)):
+            angles, sizes = positions[:, None].float() * frequencies[rope], self.rope_sizes[rope]
             cos, sin = (angles.cos() * sizes).to(dtype), (angles.sin() * sizes).to(dtype)
             calls.append(Call(cos, sin, positions, cache, over_cache, phase, growth))
         return [calls[rope] for rope in self.args.rope_of]

@@ -37,7 +37,7 @@ def fused_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Ten
     """Logits [vocab] after token [1, 1] at input_pos [1] by the fused kernels; the plain step's up to rounding."""
     eps = model.args.norm_eps
     keep_all = model.norm.weight.new_full(model.norm.weight.shape, KEEP_ALL, dtype=torch.float32)
-    residual = model.tok_embeddings(token)[0, 0].float() * model.args.embedding_scale
+    residual = model.embed(token)[0, 0].float()
     update = None
     semaphores = new_semaphores(
         max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device

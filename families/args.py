@@ -26,10 +26,15 @@ class Rope:
     growth: float = 0.0
     exponents: tuple[float, ...] = ()  # of growth
 
+    def regime(self, length: int) -> int:
+        """Texts of which lengths have the same frequencies: those for which this is the same."""
+        beyond = self.border and length > self.border
+        return 0 if not beyond else length if self.growth else 1
+
     def at(self, length: int) -> Tensor:
         """The frequencies of a text of so many tokens, fp32 [head_dim / 2]."""
         as_tensor = partial(torch.tensor, dtype=torch.float32, device="cpu")
-        if not self.border or length <= self.border:
+        if not self.regime(length):
             return as_tensor(self.frequencies)
         stretched = 1 + self.growth * (length / self.border - 1)
         return as_tensor(self.long) * stretched ** -as_tensor(self.exponents) if self.growth else as_tensor(self.long)
@@ -75,8 +80,6 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config.json: {self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly")
-        if self.head_dim % 2:
-            raise ValueError(f"config.json: head_dim is {self.head_dim}, rotary embedding needs an even number")
 
     @property
     def longest_plain(self) -> int | None:

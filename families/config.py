@@ -36,7 +36,7 @@ ATTENTION = ("attention", "full_attention")  # a layer of this kind in a model t
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that is about text: all of it, or `text_config` where a vision tower is beside it."""
-    if (outer := config.get("model_type")) not in WRAPPERS:
+    if not isinstance(outer := config.get("model_type"), str) or outer not in WRAPPERS:
         return config
     if not isinstance(inner := config.get("text_config"), dict):
         raise ValueError(f"config.json: text_config is {brief(inner)}, a {outer} model needs it")

@@ -129,6 +129,8 @@ def longest(settings: dict[str, Any], positions: int) -> int:
 
 def turned(settings: dict[str, Any], head_dim: int) -> int:
     """How many of a head's channels are turned, the first ones; proportional scaling counts the others as well."""
+    if head_dim % 2:
+        raise ValueError(f"config.json: head_dim is {head_dim}, rotary embedding needs an even number")
     if settings["rope_type"] in ("none", "proportional"):
         return head_dim
     found = int(head_dim * settings["share"])

@@ -33,6 +33,7 @@ COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+LLAMA3_DIGITS = r"\\p{N}{1,3}"  # in JSON, of its pattern; Tekken takes digits one by one
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUANTIZED_NAMES = {  # how names of a quantized layer's tensors end, and by what, the surest first
     ".g_idx": "GPTQ",
@@ -119,6 +120,7 @@ def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> N
     for shard in find_shards(source):
         tensors |= open_shard(shard)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    warn_of_pattern(source, config["model_type"])
     if config["model_type"] in WRAPPERS:
         tensors = only_text(source, tensors)
     check_floats(source, tensors)
@@ -137,6 +139,22 @@ def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> N
         write_weights(folder, args, theirs.names, shapes, lambda name: theirs.adapt(name, tensors[name]), dtype)
         tensors.clear()  # the source's pages need not be in memory beside the copy's
         check_opens(folder)
+
+
+def warn_of_pattern(source: Path, model_type: str) -> None:
+    """Says so where a Mistral's tokenizer.json splits text as Llama 3's does, which its model never saw.
+
+    transformers 5.23 warns alike, and corrects it on demand (fix_mistral_regex), but by the folder's version, not by
+    the pattern.
+    """
+    if model_type in ("mistral", "ministral3", "mistral3") and (source / "tokenizer.json").is_file():
+        splitting = json.dumps(read_json(source / "tokenizer.json").get("pre_tokenizer"))
+        if LLAMA3_DIGITS in splitting:
+            print(
+                f"{source}: tokenizer.json splits text as Llama 3's does, not as Mistral's own tokenizer: many ids "
+                "will be others than the model learned; take the pattern of a newer upload",
+                file=sys.stderr,
+            )
 
 
 def only_text(source: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

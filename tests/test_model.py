@@ -163,7 +163,7 @@ def test_absent_and_null_fields_mean_what_transformers_takes_them_for():
     assert model_args(LLAMA | dict.fromkeys((*names, "hidden_act", "quantization_config"))) == expected
     theirs = transformers.LlamaConfig(**LLAMA)
     assert (expected.n_kv_heads, expected.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
-    assert expected.rope == theirs.rope_parameters
+    assert expected.ropes == (make_rope(theirs.rope_parameters | {"share": 1.0}, theirs.head_dim),)
     assert expected.tie_embeddings == theirs.tie_word_embeddings
 
 
@@ -182,14 +182,14 @@ def test_qwen3_without_the_field_has_the_head_dim_of_transformers():
 def test_rope_of_former_spelling_is_the_same():
     scaling = {name: value for name, value in LLAMA3_ROPE.items() if name not in ("rope_type", "rope_theta")}
     former = {"rope_theta": 10000.0, "rope_scaling": scaling | {"type": "llama3"}}
-    assert model_args(LLAMA | former).rope == LLAMA3_ROPE
-    assert model_args(LLAMA | {"rope_parameters": LLAMA3_ROPE}).rope == LLAMA3_ROPE
+    found = model_args(LLAMA | former)
+    assert found == model_args(LLAMA | {"rope_parameters": LLAMA3_ROPE}) != model_args(LLAMA)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported, the nearest that are: gemma3"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -216,7 +216,7 @@ def test_rope_of_former_spelling_is_the_same():
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rope_theta": None}, "rope_theta is None"),  # transformers takes it, and fails later
         ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "axial", "factor": 4.0}}, "rope_type 'axial' is not supported"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),
