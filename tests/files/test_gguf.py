@@ -280,7 +280,7 @@ def test_unwritable_output_and_full_disk(command, run_main, tiny_gguf, tmp_path)
         ({"attention.head_count": 0, "attention.key_length": None, "rope.dimension_count": None}, "heads is 0"),
         ({"attention.layer_norm_rms_epsilon": 0.0}, "rms_norm_eps is 0.0"),
         ({"rope.dimension_count": 8}, "rotates 8 of 16 dimensions"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "rope scaling of type yarn"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "rope scaling of type longrope"),
         ({"rope.scaling.attn_factor": 1.2}, "llama.rope.scaling.attn_factor 1.2"),
         ({"attention.causal": False}, "llama.attention.causal False, expected True"),
         ({"split.count": 3}, "is one of 3 parts"),
