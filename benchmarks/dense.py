@@ -26,7 +26,8 @@ def cublas_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Te
         attention, ffn, k_cache, v_cache = layer.attention, layer.feed_forward, cache.k[number], cache.v[number]
         residual, x = norm_compact(residual, update, layer.attention_norm.weight, keep[: args.dim], eps)
         qkv = F.linear(x.value, attention.wqkv.weight.packed.t(), attention.wqkv.bias)[0].float()
-        shares = decode_attention(qkv, model.frequencies, k_cache[0], v_cache[0], input_pos, args.n_heads, window or 0)
+        turn = cache.frequencies[0]
+        shares = decode_attention(qkv, turn, k_cache[0], v_cache[0], input_pos, args.n_heads, window or 0)
         y = merge_attention(*shares, keep[: args.n_heads * args.head_dim], k_cache.dtype)
         update = F.linear(y.value.view(1, -1), attention.wo.weight.packed.t())[0].float()
         residual, x = norm_compact(residual, update, layer.ffn_norm.weight, keep[: args.dim], eps)

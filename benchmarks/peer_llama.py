@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from teal_fast.benchmarks.rows import Row, Task
-from teal_fast.files.gguf import file_type_name
+from teal_fast.files.gguf_reader import file_type_name
 from teal_fast.files.store import new_file
 from teal_fast.kernels.native import cache_folder
 

@@ -8,7 +8,7 @@ from teal_fast.calibration.probe import measure_quantiles
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import Calibration
 from teal_fast.kernels.int4 import pack_int4
-from teal_fast.model import Transformer, rotary_frequencies
+from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
 from teal_fast.weights.formats import Format
 
@@ -75,7 +75,7 @@ def random_model(
     with torch.device("meta"):
         model = sparsify(Transformer(model_args(config)), format)
     model.to_empty(device=device)
-    model.frequencies = rotary_frequencies(model.args.rope, model.args.head_dim).to(device)
+    model.reset_rope(device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in list(model.named_parameters()):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]

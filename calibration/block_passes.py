@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_fast.model import Block, Call, Transformer
+from teal_fast.model import Block, Transformer
 from teal_fast.sparse_model import Phase
 from teal_fast.weights.output import output_pieces
 
@@ -39,20 +39,20 @@ def output_layers(model: Transformer) -> float:
     return args.vocab_size * args.dim / (attention + 3 * args.dim * args.ffn_dim)
 
 
-def calls(model: Transformer, length: int, phase: Phase | None = None) -> list[tuple[Block, tuple]]:
+def arguments(model: Transformer, length: int, phase: Phase | None = None) -> list[tuple[Block, tuple]]:
     """The blocks, each with its arguments after x for a sequence of this length from its start."""
     device, windows = model.norm.weight.device, model.args.sliding_windows
     positions = torch.arange(length, device=device)
-    call = Call(*model.rotary(positions, model.norm.weight.dtype), positions, phase=phase)
+    calls = model.calls(positions, model.norm.weight.dtype, phase=phase)
     masks = {window: model.mask(positions, None, window) for window in set(windows)}
-    return [(block, (call, masks[windows[i]], i)) for i, block in enumerate(model.layers)]
+    return [(block, (calls[i], masks[windows[i]], i)) for i, block in enumerate(model.layers)]
 
 
 def hidden_states(model: Transformer, tokens: Tensor, done: Done) -> Iterator[Tensor]:
     """Hidden states [1, T, dim] of tokens [1, T] before each block and after the last."""
-    x = model.tok_embeddings(tokens)
+    x = model.embed(tokens)
     yield x
-    for block, given in calls(model, tokens.shape[1]):
+    for block, given in arguments(model, tokens.shape[1]):
         x = block(x, *given)
         done(tokens.shape[1])
         yield x
@@ -64,7 +64,7 @@ def backpropagate(model: Transformer, states: list[Tensor], gradient: Tensor, do
     states: of `hidden_states`; they are used up. Whoever watches inputs sees each block's once more.
     """
     gradient = _gradient(model.norm, states.pop(), gradient)
-    for block, given in reversed(calls(model, gradient.shape[1])):
+    for block, given in reversed(arguments(model, gradient.shape[1])):
         gradient = _gradient(lambda x, block=block, given=given: block(x, *given), states.pop(), gradient)
         done(2 * gradient.shape[1])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.calibration.allocation import Sizes
-from teal_fast.calibration.block_passes import calls
+from teal_fast.calibration.block_passes import arguments
 from teal_fast.calibration.progress import Progress
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import KEEP_ALL, Phase, sparse_layers
@@ -34,12 +34,12 @@ def blockwise_shares(
     sequence: token ids; quantiles: of |x| at levels evenly spaced from 0 to 1, by layer name; progress: of which this
     is a part. Leaves the model's thresholds at sparsity 0.
     """
-    x = model.tok_embeddings(torch.tensor([sequence], device=model.norm.weight.device))
+    x = model.embed(torch.tensor([sequence], device=model.norm.weight.device))
     shares = []
     with ExitStack() as stack:
         progress = progress or stack.enter_context(Progress(blockwise_work(model, sequence), "allocating"))
         progress.turn_to("allocating")
-        for index, (block, inputs) in enumerate(calls(model, len(sequence), Phase(1))):
+        for index, (block, inputs) in enumerate(arguments(model, len(sequence), Phase(1))):
             layers = sparse_layers(block)
             points = [quantiles[f"layers.{index}.{name}"] for name in layers]
             weights = Sizes.of([layer.weight for layer in layers.values()]).weight

@@ -36,12 +36,13 @@ class CpuLayer(ctypes.Structure):
     """`Layer` of decode_step.cpp."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "attention_norm_behind", "ffn_norm_behind")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm")),
         *((name, CpuWeight) for name in ("wqkv", "wo", "w13", "w2")),
         *((name, c_void_p) for name in ("wqkv_bias", "wo_bias", "w13_bias", "w2_bias")),
         *((name, c_void_p) for name in ("wqkv_threshold", "wo_threshold", "w13_threshold", "w2_threshold")),
         *((name, c_void_p) for name in ("k_cache", "v_cache")),
-        ("window", c_int64),
+        *((name, c_int64) for name in ("window", "rope")),
     ]
 
 
@@ -51,9 +52,11 @@ class CpuModel(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("dim", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab_size")),
         *((name, c_int64) for name in ("max_seq_length", "layers")),
-        ("eps", c_double),
+        *((name, c_int64) for name in ("ropes", "q_norm_width", "tanh_gate")),
+        *((name, c_double) for name in ("eps", "embedding_scale", "attention_scale", "query_beta")),
+        ("query_step", c_int64),
         *((name, CpuWeight) for name in ("embeddings", "output")),
-        *((name, c_void_p) for name in ("norm", "frequencies")),
+        *((name, c_void_p) for name in ("norm", "frequencies", "rope_sizes")),
         ("layer", ctypes.POINTER(CpuLayer)),
         ("kept", c_void_p),
     ]
@@ -94,6 +97,8 @@ class CpuStep:
         self.sparse_bytes = sum(layer.weight.row_bytes * layer.weight.in_features for layer in layers)
         self.type = TYPES[model.norm.weight.dtype]
         self.native, self.native_dense = native_steps(library())
+        beta, step = args.query_growth or (0.0, 0)
+        per_layer = (args.sliding_windows, args.rope_of, cache.k, cache.v)
         self.model = CpuModel(
             dim=args.dim,
             heads=args.n_heads,
@@ -103,12 +108,20 @@ class CpuStep:
             vocab_size=args.vocab_size,
             max_seq_length=cache.length,
             layers=args.n_layers,
+            ropes=len(args.ropes),
+            q_norm_width=0 if args.qk_norm == "whole" else args.head_dim,
+            tanh_gate=args.activation == "gelu_tanh",
             eps=args.norm_eps,
+            embedding_scale=args.embedding_scale,
+            attention_scale=args.attention_scale or args.head_dim**-0.5,
+            query_beta=beta,
+            query_step=step,
             embeddings=self._weight(operand_of(model.tok_embeddings)),
             output=self._weight(operand_of(model.output)),
             norm=self._address(model.norm.weight),
-            frequencies=self._address(model.frequencies),
-            layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, args.sliding_windows, cache.k, cache.v)),
+            frequencies=self._address(cache.frequencies),
+            rope_sizes=self._address(model.rope_sizes),
+            layer=(CpuLayer * args.n_layers)(*map(self._layer, model.layers, *per_layer)),
             kept=self._address(self.kept),
         )
 
@@ -124,22 +137,18 @@ class CpuStep:
         data, scale = map(self._address, operand[:2])
         return CpuWeight(data=data, scale=scale, bits=operand.bits, group=operand.group)
 
-    def _layer(self, block: Block, window: int | None, k: Tensor, v: Tensor) -> CpuLayer:
+    def _layer(self, block: Block, window: int | None, rope: int, k: Tensor, v: Tensor) -> CpuLayer:
         attention, ffn = block.attention, block.feed_forward
-        tensors = {
-            "attention_norm": block.attention_norm.weight,
-            "ffn_norm": block.ffn_norm.weight,
-            "q_norm": getattr(attention.q_norm, "weight", None),
-            "k_norm": getattr(attention.k_norm, "weight", None),
-            "k_cache": k,
-            "v_cache": v,
-        }
+        norms = {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+        norms |= {name: module for name, module in block.named_children() if "norm" in name}
+        tensors = {name: getattr(norm, "weight", None) for name, norm in norms.items()}  # some are no norms
+        tensors |= {"k_cache": k, "v_cache": v}
         weights = {}
         for name, linear in (("wqkv", attention.wqkv), ("wo", attention.wo), ("w13", ffn.w13), ("w2", ffn.w2)):
             weights[name] = self._weight(linear.weight.operand)
             tensors |= {f"{name}_bias": linear.bias, f"{name}_threshold": linear.threshold}
         addresses = {name: self._address(tensor) for name, tensor in tensors.items()}
-        return CpuLayer(window=window or 0, **weights, **addresses)
+        return CpuLayer(window=window or 0, rope=rope, **weights, **addresses)
 
     @property
     def achieved(self) -> float:

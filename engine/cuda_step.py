@@ -19,24 +19,25 @@ from teal_fast.kernels.semaphore import new_semaphores
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DECODE, KEEP_ALL, sparse_layers
 
+SERVED = ("ropes", "embedding_scale")  # of what ModelArgs.beyond_llama knows
 Compute = Callable[
     [Transformer, KVCache, Tensor, Tensor], Tensor
 ]  # model, cache, token [1, 1], input_pos [1] -> logits
 
 
 def can_fuse(model: Transformer) -> bool:
-    """Whether `fused_step` computes this model: no biases but those of q/k/v, no q/k norms, a head size it can take."""
+    """Whether `fused_step` computes this model: a Llama's layers without other biases than q/k/v's, and fit heads."""
     args = model.args
     biased = any(layer.bias is not None for name, layer in sparse_layers(model).items() if not name.endswith("wqkv"))
     whole = args.head_dim >= 32 and args.head_dim & (args.head_dim - 1) == 0
-    return whole and not biased and not args.qk_norm and args.n_heads // args.n_kv_heads <= GROUP
+    return whole and not biased and not args.beyond_llama(*SERVED) and args.n_heads // args.n_kv_heads <= GROUP
 
 
 def fused_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Tensor) -> Tensor:
     """Logits [vocab] after token [1, 1] at input_pos [1] by the fused kernels; the plain step's up to rounding."""
     eps = model.args.norm_eps
     keep_all = model.norm.weight.new_full(model.norm.weight.shape, KEEP_ALL, dtype=torch.float32)
-    residual = model.tok_embeddings(token)[0, 0].float()
+    residual = model.embed(token)[0, 0].float()
     update = None
     semaphores = new_semaphores(
         max(layer.weight.out_features for layer in sparse_layers(model).values()), residual.device
@@ -49,7 +50,13 @@ def fused_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Ten
         if wqkv.bias is not None:
             qkv += wqkv.bias
         shares = decode_attention(
-            qkv, model.frequencies, k_cache[0], v_cache[0], input_pos, model.args.n_heads, window or 0
+            qkv,
+            cache.frequencies[model.args.rope_of[number]],
+            k_cache[0],
+            v_cache[0],
+            input_pos,
+            model.args.n_heads,
+            window or 0,
         )
         x = merge_attention(*shares, wo.threshold, k_cache.dtype)
         update = wo.weight.compact_matvec(x, semaphores)
@@ -75,9 +82,8 @@ class CapturedStep:
         """`compute` None: the fastest that serves this model."""
         started = time.perf_counter()
         fused = compute is None and can_fuse(model)
-        note = (
-            "" if fused or compute else ", in plain PyTorch: no fused kernels serve this model's biases, norms or heads"
-        )
+        what = model.args.beyond_llama(*SERVED) or "biases or heads"
+        note = "" if fused or compute else f", in plain PyTorch: no fused kernels serve this model's {what}"
         compute = compute or (fused_step if fused else plain_step)
         device = model.norm.weight.device
         self.cache = cache  # the graph knows its addresses alone

@@ -18,8 +18,8 @@ from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.cache import new_cache
 from teal_fast.engine.drawn import Drawn
 from teal_fast.engine.held import Held
-from teal_fast.engine.prefill import Prefill, longest_by_steps, prefill, prefill_by_steps
-from teal_fast.engine.prefixes import PrefixStore
+from teal_fast.engine.prefill import Prefill, again, longest_by_steps, prefill, prefill_by_steps
+from teal_fast.engine.prefixes import PrefixStore, usable
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.sampling import new_generator
 from teal_fast.engine.scoring import Scored, parts, score
@@ -62,7 +62,7 @@ class Engine:
         self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
         self.lossless = Lossless(self.model, calibration, self.cache, self.step, make_step, drafts)
-        self.chunk, self.held = chunk, Held(self.cache, prefixes)
+        self.chunk, self.held = chunk, Held(self.cache, usable(prefixes, self.model))
         self.by_steps = longest_by_steps(self.model, self.step)  # tokens of a pass that the step reads, not `prefill`
         self.sparsity = 0.0  # of the thresholds now set
         self.reused = 0  # tokens of the last prompt that were not computed again
@@ -210,7 +210,9 @@ class Engine:
 
     def _start(self, request: Request, between: Callable[[], None] | None) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
-        prompt, dense = request.prompt, 1 if request.sparse_prompt else len(request.prompt)
+        prompt, dense = request.prompt, request.dense_tokens
+        if self.model.stretch(self.cache, len(prompt)):
+            self._clear()
         self.reused = self.held.reuse(request)
         for begin, end in parts(self.reused, len(prompt), self.chunk):
             if not request.sparse_prompt and end - begin <= self.by_steps:
@@ -239,7 +241,6 @@ class Engine:
         adjust = Adjustment(sampling, prompt, self.model.args.vocab_size, device, constraint)
         stop = self.stop if request.stop is None else request.stop
         ahead = 1 if device.type == "cuda" and constraint is None else 0
-        cycles = None
 
         def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None, draft=None):
             adjusted = adjust(logits)
@@ -260,8 +261,7 @@ class Engine:
             last = drawn_from(logits, 0.0, None)
             position = torch.tensor([len(prompt)])  # on the host, where it is known
             drawn, launched, previous = deque([last]), 1, None
-            if request.lossless:
-                cycles = self.lossless.begin(request, last, stop, adjust, generator)
+            cycles = self.lossless.begin(request, last, stop, adjust, generator) if request.lossless else None
         for count in range(1, new_tokens + 1):
             while launched < new_tokens and len(drawn) <= ahead:
                 pending, self._pending = self._pending, None
@@ -270,6 +270,11 @@ class Engine:
                 with self._computing():
                     if cycles is not None:
                         new = cycles.run(new_tokens - launched, drawn_from)
+                    elif self.model.stretch(self.cache, int(position) + 1) and self.model.args.remakes_keys:
+                        unread = [int(one.token) for one in drawn]
+                        text = [*self.held.ids, *([] if previous is None else [previous]), *unread]
+                        logits = again(self.prefill, self.model, self.cache, text, request.dense_tokens, self.chunk)
+                        new = [drawn_from(logits, self.sparsity, None)]
                     else:
                         logits = self.step(last.token.view(1, 1), position)
                         achieved, best = (getattr(self.step, what, None) for what in ("achieved", "best"))

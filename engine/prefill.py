@@ -98,6 +98,19 @@ def prefill_by_steps(
     return logits[0]
 
 
+def again(
+    prefill: Prefill, model: Transformer, cache: KVCache, text: Sequence[int], dense: int, chunk: int | None
+) -> Tensor:
+    """Logits [vocab] after a text whose keys and values are all made again; its first tokens are dense, so many.
+
+    As transformers 5.23's generate does where a text outgrows what longrope's short factors are for.
+    """
+    for begin, end in parts(0, len(text), chunk):
+        tokens = torch.tensor([text[begin:end]], device=model.norm.weight.device)
+        logits = prefill(model, cache, tokens, begin, Phase(max(0, dense - begin)))
+    return logits
+
+
 def compiled_prefill() -> Prefill:
     """`prefill`, compiled on first use: once for prompts from their start, once for such as continue a cache."""
     return functools.partial(prefill, compute=torch.compile(prompt_logits, dynamic=True, fullgraph=True))

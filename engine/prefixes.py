@@ -9,6 +9,7 @@ its beginning, which others may share.
 prefix_file.py keeps a store over restarts.
 """
 
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from teal_fast.model import KVCache
+from teal_fast.model import KVCache, Transformer
 
 # Tokens. Each conversation that parts from another within a block has a copy of that block's beginning, so that fewer
 # save memory: of 128 it is 64 tokens on average. But each block costs a copy a layer of keys and one of values.
@@ -41,6 +42,14 @@ class Block:
         """The child that begins with these ids, or all of which they begin with."""
         along = (child for child in self.children.values() if child.ids[: len(ids)] == ids[: len(child.ids)])
         return self.children.get(ids) or next(along, None)
+
+
+def usable(prefixes: "PrefixStore | None", model: Transformer) -> "PrefixStore | None":
+    """The store, or none, saying so, where keys of long texts are turned otherwise than those of their beginnings."""
+    if prefixes is None or model.args.longest_plain is None:
+        return prefixes
+    print("prefixes are not kept: this model turns the keys of long texts otherwise", file=sys.stderr)
+    return None
 
 
 class PrefixStore:

@@ -72,6 +72,11 @@ class Request:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
 
+    @property
+    def dense_tokens(self) -> int:
+        """How many of the prompt's first tokens are dense."""
+        return 1 if self.sparse_prompt else len(self.prompt)
+
 
 class Token(NamedTuple):
     """One drawn token.

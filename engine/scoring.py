@@ -42,6 +42,7 @@ def score(
     dense_tokens: how many of the first are dense. done: called with the number of tokens that the cache holds by then.
     """
     output, device, found = output_weight(model.output), model.norm.weight.device, []
+    model.stretch(cache, len(text))
     for begin, end in parts(0, len(text), chunk):
         tokens, positions = torch.tensor([text[begin:end]], device=device), torch.arange(begin, end, device=device)
         phase = Phase(max(0, dense_tokens - begin))

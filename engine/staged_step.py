@@ -25,6 +25,8 @@ from teal_fast.weights.output import operand_of
 def stage_shape(model: Transformer) -> StageShape:
     """The sizes that kernels are compiled for. Raises ValueError on weights that no kernel reads."""
     args, dtype = model.args, model.norm.weight.dtype
+    if others := args.beyond_llama("qk_norm"):
+        raise ValueError(f"no kernels for {others}")
     operands = {name: layer.weight.operand for name, layer in sparse_layers(model).items()}
     ours = {(".attention." in name, operand.bits, operand.group) for name, operand in operands.items()}
     mixed = len(ours) != 2 or dtype not in (torch.bfloat16, torch.float16)
@@ -38,7 +40,7 @@ def stage_shape(model: Transformer) -> StageShape:
     output = operand_of(model.output).packed
     return StageShape(
         args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.ffn_dim, args.vocab_size, found[True][0],
-        *found[False], bits(output), dtype == torch.float16, args.qk_norm,
+        *found[False], bits(output), dtype == torch.float16, bool(args.qk_norm),
     )  # fmt: skip
 
 
@@ -93,7 +95,7 @@ class StagedStep:
             embedding=self._address(model.tok_embeddings.weight),
             token=self._address(self.token),
             position=self._address(self.input_pos),
-            frequencies=self._address(model.frequencies),
+            frequencies=self._address(cache.frequencies),
             output=self._address(output.packed),
             output_scale=self._address(output.scale),
             norm=self._address(model.norm.weight),

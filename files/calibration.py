@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from teal_fast.families.config import LARGEST, model_args
+from teal_fast.families.config import model_args
+from teal_fast.families.fields import LARGEST
 from teal_fast.files.checkpoint import FINGERPRINT, fingerprint, read_config
 from teal_fast.files.paths import DATA, command
 from teal_fast.files.store import new_file, open_safetensors, parse_json, short

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teal_fast.families.config import INSTEAD, model_args
+from teal_fast.families.table import WRAPPERS
+from teal_fast.families.tensors import Tensors, inner_name
 from teal_fast.files.checkpoint import CONFIG, read_config
 from teal_fast.files.conversion import check_opens, write_weights
 from teal_fast.files.store import check_new, new_folder, one_line, read_json, short
@@ -31,19 +33,7 @@ COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-NAMES = {
-    "tok_embeddings": ("model.embed_tokens",),
-    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-    "layers.{}.attention.wqkv": tuple(f"model.layers.{{}}.self_attn.{part}_proj" for part in "qkv"),
-    "layers.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
-    "layers.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
-    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj",),
-    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
-    "layers.{}.feed_forward.w13": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj",),
-    "norm": ("model.norm",),
-    "output": ("lm_head",),
-}
+LLAMA3_DIGITS = r"\\p{N}{1,3}"  # in JSON, of its pattern; Tekken takes digits one by one
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUANTIZED_NAMES = {  # how names of a quantized layer's tensors end, and by what, the surest first
     ".g_idx": "GPTQ",
@@ -130,6 +120,9 @@ def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> N
     for shard in find_shards(source):
         tensors |= open_shard(shard)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    warn_of_pattern(source, config["model_type"])
+    if config["model_type"] in WRAPPERS:
+        tensors = only_text(source, tensors)
     check_floats(source, tensors)
     stored = {tensor.dtype for tensor in tensors.values() if tensor.ndim == 2}
     dtype = dtype or reduce(torch.promote_types, stored, torch.bool)  # bool is narrower than any
@@ -142,9 +135,34 @@ def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> N
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_weights(folder, args, NAMES, shapes, tensors.__getitem__, dtype)
+        theirs = Tensors(config, args)
+        write_weights(folder, args, theirs.names, shapes, lambda name: theirs.adapt(name, tensors[name]), dtype)
         tensors.clear()  # the source's pages need not be in memory beside the copy's
         check_opens(folder)
+
+
+def warn_of_pattern(source: Path, model_type: str) -> None:
+    """Says so where a Mistral's tokenizer.json splits text as Llama 3's does, which its model never saw.
+
+    transformers 5.23 warns alike, and corrects it on demand (fix_mistral_regex), but by the folder's version, not by
+    the pattern.
+    """
+    if model_type in ("mistral", "ministral3", "mistral3") and (source / "tokenizer.json").is_file():
+        splitting = json.dumps(read_json(source / "tokenizer.json").get("pre_tokenizer"))
+        if LLAMA3_DIGITS in splitting:
+            print(
+                f"{source}: tokenizer.json splits text as Llama 3's does, not as Mistral's own tokenizer: many ids "
+                "will be others than the model learned; take the pattern of a newer upload",
+                file=sys.stderr,
+            )
+
+
+def only_text(source: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model with a vision tower that its text needs, under a text model's names; says so."""
+    inner = {inner_name(name): tensor for name, tensor in tensors.items()}
+    if inner.pop(None, None) is not None:
+        print(f"{source}: its vision tower is left out, text alone is served", file=sys.stderr)
+    return inner
 
 
 def check_floats(source: Path, tensors: dict[str, Tensor]) -> None:

@@ -167,7 +167,9 @@ def _ends(folder: Path) -> dict[str, Any]:
     """What the folder's files say of the tokens that end a text, by where it stands."""
     keys = {"generation_config.json": "eos_token_id", "config.json": "eos_token_id"}
     keys |= {"tokenizer_config.json": "eos_token", "special_tokens_map.json": "eos_token"}
-    return {f"{file}'s {key}": read_optional(folder / file).get(key) for file, key in keys.items()}
+    found = {f"{file}'s {key}": read_optional(folder / file).get(key) for file, key in keys.items()}
+    text = read_optional(folder / "config.json").get("text_config")  # of models with a vision tower
+    return found | ({"text_config's eos_token_id": text.get("eos_token_id")} if isinstance(text, dict) else {})
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ one block's weights and the hidden states are in memory. The output layer is not
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from torch.nn import Module
 from teal_fast.files.calibration import Calibration
 from teal_fast.files.load import load_model, stored_as
 from teal_fast.files.store import is_finite
-from teal_fast.model import Call
 from teal_fast.quantization.gptq import add_moments, compensate_inputs, factorize, gptq_round
 from teal_fast.sparse_model import Phase, SparseLinear, sparse_layers
 from teal_fast.weights.dense import Weight
@@ -38,9 +38,10 @@ class GptqQuantizer:
     """Quantizes a model's linear layers, which have to be asked for in the model's order.
 
     Each half of a block, attention and MLP, has an input layer, which reads normed hidden states (wqkv, w13), and an
-    output layer, whose outputs are added to the hidden states (wo, w2). Before a layer is rounded, its weight is moved
-    to compensate for the errors of the layers before it: an input layer aims at the outputs that it has in the
-    original model, an output layer at the hidden states that the original model has behind it.
+    output layer, whose outputs are added to the hidden states (wo, w2), in some families behind another norm. Before a
+    layer is rounded, its weight is moved to compensate for the errors of the layers before it: an input layer aims at
+    the outputs that it has in the original model, an output layer at the hidden states that the original model has
+    behind it, or, where a norm comes between, at its outputs there.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class GptqQuantizer:
     ):
         self.format, self.calibration, self.device = format, calibration, device
         self.model = load_model(folder)  # memory-mapped: a block is read when its turn comes
-        self.hidden = [self.model.tok_embeddings(torch.tensor([ids])).to(device, torch.float32) for ids in sequences]
+        self.hidden = [self.model.embed(torch.tensor([ids])).to(device, torch.float32) for ids in sequences]
         self.target_hidden = self.hidden  # the original model's hidden states
         self.block = 0
         self.packed: dict[str, Weight] = {}
@@ -75,28 +76,33 @@ class GptqQuantizer:
         def attend(x: Tensor) -> Tensor:
             positions = torch.arange(x.shape[1])
             mask = self.model.mask(positions, None, window)
-            cos, sin = (part.to(self.device) for part in self.model.rotary(positions, x.dtype))
+            call = self.model.calls(positions, x.dtype)[self.block]
+            moved = {name: part.to(self.device) for name, part in vars(call).items() if isinstance(part, Tensor)}
             mask = mask if mask is None else mask.to(self.device)
-            return block.attention(x, Call(cos, sin, positions), mask, self.block)
+            return block.attention(x, replace(call, **moved), mask, self.block)
 
-        self.quantize_half(prefix + "attention.", block.attention, block.attention_norm, attend, ("wqkv", "wo"))
-        mlp = block.feed_forward
-        self.quantize_half(prefix + "feed_forward.", mlp, block.ffn_norm, mlp, ("w13", "w2"))
+        norms = (block.attention_norm, block.attention_norm_behind)
+        self.quantize_half(prefix + "attention.", block.attention, norms, attend, ("wqkv", "wo"))
+        mlp, norms = block.feed_forward, (block.ffn_norm, block.ffn_norm_behind)
+        self.quantize_half(prefix + "feed_forward.", mlp, norms, mlp, ("w13", "w2"))
         self.model.layers[self.block] = torch.nn.Identity()  # frees the block's memory
         self.block += 1
         return {prefix + name: linear.weight for name, linear in sparse_layers(block).items()}
 
     def quantize_half(
-        self, prefix: str, half: Module, norm: Module, run: HiddenFunction, names: tuple[str, str]
+        self, prefix: str, half: Module, norms: tuple[Module, Module], run: HiddenFunction, names: tuple[str, str]
     ) -> None:
         """Quantizes half a block and moves the hidden states past it.
 
-        names: the input and the output layer of `half`. run: computes half(norm(x)) from norm(x).
+        names: the input and the output layer of `half`. norms: before it and behind it. run: computes half(norm(x))
+        from norm(x).
         """
+        norm, behind = norms
         input_layer, output_layer = (getattr(half, name) for name in names)
         targets = [norm(x) for x in self.target_hidden]
         inputs = [norm(x) for x in self.hidden]
-        target_hidden = [x + run(y) for x, y in zip(self.target_hidden, targets, strict=True)]
+        outputs = [run(y) for y in targets]
+        target_hidden = [x + behind(y) for x, y in zip(self.target_hidden, outputs, strict=True)]
         moved = sum(x[0].t() @ (target - x)[0] for target, x in zip(targets, inputs, strict=True))
         del targets
         residual = moved @ input_layer.weight.dequantize().float()
@@ -105,12 +111,11 @@ class GptqQuantizer:
         setattr(half, names[1], _PassOn())  # `run` then returns the output layer's inputs
         inputs = [run(x) for x in inputs]
         setattr(half, names[1], output_layer)
-        residual = sum(
-            y[0].t() @ (target - x - output_layer(y))[0]
-            for target, x, y in zip(target_hidden, self.hidden, inputs, strict=True)
-        )
+        if isinstance(behind, torch.nn.Identity):
+            outputs = [target - x for target, x in zip(target_hidden, self.hidden, strict=True)]
+        residual = sum(y[0].t() @ (target - output_layer(y))[0] for target, y in zip(outputs, inputs, strict=True))
         self.quantize_layer(prefix + names[1], output_layer, inputs, residual)
-        self.hidden = [x + output_layer(y) for x, y in zip(self.hidden, inputs, strict=True)]
+        self.hidden = [x + behind(output_layer(y)) for x, y in zip(self.hidden, inputs, strict=True)]
         self.target_hidden = target_hidden
 
     def quantize_layer(self, name: str, linear: SparseLinear, inputs: list[Tensor], residual: Tensor) -> None:

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from teal_fast.cli import run
-from teal_fast.files.gguf import ROPE_SCALINGS, convert_gguf
+from teal_fast.files.gguf import convert_gguf
+from teal_fast.files.gguf_config import ROPE_SCALINGS
 from teal_fast.files.paths import checkpoints_folder, command
 from teal_fast.files.pre_tokenizers import SPLITTINGS
 from teal_fast.weights.formats import DTYPES

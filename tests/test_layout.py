@@ -10,10 +10,9 @@ import pytest
 from teal_fast.files.paths import ROOT
 
 FLOORS = [  # each room may import only rooms of the floors before its own
-    {"kernels"},
+    {"kernels", "families"},
     {"weights", "model"},
     {"sparse_model"},
-    {"families"},
     {"files"},
     {"engine"},
     {"calibration"},

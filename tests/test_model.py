@@ -12,9 +12,10 @@ import transformers
 from torch import Tensor
 
 from teal_fast.families.config import model_args
+from teal_fast.families.rotary import make_rope
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
-from teal_fast.model import Transformer, rotary_frequencies
+from teal_fast.model import Transformer
 from teal_fast.tests.models import LLAMA3_ROPE, write_tokenizer
 
 TOKENS, TOLERANCE = 64, 1e-4  # fp32 sums in another order
@@ -119,18 +120,18 @@ def test_batch_rows_do_not_mix(pair):
 def test_rope_scaling_and_windows_show_in_the_logits(pair):
     """The comparison above can fail: with the plain rope, or without the window, a model is visibly another."""
     args = pair.model.args
-    plain = dataclasses.replace(args, rope={"rope_type": "default", "rope_theta": 10000.0})
+    settings = {"rope_type": "default", "rope_theta": 10000.0, "share": 1.0}
+    plain = dataclasses.replace(args, ropes=(make_rope(settings, args.head_dim),))
     full = dataclasses.replace(args, sliding_windows=(None,) * args.n_layers)
     altered = [other for other in (plain, full) if other != args]
     for other in altered:
         pair.model.args = other
-        before = pair.model.frequencies.clone()
-        pair.model.frequencies.copy_(rotary_frequencies(other.rope, other.head_dim))
+        pair.model.reset_rope()
         difference = (pair.model(pair.tokens) - pair.expected).abs().max()
         pair.model.args = args
-        pair.model.frequencies.copy_(before)
+        pair.model.reset_rope()
         assert difference > 0.1
-    assert len(altered) == (args.rope["rope_type"] != "default") + any(args.sliding_windows)
+    assert len(altered) == (plain != args) + any(args.sliding_windows)
 
 
 @torch.inference_mode()
@@ -162,7 +163,7 @@ def test_absent_and_null_fields_mean_what_transformers_takes_them_for():
     assert model_args(LLAMA | dict.fromkeys((*names, "hidden_act", "quantization_config"))) == expected
     theirs = transformers.LlamaConfig(**LLAMA)
     assert (expected.n_kv_heads, expected.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
-    assert expected.rope == theirs.rope_parameters
+    assert expected.ropes == (make_rope(theirs.rope_parameters | {"share": 1.0}, theirs.head_dim),)
     assert expected.tie_embeddings == theirs.tie_word_embeddings
 
 
@@ -181,14 +182,14 @@ def test_qwen3_without_the_field_has_the_head_dim_of_transformers():
 def test_rope_of_former_spelling_is_the_same():
     scaling = {name: value for name, value in LLAMA3_ROPE.items() if name not in ("rope_type", "rope_theta")}
     former = {"rope_theta": 10000.0, "rope_scaling": scaling | {"type": "llama3"}}
-    assert model_args(LLAMA | former).rope == LLAMA3_ROPE
-    assert model_args(LLAMA | {"rope_parameters": LLAMA3_ROPE}).rope == LLAMA3_ROPE
+    found = model_args(LLAMA | former)
+    assert found == model_args(LLAMA | {"rope_parameters": LLAMA3_ROPE}) != model_args(LLAMA)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported, the nearest that are: gemma3"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -215,7 +216,7 @@ def test_rope_of_former_spelling_is_the_same():
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rope_theta": None}, "rope_theta is None"),  # transformers takes it, and fails later
         ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "axial", "factor": 4.0}}, "rope_type 'axial' is not supported"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),

@@ -120,7 +120,7 @@ def test_the_file_holds_what_it_should(made, dense, mode, calibrated):
     assert {path.name for path in folder.iterdir()} == {path.name for path in dense.iterdir()}
     assert (folder / CONFIG).read_bytes() == (dense / CONFIG).read_bytes()
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == METADATA | FORMATS[mode].metadata()
+        assert file.metadata() == METADATA | FORMATS[mode].metadata() | {"source": fingerprint(dense)["weights"]}
     before, after = load_file(dense / WEIGHTS), load_file(folder / WEIGHTS)
     same = [name for name in before if "norm" in name or name == "tok_embeddings.weight"]
     assert len(same) == 6 and all(torch.equal(after[name], before[name]) for name in same)
@@ -181,7 +181,7 @@ def test_tuning_moves_scales_and_nothing_else(made, dense, tmp_path, mode):
     for name in differing:
         torch.testing.assert_close(after[name], before[name], rtol=0.2, atol=0)
     with safe_open(tmp_path / "once" / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == METADATA | FORMATS[mode].metadata()
+        assert file.metadata() == METADATA | FORMATS[mode].metadata() | {"source": fingerprint(dense)["weights"]}
     assert {path.name for path in (tmp_path / "once").iterdir()} == {path.name for path in dense.iterdir()}
     load_calibration(tmp_path / "once")  # is that of the scales as they are now
 

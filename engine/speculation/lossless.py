@@ -65,6 +65,7 @@ class Lossless:
         self.step, self.cache, self.make_step = step, cache, make_step
         own = DraftModel(SELF, with_own_thresholds(model), calibration, shared=True)
         self.models = {draft.name: draft for draft in (own, *models)}
+        self.cache_varies = model.args.longest_plain is not None  # its keys may have to be made again
         self.dense_bytes = bytes_per_token(model, 0.0)
         self.controller, self.ngram, self.statistics = Controller(), NGram(), Statistics()
         self.drafters: dict[str, ModelDrafter] = {}
@@ -75,6 +76,8 @@ class Lossless:
         if not hasattr(self.step, "dense"):
             said = "verifies several tokens at once, which the C++ step on a CPU does alone so far"
             raise ValueError(f"lossless {said}: leave it out, or take --device cpu without --eager")
+        if self.cache_varies:
+            raise ValueError("lossless does not serve longrope and dynamic rotary embeddings: leave it out")
         known = (AUTO, NGRAM, *self.models)
         if request.draft not in known:
             raise ValueError(f"draft {request.draft!r} is not known here, expected {' or '.join(known)}")

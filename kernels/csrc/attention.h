@@ -26,11 +26,12 @@ struct Found {
     }
 };
 
-// A head's RMSNorm (Qwen3), if it has one, and its rotary embedding by cos, sin [size / 2], in place.
+// A head's RMSNorm, if it has one, and its rotary embedding by cos, sin [size / 2], in place. scale: of a norm that sees
+// more than the head, else 0.
 template <class T>
-inline void turn(float* x, const T* norm, float eps, const float* cos, const float* sin, int64_t size) {
+inline void turn(float* x, const T* norm, float eps, float scale, const float* cos, const float* sin, int64_t size) {
     if (norm) {
-        float scale = 1 / std::sqrt(sum_of_squares(x, size) / size + eps);
+        if (!scale) scale = 1 / std::sqrt(sum_of_squares(x, size) / size + eps);
         for (int64_t d = 0; d < size; d++) x[d] = x[d] * scale * to_float(norm[d]);
     }
     for (int64_t d = 0, half = size / 2; d < half; d++) {

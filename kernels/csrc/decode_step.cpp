@@ -39,9 +39,9 @@ template <class T> class Step {
     void run(float* logits) {
         each([&](int64_t t) {
             embed(tokens.id[t], residual(t));
-            for (int64_t d = 0; d < m.head_dim / 2; d++) {
-                float angle = (tokens.position + t) * m.frequencies[d];
-                cos(t)[d] = std::cos(angle), sin(t)[d] = std::sin(angle);
+            for (int64_t d = 0; d < m.ropes * m.head_dim / 2; d++) {
+                float angle = (tokens.position + t) * m.frequencies[d], size = m.rope_sizes[d];
+                cos(t)[d] = size * std::cos(angle), sin(t)[d] = size * std::sin(angle);
             }
         });
         for (int64_t i = 0; i < m.layers; i++) block(m.layer[i]);
@@ -65,13 +65,16 @@ template <class T> class Step {
     float* residual(int64_t t) { return now.residual + t * m.dim; }
     float* x(int64_t t) { return now.x + t * now.widest; }  // the input of the next product
     float* q(int64_t t) { return now.q + t * m.heads * m.head_dim; }
-    float* cos(int64_t t) { return now.cos + t * (m.head_dim / 2); }
-    float* sin(int64_t t) { return now.sin + t * (m.head_dim / 2); }
+    float* cos(int64_t t, int64_t rope = 0) { return now.cos + (t * m.ropes + rope) * (m.head_dim / 2); }
+    float* sin(int64_t t, int64_t rope = 0) { return now.sin + (t * m.ropes + rope) * (m.head_dim / 2); }
 
     void embed(int64_t id, float* y) {
-        if (m.embeddings.parts) return blocks::look_up_output<T>(*m.embeddings.part, id, y);
         const T* row = (const T*)m.embeddings.data + id * m.dim;
-        for (int64_t k = 0; k < m.dim; k++) y[k] = to_float(row[k]);
+        if (m.embeddings.parts) blocks::look_up_output<T>(*m.embeddings.part, id, y);
+        else
+            for (int64_t k = 0; k < m.dim; k++) y[k] = to_float(row[k]);
+        if (m.embedding_scale != 1)
+            for (int64_t k = 0; k < m.dim; k++) y[k] *= float(m.embedding_scale);
     }
 
     void put_out(float* logits) {  // [wanted, vocab_size]
@@ -110,12 +113,12 @@ template <class T> class Step {
         product(now.x, now.widest, layer.wqkv_threshold, layer.wqkv, m.dim, width, all.qkv);
         attention(layer);
         product(now.x, now.widest, layer.wo_threshold, layer.wo, m.heads * m.head_dim, m.dim, all.update);
-        add(layer.wo.scale, layer.wo_bias);
+        add(layer.wo.scale, layer.wo_bias, (const T*)layer.attention_norm_behind);
         each([&](int64_t t) { norm(t, (const T*)layer.ffn_norm); });
         product(now.x, now.widest, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
         activate(layer.w13.scale, layer.w13_bias);
         product(all.h, m.ffn_dim, layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
-        add(layer.w2.scale, layer.w2_bias);
+        add(layer.w2.scale, layer.w2_bias, (const T*)layer.ffn_norm_behind);
     }
 
     // partial [tokens, SPLITS, N] = input [tokens, stride], of which K each, times a weight.
@@ -141,43 +144,68 @@ template <class T> class Step {
         multiply(now.list.data(), tokens.count, rows, partial, worker);
     }
 
-    void norm(int64_t t, const T* weight) {  // x: the residual, normalised, as the model's type holds it
+    // x: the residual, normalised unless the weight is null, as the model's type holds it.
+    void norm(int64_t t, const T* weight) {
         const float* from = residual(t);
-        float scale = 1 / std::sqrt(sum_of_squares(from, m.dim) / m.dim + float(m.eps)), *to = x(t);
+        float* to = x(t);
+        if (weight) normalise(from, weight, to);
+        else
+            for (int64_t k = 0; k < m.dim; k++) to[k] = rounded<T>(from[k]);
+    }
+    void normalise(const float* from, const T* weight, float* to) {
+        float scale = 1 / std::sqrt(sum_of_squares(from, m.dim) / m.dim + float(m.eps));
         for (int64_t k = 0; k < m.dim; k++) to[k] = rounded<T>(from[k] * scale * to_float(weight[k]));
     }
 
-    void add(const float* scale, const void* bias) {
+    void add(const float* scale, const void* bias, const T* norm_behind) {
         each([&](int64_t t) {
             float *update = x(t), *to = residual(t);
             collect(all.update + t * SPLITS * m.dim, m.dim, scale, (const T*)bias, 0, m.dim, update);
+            if (norm_behind) normalise(update, norm_behind, update);
             for (int64_t k = 0; k < m.dim; k++) to[k] += update[k];
         });
     }
 
-    // Head `head` of a token's q/k/v product into y [head_dim], turned unless it is a value's.
-    void project(const Layer& layer, int64_t t, int64_t head, const void* norm, float* y) {
+    // Head `head` of a token's q/k/v product into y [head_dim].
+    void project(const Layer& layer, int64_t t, int64_t head, float* y) {
         collect(all.qkv + t * SPLITS * width, width, layer.wqkv.scale, (const T*)layer.wqkv_bias, head * m.head_dim,
                 m.head_dim, y);
-        if (head >= m.heads + m.kv_heads) return;
-        turn(y, (const T*)norm, float(m.eps), cos(t), sin(t), m.head_dim);
+    }
+    // A query's or a key's, normalised and turned. scale: see `turn`.
+    void project(const Layer& layer, int64_t t, int64_t head, const void* norm, float scale, float* y) {
+        project(layer, t, head, y);
+        int64_t place = scale ? (head < m.heads ? head : head - m.heads) * m.head_dim : 0;
+        turn(y, norm ? (const T*)norm + place : nullptr, float(m.eps), scale, cos(t, layer.rope), sin(t, layer.rope),
+             m.head_dim);
+    }
+    // What a norm over `count` heads together scales them by (OLMo); 0 where each has its own or there is none.
+    float norm_scale(const Layer& layer, int64_t t, int64_t head, int64_t count) {
+        if (m.q_norm_width || !layer.q_norm) return 0;
+        float sum = 0;
+        for (int64_t i = head; i < head + count; i++) {
+            project(layer, t, i, own.scratch);
+            sum += sum_of_squares(own.scratch, m.head_dim);
+        }
+        return 1 / std::sqrt(sum / (count * m.head_dim) + float(m.eps));
     }
 
     // Writes a token's key and value of one head to the cache.
     void remember(const Layer& layer, int64_t t, int64_t kv) {
         int64_t at = (kv * m.max_seq_length + tokens.position + t) * m.head_dim;
-        project(layer, t, m.heads + kv, layer.k_norm, own.scratch);
+        project(layer, t, m.heads + kv, layer.k_norm, norm_scale(layer, t, m.heads, m.kv_heads), own.scratch);
         for (int64_t d = 0; d < m.head_dim; d++) ((T*)layer.k_cache)[at + d] = from_float<T>(own.scratch[d]);
-        project(layer, t, m.heads + m.kv_heads + kv, nullptr, own.scratch);
+        project(layer, t, m.heads + m.kv_heads + kv, own.scratch);
         for (int64_t d = 0; d < m.head_dim; d++) ((T*)layer.v_cache)[at + d] = from_float<T>(own.scratch[d]);
     }
 
     void attention(const Layer& layer) {  // x: what the heads found
         int64_t size = m.head_dim, chunks = 0;
-        float scale = 1 / std::sqrt(float(size)), *scratch = own.scratch;
+        float* scratch = own.scratch;
         each([&](int64_t t) {
+            float scale = float(m.attention_scale), together = norm_scale(layer, t, 0, m.heads);
+            if (m.query_step) scale *= 1 + float(m.query_beta) * std::log(float(1 + (tokens.position + t) / m.query_step));
             for (int64_t head = 0; head < m.heads; head++) {
-                project(layer, t, head, layer.q_norm, scratch);
+                project(layer, t, head, layer.q_norm, together, scratch);
                 for (int64_t d = 0; d < size; d++) scratch[d] *= scale;
                 arrange<T>(scratch, size, q(t) + head * size);
             }
@@ -221,7 +249,8 @@ template <class T> class Step {
         attend_some(std::integral_constant<int, 1>());
     }
 
-    void activate(const float* scale, const void* bias) {  // this thread's share of h = SiLU(gate) * up
+    // This thread's share of h = SiLU(gate) * up, or with GELU by tanh, which is g / (1 + exp(-a)) of another a.
+    void activate(const float* scale, const void* bias) {
         int64_t F = m.ffn_dim, begin = share(F, 0, GRAIN), count = share(F, 1, GRAIN) - begin;
         float *gate = own.gate, *up = own.up;
         for (int64_t t = 0; t < tokens.count; t++) {
@@ -230,8 +259,8 @@ template <class T> class Step {
             collect(partial, 2 * F, scale, (const T*)bias, begin, count, gate);
             collect(partial, 2 * F, scale, (const T*)bias, F + begin, count, up);
             for (int64_t n = 0; n < count; n += LANES) {
-                vf g = load(gate + n);
-                store(gate + n, g / (1.0f + exp(-g)) * load(up + n));
+                vf g = load(gate + n), a = m.tanh_gate ? g * (1.0f + 0.044715f * g * g) * 1.59576912f : g;
+                store(gate + n, g / (1.0f + exp(-a)) * load(up + n));
             }
             for (int64_t n = 0; n < count; n++) h[n] = rounded<T>(gate[n]);
         }

@@ -17,20 +17,22 @@ struct Weight {
 };
 
 struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
-    const void *attention_norm, *ffn_norm, *q_norm, *k_norm;
+    const void *attention_norm, *ffn_norm, *attention_norm_behind, *ffn_norm_behind, *q_norm, *k_norm;
     Weight wqkv, wo, w13, w2;
     const void *wqkv_bias, *wo_bias, *w13_bias, *w2_bias;
     const float *wqkv_threshold, *wo_threshold, *w13_threshold, *w2_threshold;
     void *k_cache, *v_cache;  // [key/value heads, max_seq_length, head_dim]
-    int64_t window;           // 0: the whole context
+    int64_t window, rope;     // 0: the whole context; which of the rotary embeddings
 };
 
 struct Model {  // CpuModel in engine/cpu_step.py
     int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
-    double eps;
+    int64_t ropes, q_norm_width, tanh_gate;  // 0: norms see all of q, of k; GELU by tanh, not SiLU
+    double eps, embedding_scale, attention_scale, query_beta;
+    int64_t query_step;  // from each so many positions to the next, queries grow by query_beta
     Weight embeddings, output;
     const void* norm;
-    const float* frequencies;
+    const float *frequencies, *rope_sizes;  // [ropes, head_dim / 2]
     const Layer* layer;
     int64_t* kept;  // [layers, 4]: how many channels each product kept of its input
 };
@@ -40,7 +42,7 @@ struct Model {  // CpuModel in engine/cpu_step.py
 struct State {
     int64_t widest;                       // inputs that a product may have
     Floats residual, x, value, q;         // [tokens, dim], [tokens, widest] twice, [tokens, heads, head_dim]
-    Floats cos, sin;                      // [tokens, head_dim / 2]
+    Floats cos, sin;                      // [tokens, ropes, head_dim / 2]
     std::vector<CompactVector> list;      // [tokens]: the kept channels of the next product's input
     std::vector<int32_t> index, every;    // [widest]: of a token that skips some; 0, 1, 2, …
     std::vector<blocks::Kept> kept;       // [tokens, widest / BLOCK]: the same of a product with blocks
@@ -50,7 +52,7 @@ struct State {
         widest = std::max({m.dim, m.ffn_dim, m.heads * m.head_dim});
         residual.resize(tokens * m.dim), x.resize(tokens * widest), value.resize(tokens * widest);
         q.resize(tokens * m.heads * m.head_dim);
-        cos.resize(tokens * m.head_dim / 2), sin.resize(tokens * m.head_dim / 2);
+        cos.resize(tokens * m.ropes * m.head_dim / 2), sin.resize(tokens * m.ropes * m.head_dim / 2);
         list.resize(tokens), fixed.resize(tokens), index.resize(widest);
         kept.resize(tokens * (widest / blocks::BLOCK + 1));
         if (int64_t(every.size()) < widest) every.resize(widest), std::iota(every.begin(), every.end(), 0);

@@ -70,14 +70,18 @@ def test_backpropagation_by_blocks_is_that_through_the_whole_model(tiny):
 
 MADE = """
 from teal_fast.calibration.probe import observe
-from teal_fast.model import ModelArgs, Transformer
+from teal_fast.families.args import ModelArgs
+from teal_fast.families.rotary import make_rope
+from teal_fast.model import Transformer
 from teal_fast.sparse_model import sparsify
 from teal_fast.weights import product
 product.BF16_PRODUCTS = {fast}
 
 def measure(layers, dim, tokens):
-    rope = {{"rope_type": "default", "rope_theta": 10000.0}}
-    args = ModelArgs("made", dim, layers, 8, 8, dim // 8, 4 * dim, 32000, 2048, 1e-5, rope, (None,) * layers)
+    rope, each = make_rope({{"rope_type": "default", "rope_theta": 10000.0, "share": 1.0}}, dim // 8), (None,) * layers
+    args = ModelArgs(
+        "made", dim, layers, 8, 8, dim // 8, 4 * dim, 32000, 2048, 1e-5, (rope,), (0,) * layers, each, dim // 8
+    )
     torch.set_default_dtype(torch.bfloat16)
     model = Transformer(args)
     torch.set_default_dtype(torch.float32)

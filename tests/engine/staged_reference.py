@@ -61,7 +61,7 @@ def attend(attention, qkv: Tensor, model: Transformer, keys: Tensor, values: Ten
             F.rms_norm(x, (D,), module.weight.float(), module.eps)
             for x, module in ((q, attention.q_norm), (k, attention.k_norm))
         )
-    cos, sin = (position * model.frequencies).cos(), (position * model.frequencies).sin()
+    cos, sin = (position * model.frequencies[0]).cos(), (position * model.frequencies[0]).sin()
     q, k = (
         torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
         for low, high in (x.chunk(2, dim=-1) for x in (q, k))

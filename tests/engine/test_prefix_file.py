@@ -28,7 +28,7 @@ TOKEN = 2 * 2 * 3 * 2  # values of a token: keys and values of two layers, three
 
 def random_cache(dtype=torch.float32, heads=3) -> KVCache:
     rows = torch.randn(4, 1, heads, 16, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return KVCache(list(rows[:2]), list(rows[2:]))
+    return KVCache(list(rows[:2]), list(rows[2:]), torch.zeros(0))
 
 
 def filled(dtype=torch.float32) -> PrefixStore:

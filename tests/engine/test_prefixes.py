@@ -31,7 +31,7 @@ def cache_of(ids=(), made=(), length=LENGTH) -> KVCache:
     rows = torch.full((4, 1, 1, length, 1), -1.0)
     rows[:2, 0, 0, : len(ids), 0] = torch.tensor(marks(ids), dtype=torch.float32)
     rows[2:, 0, 0, : len(ids), 0] = torch.tensor(made, dtype=torch.float32)
-    return KVCache(list(rows[:2]), list(rows[2:]))
+    return KVCache(list(rows[:2]), list(rows[2:]), torch.zeros(0))
 
 
 def put(store: PrefixStore, ids, made=0.0) -> None:

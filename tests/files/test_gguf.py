@@ -15,7 +15,9 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from teal_fast.files.checkpoint import WEIGHTS, read_config
-from teal_fast.files.gguf import LLAMA3_ROPE, convert_gguf, find_scaling, open_gguf, to_config
+from teal_fast.files.gguf import convert_gguf
+from teal_fast.files.gguf_config import LLAMA3_ROPE, find_scaling, to_config
+from teal_fast.files.gguf_reader import open_gguf
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
 from teal_fast.files.pre_tokenizers import VOCABULARIES, digest
@@ -66,7 +68,7 @@ def test_every_stored_type_is_dequantized(kind, tmp_path):
 def test_rows_dequantized_in_parts_are_the_same(tmp_path, monkeypatch):
     write_gguf(tmp_path / "model.gguf", make_model(), Type.Q4_0)
     convert_gguf(tmp_path / "model.gguf", tmp_path / "whole", torch.bfloat16)
-    monkeypatch.setattr("teal_fast.files.gguf.VALUES_AT_ONCE", 7 * 64)
+    monkeypatch.setattr("teal_fast.files.gguf_reader.VALUES_AT_ONCE", 7 * 64)
     convert_gguf(tmp_path / "model.gguf", tmp_path / "parts", torch.bfloat16)
     assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
@@ -79,7 +81,7 @@ def test_rope_divisors_are_the_llama3_scaling(tmp_path):
     convert_gguf(tmp_path / "model.gguf", tmp_path / "out", torch.float32)
     scaling = read_config(tmp_path / "out")["rope_scaling"]
     assert scaling == {"rope_type": "factors", "factors": divisors.tolist()}
-    torch.testing.assert_close(load_model(tmp_path / "out").frequencies, model.model.rotary_emb.inv_freq)
+    torch.testing.assert_close(load_model(tmp_path / "out").frequencies[0], model.model.rotary_emb.inv_freq)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_llama31_without_rope_divisors_needs_to_be_told(run_main, llama31, tmp_p
     refuses(path, tmp_path, "no rope_freqs.weight, which Llama 3.1 and later need")
     fails(run_main(main, path, "--out", tmp_path / "out"), "give --rope_scaling llama3, or --rope_scaling none")
     assert run_main(main, path, "--out", tmp_path / "out", "--dtype", "fp32", "--rope_scaling", "llama3")[0] == 0
-    torch.testing.assert_close(load_model(tmp_path / "out").frequencies, model.model.rotary_emb.inv_freq)
+    torch.testing.assert_close(load_model(tmp_path / "out").frequencies[0], model.model.rotary_emb.inv_freq)
     same_logits(model, tmp_path / "out")
     convert_gguf(path, tmp_path / "none", torch.float32, rope_scaling="none")
     assert "rope_scaling" not in read_config(tmp_path / "none")
@@ -149,7 +151,7 @@ def test_other_llama3_vocabularies_need_no_divisors(llama31, tmp_path, metadata)
 @pytest.mark.parametrize(("dim", "layers", "factor"), [(4096, 32, 8.0), (2048, 16, 32.0), (3072, 28, 32.0)])
 def test_llama32_has_a_factor_of_its_own(llama31, dim, layers, factor):
     config = {"hidden_size": dim, "num_hidden_layers": layers}
-    scaling = find_scaling(open_gguf(llama31[1]), config, None, "llama3")
+    scaling = find_scaling(open_gguf(llama31[1]), "llama", config, {}, "llama3")
     assert scaling == {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
 
 
@@ -278,7 +280,7 @@ def test_unwritable_output_and_full_disk(command, run_main, tiny_gguf, tmp_path)
         ({"attention.head_count": 0, "attention.key_length": None, "rope.dimension_count": None}, "heads is 0"),
         ({"attention.layer_norm_rms_epsilon": 0.0}, "rms_norm_eps is 0.0"),
         ({"rope.dimension_count": 8}, "rotates 8 of 16 dimensions"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "rope scaling of type yarn"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "rope scaling of type longrope"),
         ({"rope.scaling.attn_factor": 1.2}, "llama.rope.scaling.attn_factor 1.2"),
         ({"attention.causal": False}, "llama.attention.causal False, expected True"),
         ({"split.count": 3}, "is one of 3 parts"),
@@ -295,9 +297,9 @@ def test_metadata_that_does_not_fit(tmp_path, metadata, message):
 
 def test_unknown_architecture(tmp_path):
     model = make_model()
-    model.config.model_type = "gemma3"
+    model.config.model_type = "gemma4"
     write_gguf(tmp_path / "model.gguf", model)
-    refuses(tmp_path / "model.gguf", tmp_path, "model_type 'gemma3' is not supported")
+    refuses(tmp_path / "model.gguf", tmp_path, "model_type 'gemma4' is not supported, the nearest that are: gemma3")
 
 
 def test_nan_is_refused(tmp_path):

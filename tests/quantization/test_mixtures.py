@@ -8,7 +8,7 @@ import torch
 from teal_fast.model import ModelArgs
 from teal_fast.quantization.mixtures import make_format, needs_more
 
-ARGS = ModelArgs("LlamaForCausalLM", 512, 8, 8, 2, 64, 768, 1000, 128, 1e-5, {"theta": 1e4}, (None,) * 8)
+ARGS = ModelArgs("LlamaForCausalLM", 512, 8, 8, 2, 64, 768, 1000, 128, 1e-5, (), (0,) * 8, (None,) * 8, 64)
 
 
 def make(mode="q4_k", **sizes):
