@@ -35,6 +35,7 @@ from teal_fast.report.results_speed import (
     kernels_section,
     prompts_section,
     serve_section,
+    speculate_section,
     table_section,
 )
 from teal_fast.report.tradeoff import tradeoff_figures
@@ -60,6 +61,7 @@ SECTIONS = {
     "serve": Kind(("file", "run", "model"), serve_section),
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "few_tokens": Kind(("file", "run", "model"), few_tokens_section),
+    "speculate": Kind(("file", "model"), speculate_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),
     "tradeoff": Kind(("file", "run", "model"), tradeoff_section),

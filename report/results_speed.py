@@ -147,6 +147,35 @@ def few_tokens_section(records: list[Record]) -> Section:
     )
 
 
+def speculate_section(records: list[Record]) -> Section:
+    def shares(found: list[float]) -> str:
+        return " ".join(percent(share) for share in found[:8])
+
+    swept, compared = [], []
+    for record in records:
+        if "ratio" in record:
+            found, spread = record["lossless"], f"{min(record['ratios']):.2f} to {max(record['ratios']):.2f}"
+            row = [record["prompts"], record["draft"], f"{record['ratio']:.2f}", spread]
+            compared.append([*row, f"{found['tokens_per_cycle']:.2f}", shares(found["acceptance"])])
+        else:
+            best = max(record["predicted"], key=record["predicted"].get)
+            sparsity = "" if record["draft_sparsity"] is None else percent(record["draft_sparsity"])
+            row = [record["draft"], sparsity, f"{record['draft_cost']:.2f}", shares(record["acceptance"])]
+            swept.append([*row, best, f"{record['predicted'][best]:.2f}"])
+    tables = []
+    if swept:
+        verify = ", ".join(
+            f"{n}: {cost:.2f}" for n, cost in next(r for r in records if "predicted" in r)["verify_cost"].items()
+        )
+        head = ["drafter", "sparsity", "cost of a draft", "drafts that stand, by place", "best number", "predicted"]
+        tables = [f"Verifying so many tokens costs, in dense steps: {verify}.", markdown(head, swept)]
+    head = ["prompts", "drafter", "times dense", "by prompt", "tokens a cycle", "drafts that stand, by place"]
+    if compared:
+        tables.append(markdown(head, compared))
+    first = records[0]
+    return Section(f"{first['model']} in {first['format']} on {first['device']}, lossless", tables)
+
+
 def serve_section(records: list[Record]) -> Section:
     names = {id(r): r["peer"] or f"{r['mode']}, {percent(r['sparsity'])}" for r in records}
     times = ("first_token_s", "first_turn_s", "second_turn_s")

@@ -30,7 +30,7 @@ from teal_fast.weights.blocks import BlockOutput
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Tokens and first position: all groups that registers hold, across the borders of chunks of 64 and of windows.
-SPANS = ((1, 5), (2, 0), (3, 62), (4, 63), (6, 1), (8, 120), (11, 60), (16, LENGTH - 16), (21, 50))
+SPANS = ((1, 5), (2, 0), (3, 62), (4, 63), (5, 17), (6, 1), (7, 64), (8, 120), (11, 60), (16, LENGTH - 16), (21, 50))
 IN_ROWS = ("llama", "ragged", "biases", "groups_of_7", "qwen3", "qwen2_window_on_a_layer", "mistral_small_window")
 
 
