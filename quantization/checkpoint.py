@@ -125,7 +125,7 @@ def write_quantized(folder: Path, out: Path, format: Format | BlockFormat, pack:
     """
     with torch.device("meta"):
         model = sparsify(Transformer(model_args(read_config(folder))), format)
-    metadata = METADATA | format.metadata() | {SOURCE: source_of(folder)}
+    metadata = metadata_of(folder, format)
     packed_name = PACKED[metadata["version"]]
     with open_safetensors(folder / WEIGHTS) as file:
         source = QuantizedSource(file, format, pack)
@@ -144,6 +144,11 @@ def write_quantized(folder: Path, out: Path, format: Format | BlockFormat, pack:
             if path.is_file() and path.name not in (WEIGHTS, CALIBRATION) and not path.name.startswith("."):
                 shutil.copyfile(path, out / path.name)
         write_safetensors(out / WEIGHTS, layout, source.read, metadata)
+
+
+def metadata_of(folder: Path, format: Format | BlockFormat) -> dict[str, str]:
+    """What the weights of a copy in this format say of themselves, and that they were made of those in `folder`."""
+    return METADATA | format.metadata() | {SOURCE: source_of(folder)}
 
 
 class QuantizedSource:
@@ -196,7 +201,7 @@ def tune_checkpoint(folder: Path, out: Path, format: Format | BlockFormat, fit: 
                 return tensor
             return tensor * factor_of(name, factors[module].cpu(), format.within(module))
 
-        write_safetensors(temporary, layout, read, file.metadata())
+        write_safetensors(temporary, layout, read, metadata_of(folder, format))
 
 
 def factor_of(name: str, factor: Tensor, format: Format | LayerBlocks) -> Tensor | float:

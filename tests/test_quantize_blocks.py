@@ -65,7 +65,7 @@ def test_the_file_holds_what_it_should(made, dense, mode, calibrated):
     folder, source = made[mode, calibrated], load_model(dense)
     format, _ = make_format(mode, source.args, torch.float32)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == METADATA | format.metadata()
+        assert file.metadata() == METADATA | format.metadata() | {"source": fingerprint(dense)["weights"]}
     assert (folder / CONFIG).read_bytes() == (dense / CONFIG).read_bytes()
     before, after = load_file(dense / WEIGHTS), load_file(folder / WEIGHTS)
     assert all(torch.equal(after[name], before[name]) for name in before if "norm" in name)
