@@ -23,12 +23,12 @@ def tradeoff_figure(records: list[Record]) -> Figure:
             peer = (record["peer"] or "").removeprefix("llama.cpp ")
             point = record["tokens_per_s"], record["loss_over_file"], peer or percent(record["sparsity"])
             groups["llama.cpp, by format" if peer else "teal-fast, by sparsity"].append(point)
-        looks = (("blue", (4, -13)), ("orange", (4, 6)))  # colour, and where names stand from their points
-        for (label, points), (colour, offset), marker in zip(groups.items(), looks, MARKERS, strict=False):
+        looks = (("blue", (5, -12), "left"), ("orange", (-3, 6), "right"))  # colour, where names stand from points
+        for (label, points), (colour, offset, side), marker in zip(groups.items(), looks, MARKERS, strict=False):
             x, y, names = zip(*points, strict=True)
             axes.plot(x, y, marker, color=LIGHT[colour], linestyle="-" if colour == "blue" else "", label=label)
             for place, value, name in zip(x, y, names, strict=True):
-                where = {"xytext": offset, "textcoords": "offset points"}
+                where = {"xytext": offset, "textcoords": "offset points", "ha": side}
                 axes.annotate(name, (place, value), **where, fontsize=9.5, color=LIGHT[colour])
         axes.set(xlabel="tokens a second", ylabel="loss over the file itself, nats", xlim=(0, None))
         axes.xaxis.set_major_formatter(PLAIN)
