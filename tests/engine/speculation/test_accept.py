@@ -9,7 +9,7 @@ from teal_fast.engine.speculation.accept import accept
 from teal_fast.engine.speculation.drafters import Draft
 
 VOCAB = 12
-DRAWS = 20_000  # of each case; 100,000 take a minute a case
+DRAWS = 20_000  # of each case; 100,000, a minute a case, pass as well
 TARGET = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 1.5
 GUESS = TARGET + torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
 FILTERS = {
