@@ -25,11 +25,11 @@ def find_drafts(folder: Path, model: Transformer, tokenizer: Tokenizer, draft: s
         return []
     if draft != AUTO:
         return [_open(find_checkpoint(draft), draft, folder, model, tokenizer)]
-    found, name = [], folder.name
+    found, name, source = [], folder.name, source_of(folder)
     for copy in (folder.with_name(f"{name}-{format}") for format in COPIES):
         if not all((copy / file).is_file() for file in (CONFIG, WEIGHTS)):
             continue
-        if source_of(copy) == source_of(folder):
+        if source_of(copy) == source:
             found.append(_open(copy, copy.name, folder, model, tokenizer))
         else:
             said = f"it is no copy of {folder}, or an older release made it: `{command('quantize')}` makes one"

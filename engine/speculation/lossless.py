@@ -8,6 +8,7 @@ read. The verifier gives each token the bits of a dense step (engine/cpu_step.py
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -63,20 +64,23 @@ class Lossless:
         models: Iterable[DraftModel] = (),
     ):
         self.step, self.cache, self.make_step = step, cache, make_step
-        own = DraftModel(SELF, with_own_thresholds(model), calibration, shared=True)
-        self.models = {draft.name: draft for draft in (own, *models)}
-        self.cache_varies = model.args.longest_plain is not None  # its keys may have to be made again
-        self.dense_bytes = bytes_per_token(model, 0.0)
+        self.model, self.calibration, self.others = model, calibration, tuple(models)
         self.controller, self.ngram, self.statistics = Controller(), NGram(), Statistics()
         self.drafters: dict[str, ModelDrafter] = {}
         self.arms: dict[tuple[str, float], Arm] = {}
+
+    @cached_property
+    def models(self) -> dict[str, DraftModel]:
+        """What may draft, by name; on demand, since a twin of the model takes half as long as a small one's load."""
+        own = DraftModel(SELF, with_own_thresholds(self.model), self.calibration, shared=True)
+        return {draft.name: draft for draft in (own, *self.others)}
 
     def check(self, request: Request) -> None:
         """Raises ValueError on a lossless request that can't be served."""
         if not hasattr(self.step, "dense"):
             said = "verifies several tokens at once, which the C++ step on a CPU does alone so far"
             raise ValueError(f"lossless {said}: leave it out, or take --device cpu without --eager")
-        if self.cache_varies:
+        if self.model.args.longest_plain is not None:  # its keys may have to be made again
             raise ValueError("lossless does not serve longrope and dynamic rotary embeddings: leave it out")
         known = (AUTO, NGRAM, *self.models)
         if request.draft not in known:
@@ -126,7 +130,7 @@ class Lossless:
         nearest = min(STANDS, key=lambda known: abs(known - sparsity))
         rounding = STANDS_ROUNDED.get(format_of(draft.model), 0.93) if draft.name != SELF else 1.0
         share = STANDS[nearest] * (rounding if draft.shared else STANDS_OTHER)
-        cost = bytes_per_token(draft.model, sparsity) / self.dense_bytes
+        cost = bytes_per_token(draft.model, sparsity) / bytes_per_token(self.model, 0.0)
         name = f"{draft.name} at {sparsity:.0%}" if draft.calibration is not None else draft.name
         return Arm(name, share, cost)
 
