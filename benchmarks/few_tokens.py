@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.benchmarks.bandwidth import bandwidth_meter
-from teal_fast.benchmarks.kernels import COLD_BYTES, time_passes
+from teal_fast.benchmarks.kernels import COLD_BYTES, layer_products, time_passes
 from teal_fast.benchmarks.shapes import COMMON, SHAPES
 from teal_fast.cli import run
 from teal_fast.evaluation.record import check_records_path, describe, write_records
@@ -31,18 +31,6 @@ from teal_fast.weights.formats import Format
 
 TOKENS = (1, 2, 4, 8, 16)
 KERNELS = {"few_token_gemm": few_token_gemm, "quantized_gemm": quantized_gemm}
-
-
-def products(shape: str) -> dict[str, tuple[int, int]]:
-    """K and N of a layer's weights."""
-    args = model_args(COMMON | SHAPES[shape])
-    inner = args.n_heads * args.head_dim
-    return {
-        "qkv": (args.dim, inner + 2 * args.n_kv_heads * args.head_dim),
-        "o": (inner, args.dim),
-        "gate+up": (args.dim, 2 * args.ffn_dim),
-        "down": (args.ffn_dim, args.dim),
-    }
 
 
 def copies(K: int, N: int, format: str, device: torch.device) -> list[Tensor | PackedWeight]:
@@ -79,7 +67,7 @@ def main() -> None:
     check_records_path(options.out)
     device, records = torch.device("cuda"), []
     read, common = bandwidth_meter(device)(), describe(options.shapes, device, "int8")
-    for name, (K, N) in products(options.shapes).items():
+    for name, (K, N) in layer_products(model_args(COMMON | SHAPES[options.shapes])).items():
         for format in ("bf16", "int8", "int4"):
             weights = copies(K, N, format, device)
             nbytes = (weights[0] if format == "bf16" else weights[0].packed).nbytes

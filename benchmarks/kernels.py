@@ -165,14 +165,19 @@ def time_cases(cases: list[Case], device: torch.device) -> None:
         case.seconds, case.bandwidths = seconds, bandwidths
 
 
-def make_ops(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> list[Op]:
+def layer_products(args: ModelArgs) -> dict[str, tuple[int, int]]:
+    """K and N of a layer's weights."""
     heads = args.n_heads * args.head_dim
-    sizes = {
+    return {
         "qkv": (args.dim, heads + 2 * args.n_kv_heads * args.head_dim),
         "o": (heads, args.dim),
         "gate+up": (args.dim, 2 * args.ffn_dim),
         "down": (args.ffn_dim, args.dim),
     }
+
+
+def make_ops(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> list[Op]:
+    sizes = layer_products(args)
     if device.type == "cpu":
         sizes["up"] = (args.dim, args.ffn_dim)
     return [Op(name, K, N, args.n_heads if name == "o" else 1, device, dtype) for name, (K, N) in sizes.items()]
