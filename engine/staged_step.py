@@ -16,14 +16,18 @@ from teal_fast.kernels.int4 import row_scales
 from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError
 from teal_fast.kernels.packed import PackedWeight, bits
+from teal_fast.kernels.rank_words import RankWords
 from teal_fast.kernels.stage_shape import StageShape, cut
 from teal_fast.model import Block, KVCache, Transformer
 from teal_fast.sparse_model import sparse_layers
 from teal_fast.weights.output import operand_of
 
 
-def stage_shape(model: Transformer) -> StageShape:
-    """The sizes that kernels are compiled for. Raises ValueError on weights that no kernel reads."""
+def stage_shape(model: Transformer, ranks: int = 1) -> StageShape:
+    """The sizes that kernels are compiled for. Raises ValueError on weights that no kernel reads.
+
+    ranks: over how many GPUs the model is cut, of which this one's share is given.
+    """
     args, dtype = model.args, model.norm.weight.dtype
     if others := args.beyond_llama("qk_norm"):
         raise ValueError(f"no kernels for {others}")
@@ -40,19 +44,21 @@ def stage_shape(model: Transformer) -> StageShape:
     output = operand_of(model.output).packed
     return StageShape(
         args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.ffn_dim, args.vocab_size, found[True][0],
-        *found[False], bits(output), dtype == torch.float16, bool(args.qk_norm),
+        *found[False], bits(output), dtype == torch.float16, bool(args.qk_norm), ranks,
     )  # fmt: skip
 
 
-def build_stages(model: Transformer, dependent: bool = True, delay: int = 0, **wanted: int) -> DecodeStages:
-    """The kernels for this model on its GPU. Raises ValueError or CudaError saying why there are none.
+def build_stages(
+    model: Transformer, dependent: bool = True, delay: int = 0, ranks: int = 1, **wanted: int
+) -> DecodeStages:
+    """The kernels for this model, or its share, on its GPU. Raises ValueError or CudaError saying why there are none.
 
     dependent, delay, wanted: for tests and sweeps; see `DecodeStages`, `defines` and `cut`.
     """
     gpu = torch.cuda.get_device_properties(model.norm.weight.device)
     if gpu.major < 9:
         raise ValueError(f"no kernels for compute capability {gpu.major}.{gpu.minor}")
-    shape = stage_shape(model)
+    shape = stage_shape(model, ranks)
     constants = defines(shape, cut(shape, gpu.multi_processor_count, **wanted), delay)
     shared, arch = gpu.shared_memory_per_multiprocessor, f"sm_{gpu.major}{gpu.minor}"
     with torch.cuda.device(model.norm.weight.device):
@@ -74,7 +80,7 @@ class StagedStep:
     mode = "captured"
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, cache: KVCache, stages: DecodeStages):
+    def __init__(self, model: Transformer, cache: KVCache, stages: DecodeStages, words: RankWords | None = None):
         started = time.perf_counter()
         self.stages, self.cache, self.tensors = stages, cache, []
         args, self.device = model.args, model.norm.weight.device
@@ -108,6 +114,10 @@ class StagedStep:
             length=cache.length,
             eps=args.norm_eps,
         )
+        if words is not None:
+            self._kept(words)
+            self.step.words[: words.ranks], self.step.rank = words.addresses, words.rank
+            self.step.calls, self.step.lost = words.calls.data_ptr(), words.lost.data_ptr()
         grids = measure_grids(model, addends(stages))
         self.layers = list(map(self._layer, model.layers, grids, cache.k, cache.v, args.sliding_windows))
         self.longest = max(

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from teal_fast.kernels.cuda_driver import CudaModule, launch_config
 from teal_fast.kernels.nvrtc import compile_cuda
-from teal_fast.kernels.stage_shape import THREADS, StageShape
+from teal_fast.kernels.stage_shape import MOST_RANKS, THREADS, StageShape
 
 SOURCE = "three_stages.cu"
 SHORT, TOLD = 512, 8  # as stages_base.cuh has them
@@ -40,6 +40,9 @@ class StageStep(ctypes.Structure):
         *((name, c_void_p) for name in ("output", "output_scale", "norm", "logits", "largest", "best")),
         *((name, c_void_p) for name in ("arrived", "beyond", "told")),
         ("length", c_int64),
+        ("words", c_void_p * MOST_RANKS),
+        *((name, c_void_p) for name in ("calls", "lost")),
+        ("rank", c_int64),
         ("eps", c_float),
     ]
 
@@ -69,6 +72,8 @@ class DecodeStages:
             "stage_mlp": constants["CTAS_MLP"],
             "stage_output": processors,
         }
+        if constants["RANKS"] > 1:
+            grids |= {"stage_sum": -(-constants["DIM"] // THREADS), "stage_gather": processors}
         shared = max(self.module.size("shared_bytes"), shared_memory // 2 + 1024)
         if shared > shared_memory - 1024:  # what the driver keeps of each CTA's
             raise ValueError(f"no kernels for {shared} bytes of shared memory")
@@ -84,8 +89,17 @@ class DecodeStages:
             if long and not 0 < layers[number].window <= SHORT:
                 self._launch("stage_attention", step, layers[number])
             self._launch("stage_o", step, layers[number], layer)
+            self._sum(step, 2 * number, step.o_update[number % 2])
             self._launch("stage_mlp", step, layers[number], layer)
+            self._sum(step, 2 * number + 1, step.mlp_update)
         self._launch("stage_output", step, c_int(len(layers)))
+        if "stage_gather" in self.kernels:
+            self._launch("stage_gather", step, c_int(2 * len(layers)))
+
+    def _sum(self, step: StageStep, call: int, update: int) -> None:
+        """Adds up the ranks' updates, where there are several."""
+        if "stage_sum" in self.kernels:
+            self._launch("stage_sum", step, c_int(call), c_void_p(update))
 
     def _launch(self, name: str, *parameters, config=None) -> None:
         self.module.launch(self.kernels[name], config or self.configs[name], *parameters)

@@ -7,6 +7,7 @@ SHARERS CTAs a head. stage_mlp: CHANNELS of the MLP a CTA, as few as fill the GP
 from dataclasses import dataclass
 
 THREADS, WARPS = 512, 16  # of a CTA
+MOST_RANKS = 8
 MOST_ROWS = 512  # of whole numbers that a thread adds up: 512 · 128 · 32767 < 2^31
 GRANULES = {16: 32, 8: 64, 4: 128}  # channels: 64 bytes, which the GPU's memory reads at once
 UNROLL = {(16, 16): (4, 4), (8, 8): (2, 2), (8, 4): (2, 2)}  # steps a batch, by bits: the best on an H200
@@ -14,7 +15,10 @@ UNROLL = {(16, 16): (4, 4), (8, 8): (2, 2), (8, 4): (2, 2)}  # steps a batch, by
 
 @dataclass(frozen=True)
 class StageShape:
-    """A model's sizes; bits of the attention's weights and of the MLP's, group of four-bit ones, bits of the output."""
+    """A model's sizes; bits of the attention's weights and of the MLP's, group of four-bit ones, bits of the output.
+
+    ranks: how many GPUs it is cut over; heads, kv_heads and ffn are then one's share, vocab is the whole.
+    """
 
     dim: int
     heads: int
@@ -28,6 +32,7 @@ class StageShape:
     output_bits: int
     half_is_fp16: bool
     qk_norm: bool
+    ranks: int = 1
 
     def check(self) -> None:
         """Raises ValueError saying what the kernels do not serve."""
@@ -39,6 +44,7 @@ class StageShape:
             f"a width of {self.dim}": self.dim % 32 or self.dim > 16384 or self.dim % group,
             f"an MLP of {self.ffn}": self.ffn % (128 // self.bits_m) or self.ffn % group,
             f"q, k and v of {qkv}": qkv % (128 // self.bits_a),
+            f"{self.ranks} ranks": self.ranks > MOST_RANKS,
         }
         if found := next((what for what, misfit in misfits.items() if misfit), None):
             raise ValueError(f"no kernels for {found}")
@@ -70,6 +76,6 @@ def cut(shape: StageShape, processors: int, channels: int | None = None) -> dict
     return {
         "CTAS_QKV": ctas_qkv, "CTAS_O": ctas_o, "CTAS_MLP": ctas_mlp, "SHARERS": sharers, "CHANNELS": channels,
         "SPLITS": max(1, processors // (shape.kv_heads * batches)), "BATCHES": batches,
-        "ADDENDS_QKV": each // WARPS + 2, "ADDENDS_O": ctas_o, "ADDENDS_MLP": ctas_mlp,
+        "ADDENDS_QKV": each // WARPS + 2, "ADDENDS_O": ctas_o * shape.ranks, "ADDENDS_MLP": ctas_mlp * shape.ranks,
         "UNROLL_A": unroll_a, "UNROLL_M": unroll_m,
     }  # fmt: skip

@@ -2,8 +2,8 @@
 // kernels/decode_stages.py defines the constants: DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB; HALF_IS_FP16; BITS_A and
 // BITS_M, of attention's weights and the MLP's, and GROUP, of four-bit scales; OUTPUT_BITS; QK_NORM; how launches are cut
 // (CTAS_QKV, CTAS_O, CTAS_MLP, SHARERS, CHANNELS, SPLITS) and unrolled (UNROLL_A, UNROLL_M); ADDENDS_QKV, …, how many CTAs
-// at most add to a column; DELAY, for tests: microseconds that some CTAs come late. Structures are as StageLayer and
-// StageStep there. No header of CUDA's is included: NVRTC alone is enough to compile this.
+// at most add to a column; RANKS, the GPUs that a model is cut over, HEADS, KV_HEADS and FFN being one's share; DELAY, for
+// tests: microseconds that some CTAs come late. Structures are as StageLayer and StageStep there. No header of CUDA's is included: NVRTC alone is enough to compile this.
 #pragma once
 #include "halves.cuh"
 
@@ -14,6 +14,7 @@ constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 constexpr int PIECE = 16, SEGMENT = 32 * PIECE;  // bytes that a thread and a warp load at once
 constexpr int SHORT = 512;  // positions that the attention of stage_o takes itself; of more, stage_attention
 constexpr int TOLD = 8;     // answers that the host may be behind
+constexpr int MOST_RANKS = 8, SHARE = cdiv(VOCAB, RANKS);  // tokens of whose logits a rank computes, the last one perhaps fewer
 constexpr float LEVELS = 32767;          // of fixed point in 16 bits
 constexpr float BEYOND = 64, HELD = 16;  // as kernels/outliers.py has RARE and HELD
 constexpr float ROUNDING = 12582912;     // 1.5 * 2^23: added to |x| < 2^22 it leaves the whole number in the low bits
@@ -47,6 +48,9 @@ struct Step {
     u32 *arrived, *beyond;  // beyond: how many addends left their grid
     i64* told;              // in the host's memory: a token and its logit's bits, by turns of TOLD positions
     i64 length;
+    u64* words[MOST_RANKS];  // in each rank's memory: what ranks send it (stages_ranks.cuh)
+    u32 *calls, *lost;       // how often they have sent so far; whether one was waited for in vain
+    i64 rank;
     float eps;
 };
 

@@ -14,8 +14,8 @@ __device__ __forceinline__ float logit_of(u64 key) {
 }
 __device__ __forceinline__ u64 larger_key(u64 a, u64 b) { return a > b ? a : b; }
 
-// The last CTA to arrive writes the token, its logit and the next position.
-__device__ __forceinline__ void find_best(Shared& s, const Step& S, u64 best) {
+// The last CTA to arrive writes the token, its logit and the next position. calls: how often ranks have sent for it.
+__device__ __forceinline__ void find_best(Shared& s, const Step& S, u64 best, int calls = 0) {
     u64* keys = (u64*)s.some;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
@@ -36,15 +36,18 @@ __device__ __forceinline__ void find_best(Shared& s, const Step& S, u64 best) {
     told[1] = bits_of(logit_of(best));
     *S.position = position + 1;
     *S.arrived = 0;
+    if constexpr (RANKS > 1) *S.calls += calls;
 }
 
-// Logits of all tokens, and the likeliest one, which with its position becomes the next step's. A warp has a run of rows.
+// Logits of this rank's tokens. Without other ranks, also the likeliest one, which with its position becomes the next
+// step's. A warp has a run of rows.
 STAGE stage_output(const __grid_constant__ Step S, const int number) {
     constexpr int C = columns(OUTPUT_BITS), ROW = DIM * OUTPUT_BITS / 8, PIECES = cdiv(ROW, SEGMENT), ROWS = 4, DEPTH = 4;
     Shared& s = shared();
     const int t = threadIdx.x, lane = t & 31, warp = t >> 5;
     const i64 warps = (i64)gridDim.x * WARPS, mine = (i64)blockIdx.x * WARPS + warp;
-    const int begin = (int)(VOCAB * mine / warps), end = (int)(VOCAB * (mine + 1) / warps);
+    const int before = (int)S.rank * SHARE, rows = least(SHARE, VOCAB - before);
+    const int begin = (int)(rows * mine / warps), end = (int)(rows * (mine + 1) / warps);
     launch_dependents();
     Norm norm;
     norm.prepare(S.norm, nullptr);
@@ -111,9 +114,9 @@ STAGE stage_output(const __grid_constant__ Step S, const int number) {
         }
         if (lane < ROWS && row + lane < end) {
             const float y = OUTPUT_BITS == 16 ? sums[0] : sums[0] * __ldg(S.output_scale + row + lane);
-            S.logits[row + lane] = y;
+            S.logits[before + row + lane] = y;
             best = larger_key(best, key_of(y, row + lane));
         }
     }
-    find_best(s, S, best);
+    if constexpr (RANKS == 1) find_best(s, S, best);
 }
