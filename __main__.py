@@ -21,7 +21,7 @@ def main() -> None:
         print(f"teal-fast: error: got {name!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"teal-fast {name}", *sys.argv[2:]]
-    run(COMMANDS[name].main)
+    run(COMMANDS[name].main, in_ranks=name == "generate")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from typing import NoReturn
 import torch
 
 from teal_fast.calibration.make import QUICK, Settings, make_calibration
-from teal_fast.engine.device import find_device
+from teal_fast.engine.device import pick_device
+from teal_fast.engine.ranks.group import Ranks
+from teal_fast.engine.ranks.launch import explain_lost, first_to_end, leave, meet, wait_for_rank_0
+from teal_fast.engine.ranks.layers import connect
 from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
 from teal_fast.files.chat_ids import SURROGATES
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
@@ -31,19 +34,30 @@ MAX_SPARSITY = 0.95
 DRAFTING = ("draft", "draft_sparsity", "draft_tokens")  # flags beside --lossless, and fields of requests
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Calls `main` and exits: 0, or 1 with one line on stderr for bad input, or 130 for Ctrl-C."""
+def run(main: Callable[[], None], in_ranks: bool = False) -> NoReturn:
+    """Calls `main` and exits: 0, or 1 with one line on stderr for bad input, or 130 for Ctrl-C.
+
+    in_ranks: whether `main` may run as several processes, started by torchrun.
+    """
     try:
+        meet(in_ranks)
         main()
+        leave()
+    except SystemExit:  # argparse says why, of all ranks
+        wait_for_rank_0()
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout went away (`| head`): nothing is left to be said to it
+        first_to_end()
         sys.stderr.close()
         sys.exit(1)
     except (ValueError, OSError, OutOfMemoryError) as error:
         fail(str(error))
     except (RuntimeError, MemoryError) as error:
+        if (said := explain_lost(error)) is not None:
+            fail(said)
         if (said := explain_memory(error)) is None:
             raise
         fail(f"out of memory ({said}): take shorter texts, a narrower type (--dtype) or another --device")
@@ -51,8 +65,9 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def fail(said: str) -> NoReturn:
-    """Ends the process with an error in one line."""
-    print(f"error: {one_line(said, 1000, 700, 200)}", file=sys.stderr)
+    """Ends the process with an error in one line, of several ranks the first."""
+    if first_to_end():
+        print(f"error: {one_line(said, 1000, 700, 200)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -116,13 +131,6 @@ def size(text: str) -> int:
     return int(_number(text, 0, 2**63, "a number of bytes, such as 1e9"))
 
 
-def port(text: str) -> int:
-    """argparse type: a TCP port."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a port from 0 (any free one) to 65535")
-    return int(text)
-
-
 def add_model_arguments(parser: argparse.ArgumentParser, checkpoint: str | None = None) -> None:
     """The flags of every command that loads a model. checkpoint: the one that is loaded where none is named."""
     parser.add_argument(
@@ -182,14 +190,6 @@ def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="refuse what is missing (demo model, calibration) instead of making it",
     )
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, which becomes PyTorch's current one: events and launches go by that."""
-    device = find_device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
 
 
 def open_checkpoint(name: str, prepare: bool = True) -> Path:
@@ -274,15 +274,17 @@ class Opened:
         return self.folder.resolve().name
 
 
-def open_model(choice: ModelChoice, calibrated: bool | None = True) -> Opened:
+def open_model(choice: ModelChoice, calibrated: bool | None = True, ranks: Ranks | None = None) -> Opened:
     """The chosen checkpoint with its tokenizer, its model and, if calibrated, its calibration or the chosen one.
 
-    calibrated None: if there is one.
+    calibrated None: if there is one. ranks: that share the model, each of which opens its part.
 
-    What is missing is made first, with a line on stderr, unless no_prepare is set. Small files are read before weights.
+    What is missing is made first, with a line on stderr, unless no_prepare is set or the model is shared. Small files
+    are read before weights.
     """
-    prepare = not choice.no_prepare
-    folder, device = open_checkpoint(choice.checkpoint, prepare), pick_device(choice.device)
+    prepare = not choice.no_prepare and ranks is None
+    folder = open_checkpoint(choice.checkpoint, prepare)
+    device = pick_device(choice.device) if ranks is None else ranks.device
     tokenizer = Tokenizer.load(folder)
     found = None
     if calibrated is not False:
@@ -291,4 +293,7 @@ def open_model(choice: ModelChoice, calibrated: bool | None = True) -> Opened:
         except MissingCalibrationError:
             if calibrated:
                 raise
-    return Opened(folder, device, tokenizer, load_model(folder, device, DTYPES.get(choice.dtype)), found)
+    model = load_model(folder, device, DTYPES.get(choice.dtype), shard=ranks and ranks.shard)
+    if ranks is not None:
+        model, found = connect(model, ranks), found and found.part(ranks.shard)
+    return Opened(folder, device, tokenizer, model, found)

@@ -30,6 +30,8 @@ from teal_fast.cli import (
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample, cache_length, profiler
 from teal_fast.engine.prefill import compiled_prefill, prefill
+from teal_fast.engine.ranks.group import Ranks
+from teal_fast.engine.ranks.launch import launched
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
@@ -81,6 +83,8 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
         parser.error("--fim has a prompt of its own: drop --prompt, --chat and --interactive")
     if options.interactive and (options.json or options.profile or options.num_samples > 1):
         parser.error("--json, --profile and --num_samples are for single prompts: drop --interactive")
+    if launched() > 1 and (options.interactive or options.lossless):
+        parser.error("--interactive and --lossless are for one process: drop them, or start it without torchrun")
     if options.prompt is None:
         options.prompt = DEFAULT_PROMPT
     return options, choice
@@ -142,7 +146,8 @@ def main() -> None:
     if options.interactive:
         print(f"loading {options.checkpoint} …", file=sys.stderr, flush=True)
     drafting = lossless_request(options)
-    opened = open_model(choice, needs_calibration(options))
+    ranks = Ranks.join(choice.device)
+    opened = open_model(choice, needs_calibration(options), ranks)
     chat = ([] if options.system is None else [{"role": "system", "content": options.system}]) if options.chat else None
     model, tokenizer = opened.model, opened.tokenizer
     if options.interactive:
@@ -167,7 +172,8 @@ def main() -> None:
     if options.interactive:
         return interactive(session)
     shown = "" if options.chat or options.fim else options.prompt
-    samples = generate(session, shown, ids, options.num_samples, options.profile)
+    profile = None if ranks is not None and ranks.shard.rank else options.profile
+    samples = generate(session, shown, ids, options.num_samples, profile)
     measured = summarize(session.engine, samples)
     print(describe_cost(measured), file=sys.stderr)
     if options.json:
@@ -176,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, in_ranks=True)

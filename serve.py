@@ -19,7 +19,6 @@ from teal_fast.cli import (
     open_checkpoint,
     open_model,
     parse_with_model,
-    port,
     positive_int,
     positive_number,
     run,
@@ -48,6 +47,13 @@ else:
 
 PREFIXES = "prefixes.safetensors"
 LONGEST = 32_768  # tokens of a context where none is named: agents send 10,000 to 40,000 of tools alone
+
+
+def port(text: str) -> int:
+    """argparse type: a TCP port."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a port from 0 (any free one) to 65535")
+    return int(text)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:

@@ -57,14 +57,18 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor, phase: Phase | None = None) -> Tensor:
         """x [B, T, K] -> [B, T, N]; without a phase all tokens are dense."""
+        return self.product(x, phase, self.bias)
+
+    def product(self, x: Tensor, phase: Phase | None, bias: Tensor | None = None) -> Tensor:
+        """As `forward`, with a bias or none."""
         batch, tokens, _ = x.shape
         dense = tokens if phase is None else min(phase.dense_tokens, tokens)
         if dense < tokens and batch * tokens == 1:
-            return self.weight.sparse_matvec(x.flatten(), self.threshold, self.bias).view(1, 1, -1)
+            return self.weight.sparse_matvec(x.flatten(), self.threshold, bias).view(1, 1, -1)
         if dense < tokens:
             decoded = x[:, dense:]
             x = torch.cat((x[:, :dense], decoded.masked_fill(self.dropped(decoded), 0)), dim=1)
-        return self.weight.matmul(x, self.bias)
+        return self.weight.matmul(x, bias)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -107,7 +111,8 @@ def format_of(model: Transformer) -> str:
     formats = [layer.weight.format for layer in sparse_layers(model).values() if layer.weight.format != "dense"]
     if formats:
         return formats[-1]  # an int4 model's attention, which comes first, is int8
-    return OUTPUT8 if isinstance(model.output, Int8Output) else dtype_name(model)
+    output8 = any(isinstance(module, Int8Output) for module in model.modules())
+    return OUTPUT8 if output8 else dtype_name(model)
 
 
 Observer = Callable[[str, SparseLinear, Tensor, Phase], Tensor | None]

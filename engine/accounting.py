@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from teal_fast.engine.ranks.layers import ranks_of
 from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DECODE, KINDS, Phase, SparseLinear, sparse_layers, watch_inputs
 
@@ -50,7 +51,7 @@ def recount(model: Transformer, cache: KVCache, start: int, tokens: list[int]) -
     """Sparsity achieved on decoded tokens, which stand from position `start` on: by tensor kind and "all".
 
     The tokens pass the model once more at the thresholds now set: counting in the decode step would slow it down. The
-    cache is left as it was.
+    cache is left as it was. Of ranks that share the model it is their mean, as all hold the same bytes.
     """
     if not tokens:
         return {}
@@ -63,7 +64,8 @@ def recount(model: Transformer, cache: KVCache, start: int, tokens: list[int]) -
     finally:
         for layer, before in zip((*part.k, *part.v), kept, strict=True):
             layer[:, :, start:] = before
-    return tally.by_kind(model)
+    found, ranks = tally.by_kind(model), ranks_of(model)
+    return found if ranks is None else ranks.mean(found)
 
 
 def cached_bytes(model: Transformer, context: int) -> int:

@@ -17,3 +17,11 @@ def find_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not 0 <= (device.index or 0) < count:
         raise ValueError(f"--device {name}: this PyTorch sees {count} CUDA devices, use another or --device cpu")
     return device
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, which becomes PyTorch's current one: events and launches go by that."""
+    device = find_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device

@@ -1,7 +1,6 @@
 """The engine: one model, its key/value cache and the one decode loop. Ids go in, tokens come out; text is text.py's.
 
-The cache keeps the last conversation, and a store of prefixes those before it, if there is one. A request computes only
-what comes after the longest common prefix of its prompt and of what they hold (held.py).
+The cache keeps the last conversation. A request computes what neither it nor a store of prefixes holds (held.py).
 """
 
 import threading
@@ -20,6 +19,7 @@ from teal_fast.engine.drawn import Drawn
 from teal_fast.engine.held import Held
 from teal_fast.engine.prefill import Prefill, again, longest_by_steps, prefill, prefill_by_steps
 from teal_fast.engine.prefixes import PrefixStore, usable
+from teal_fast.engine.ranks.layers import agreed_seed
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.sampling import new_generator
 from teal_fast.engine.scoring import Scored, parts, score
@@ -236,7 +236,7 @@ class Engine:
     def _decode(self, request: Request, new_tokens: int, between: Callable[[], None] | None) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
         device, prompt, sampling = self._device, request.prompt, request.sampling
-        generator = new_generator(device, request.seed)
+        generator = new_generator(device, agreed_seed(self.model, request.seed))
         constraint = request.constraint() if request.constraint else None
         adjust = Adjustment(sampling, prompt, self.model.args.vocab_size, device, constraint)
         stop = self.stop if request.stop is None else request.stop

@@ -10,6 +10,7 @@ from typing import Any
 from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample
+from teal_fast.engine.ranks.layers import ranks_of
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.speculation.statistics import Statistics, describe_drafts
@@ -67,10 +68,15 @@ class Session:
 
     @contextmanager
     def counted(self, sample: Sample) -> Iterator[None]:
-        """In the block the sample is decoded; after it, and after Ctrl-C, what its tokens skipped is counted."""
+        """In the block the sample is decoded; after it, and after Ctrl-C, what its tokens skipped is counted.
+
+        Ranks are not interrupted at one place, so that they can't count together after it.
+        """
         try:
             yield
         except KeyboardInterrupt:
+            if ranks_of(self.engine.model) is not None:
+                raise
             with suppress(ValueError):  # it may come while Python itself closes the stream, which is then still open
                 sample.achieved = self.engine.achieved_sparsity()
             raise

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teal_fast.engine.cpu_step import CpuStep
 from teal_fast.engine.cuda_step import CapturedStep, plain_step
+from teal_fast.engine.ranks.layers import ranks_of
 from teal_fast.engine.staged_step import staged_step
 from teal_fast.kernels.native import library
 from teal_fast.model import KVCache, Transformer
@@ -43,8 +44,12 @@ class PlainStep:
 def fast_step(model: Transformer, cache: KVCache) -> Step:
     """The fastest step for the model's device: captured on CUDA, in C++ on the CPU.
 
-    Where C++ can't be built it is plain, as kernels/native.py says in a line; so it is of weights in blocks on CUDA.
+    It is plain where C++ can't be built, as kernels/native.py says in a line, of weights in blocks on CUDA, and of a
+    model that ranks share.
     """
+    if ranks_of(model) is not None:
+        print("a model that ranks share has no fast step: decoding in plain PyTorch", file=sys.stderr)
+        return PlainStep(model, cache)
     if not model.norm.weight.is_cuda:
         return PlainStep(model, cache) if library() is None else CpuStep(model, cache)
     if not in_blocks(model):

@@ -7,7 +7,7 @@ everything in it is checked before use, its metadata by their whole schema. How 
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from teal_fast.files.paths import DATA, command
 from teal_fast.files.store import new_file, open_safetensors, parse_json, short
 from teal_fast.model import ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers
+from teal_fast.weights.shards import Shard
 
 CALIBRATION = "calibration.safetensors"
 CALIBRATION_VERSION = "2"
@@ -57,6 +58,11 @@ class Calibration:
         below = min(int(position), len(points) - 2)
         threshold = torch.lerp(points[below], points[below + 1], position - below)
         return threshold * self.factors[name] if name in self.factors else threshold
+
+    def part(self, shard: Shard) -> "Calibration":
+        """That of a shard of the model: a layer's factors go with its inputs."""
+        factors = {name: factor[shard.inputs(name, len(factor))] for name, factor in self.factors.items()}
+        return replace(self, factors=factors)
 
     def save(self, path: Path) -> None:
         """Writes the file whole or leaves what was there."""

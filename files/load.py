@@ -12,6 +12,7 @@ every weight many times anyway. Files that this project writes were checked when
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from teal_fast.files.huge_pages import in_huge_pages
 from teal_fast.files.memory import memory_for
 from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, one_line, open_safetensors, parse_json, short
 from teal_fast.kernels.blocks import BLOCK_TYPES
-from teal_fast.model import ModelArgs, Transformer
+from teal_fast.model import Linear, ModelArgs, Transformer
 from teal_fast.sparse_model import KEEP_ALL, sparse_layers, sparsify
 from teal_fast.weights.formats import DTYPES, EMBEDDINGS, FORMATS, BlockFormat, Format
 from teal_fast.weights.quantized import Int4Weight
+from teal_fast.weights.shards import Cut, Shard
 
 # What a quantized weight is called after its layer's name, by the version of the file. A dense one is a "weight".
 # Version 3 is of a GGUF file's own values: its layers are in parts, or dense.
@@ -54,13 +56,20 @@ def keeps_type(name: str, parameter: Tensor) -> bool:
 
 
 def load_model(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, thorough: bool = False
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    thorough: bool = False,
+    shard: Shard | None = None,
 ) -> Transformer:
     """The model of a checkpoint folder, its block linears sparse at sparsity 0; dtype None keeps the stored one.
 
     Quantized weights stay so; `dtype` is of what is computed, and of all else. A file with a GGUF file's values says
     itself what None stands for, since its norms are fp32. On the CPU tensors stay memory-mapped unless the type changes
     them. Raises ValueError on an unsound file; `thorough` also reads what would stay memory-mapped.
+
+    shard: the part of the model to load (weights/shards.py), which is read slice by slice; sums over ranks are left to
+    whoever asks for it. Raises ValueError where the model can't be cut so.
     """
     args, path = model_args(read_config(folder)), folder / WEIGHTS
     tensors: dict[str, Tensor] = {}
@@ -72,29 +81,34 @@ def load_model(
         model = empty_model(path, args, format)
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
-        parameters = dict(model.named_parameters())
-        names = {name: stored_as(name, packed) for name in parameters}
-        expected = {names[name]: parameter for name, parameter in parameters.items()}
-        check_layout(path, expected, found, mixed=own_values)
-        for name, stored_name in names.items():
-            stored = file.get_tensor(stored_name)
+        names = {name: stored_as(name, packed) for name, _ in model.named_parameters()}
+        check_layout(path, {names[name]: parameter for name, parameter in model.named_parameters()}, found, own_values)
+        check_first_rows(path, model, packed, parts)
+        if shard is None:
+            read = lambda name: parts[names[name]][:]  # noqa: E731
+        else:
+            cut = Cut(shard, args, format)
+            cut.check()
+            model = empty_model(path, cut.args, cut.part_format, len(cut.vocabulary))
+            read = partial(cut.read, file=lambda name: parts[names[name]])
+        for name, _ in model.named_parameters():
+            stored = read(name)
             moved = stored.to(device)
             tensor = moved if keeps_type(name, stored) else moved.to(dtype)
             small = stored.ndim == 1 or in_blocks(name)
             if stored.is_floating_point() and (thorough or tensor is not stored or small):
                 narrower = min(tensor, moved, key=Tensor.element_size)  # less to read; to narrow may give inf
-                check_finite(path, stored_name, narrower)
-            tensors[name] = tensor
+                check_finite(path, stored_as(name, packed), narrower)
+            tensors[name] = tensor.contiguous()
         if own_values and torch.device(device).type == "cpu":
             tensors |= in_huge_pages({name: tensor for name, tensor in tensors.items() if in_blocks(name)})
     model.load_state_dict(tensors, strict=False, assign=True)
-    if isinstance(model.output, nn.Linear) and args.tie_embeddings:
+    if isinstance(model.output, nn.Linear) and model.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     for name, layer in sparse_layers(model).items():
         layer.threshold = torch.full(layer.threshold.shape, KEEP_ALL, device=device)
-        if layer.weight.format == "int4":
-            mapped = layer.weight.packed.device.type == "cpu" and not thorough
-            check_rows(path, stored_as(f"{name}.weight.packed", packed), layer.weight, 2 if mapped else None)
+        if layer.weight.format == "int4" and (thorough or layer.weight.packed.device.type != "cpu"):
+            check_rows(path, stored_as(f"{name}.weight.packed", packed), layer.weight)
     return model.to(device).requires_grad_(False).eval()
 
 
@@ -155,10 +169,14 @@ def is_part(found: Any) -> bool:
     return found[0] in BLOCK_TYPES and found[1] > 0
 
 
-def empty_model(path: Path, args: ModelArgs, format: Format | BlockFormat | None) -> Transformer:
-    """The sparse model, of parameters without values."""
+def empty_model(
+    path: Path, args: ModelArgs, format: Format | BlockFormat | None, vocabulary: int | None = None
+) -> Transformer:
+    """The sparse model, of parameters without values. vocabulary: how many logits it gives, by default all."""
     with torch.device("meta"):
         model = Transformer(args)
+        if vocabulary is not None:
+            model.output = Linear(args.dim, vocabulary, bias=False)
         try:
             sparsify(model, format)
             used = {name.split(".weight.parts.")[0] for name, _ in model.named_parameters() if in_blocks(name)}
@@ -203,9 +221,17 @@ def check_finite(path: Path, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{path}: {name} holds {reason}: {AGAIN}, or choose another type")
 
 
-def check_rows(path: Path, name: str, weight: Int4Weight, rows: int | None) -> None:
-    """Raises ValueError unless the scales in the first rows, or all, are sound and are as many as the group says."""
-    scales, rest = weight.row_scales(rows)
+def check_first_rows(path: Path, model: Transformer, packed: str, parts: dict[str, Any]) -> None:
+    """Raises ValueError as `check_rows` does, of the first rows of int4 weights: others may stay memory-mapped."""
+    for name, layer in sparse_layers(model).items():
+        if layer.weight.format == "int4":
+            stored_name = stored_as(f"{name}.weight.packed", packed)
+            check_rows(path, stored_name, Int4Weight(parts[stored_name][:2], layer.weight.scale, layer.weight.group))
+
+
+def check_rows(path: Path, name: str, weight: Int4Weight) -> None:
+    """Raises ValueError unless the scales in the rows are sound and are as many as the group says."""
+    scales, rest = weight.row_scales()
     check_finite(path, name, scales)
     if rest.any() or not scales.any(0).all():
         raise ValueError(f"{path}: {name} has rows of another group than {weight.group}: {AGAIN}")

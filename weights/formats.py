@@ -123,7 +123,7 @@ class BlockFormat:
         """What stands for the embeddings and the output layer, of tied ones both over one weight."""
         tied, (vocab, dim) = output.weight is embedding.weight, embedding.weight.shape
         if OUTPUT in self.parts:
-            output = BlockOutput(self.layer(OUTPUT, dim, vocab))
+            output = BlockOutput(self.layer(OUTPUT, dim, len(output.weight)))  # a rank's has a part of the vocabulary
         if EMBEDDINGS in self.parts:
             weight = self.layer(EMBEDDINGS, dim, vocab)
             embedding, output = BlockEmbedding(weight, self.dtype), BlockOutput(weight) if tied else output
