@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.engine.grids import Grids, measure_grids
+from teal_fast.engine.ranks.layers import adds_bias, own_output, ranks_of
 from teal_fast.kernels.decode_stages import SHORT, TOLD, DecodeStages, StageLayer, StageStep, defines
 from teal_fast.kernels.int4 import row_scales
 from teal_fast.kernels.native import pointer
@@ -23,11 +24,8 @@ from teal_fast.sparse_model import sparse_layers
 from teal_fast.weights.output import operand_of
 
 
-def stage_shape(model: Transformer, ranks: int = 1) -> StageShape:
-    """The sizes that kernels are compiled for. Raises ValueError on weights that no kernel reads.
-
-    ranks: over how many GPUs the model is cut, of which this one's share is given.
-    """
+def stage_shape(model: Transformer) -> StageShape:
+    """The sizes that kernels are compiled for. Raises ValueError on weights that no kernel reads."""
     args, dtype = model.args, model.norm.weight.dtype
     if others := args.beyond_llama("qk_norm"):
         raise ValueError(f"no kernels for {others}")
@@ -41,28 +39,37 @@ def stage_shape(model: Transformer, ranks: int = 1) -> StageShape:
     ):
         raise ValueError("no kernels for fp32, nor for layers of different formats")
     found = {of_attention: (number, group) for of_attention, number, group in ours}
-    output = operand_of(model.output).packed
+    output, ranks = operand_of(own_output(model)).packed, ranks_of(model)
     return StageShape(
         args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.ffn_dim, args.vocab_size, found[True][0],
-        *found[False], bits(output), dtype == torch.float16, bool(args.qk_norm), ranks,
+        *found[False], bits(output), dtype == torch.float16, bool(args.qk_norm),
+        1 if ranks is None else ranks.shard.ranks,
     )  # fmt: skip
 
 
-def build_stages(
-    model: Transformer, dependent: bool = True, delay: int = 0, ranks: int = 1, **wanted: int
-) -> DecodeStages:
-    """The kernels for this model, or its share, on its GPU. Raises ValueError or CudaError saying why there are none.
+def build_stages(model: Transformer, dependent: bool = True, delay: int = 0, **wanted: int) -> DecodeStages:
+    """The kernels for this model on its GPU. Raises ValueError or CudaError saying why there are none.
 
     dependent, delay, wanted: for tests and sweeps; see `DecodeStages`, `defines` and `cut`.
     """
     gpu = torch.cuda.get_device_properties(model.norm.weight.device)
     if gpu.major < 9:
         raise ValueError(f"no kernels for compute capability {gpu.major}.{gpu.minor}")
-    shape = stage_shape(model, ranks)
+    shape = stage_shape(model)
     constants = defines(shape, cut(shape, gpu.multi_processor_count, **wanted), delay)
     shared, arch = gpu.shared_memory_per_multiprocessor, f"sm_{gpu.major}{gpu.minor}"
     with torch.cuda.device(model.norm.weight.device):
         return DecodeStages(constants, arch, gpu.multi_processor_count, shared, dependent)
+
+
+def rank_words(model: Transformer) -> RankWords | None:
+    """By which the GPUs of ranks that share the model tell each other what they computed; None of one rank alone.
+
+    Raises ValueError where they can't. All ranks call it at once.
+    """
+    if (ranks := ranks_of(model)) is None:
+        return None
+    return RankWords(ranks.group, max(model.args.dim, ranks.share(model.args.vocab_size)))
 
 
 def addends(stages: DecodeStages) -> tuple[int, int, int]:
@@ -73,6 +80,7 @@ def addends(stages: DecodeStages) -> tuple[int, int, int]:
 class StagedStep:
     """A decode step over one model and one cache as a CUDA graph; each replay fills the same logits [vocab] fp32.
 
+    words: see `rank_words`.
     best: the likeliest token after the last call, int64 [1], and on the host, once the GPU is done, the same and its
     logit, fp32 [1], for as long as TOLD calls; with NaN among the logits, NaN.
     """
@@ -91,7 +99,7 @@ class StagedStep:
         self.told = self._kept(torch.zeros(TOLD, 2, dtype=torch.int64, pin_memory=True))
         self.at: int | None = None  # the position in input_pos, where the host knows it
         self.residual, self.o_update, self.mlp_update = zeros(2, args.dim), zeros(2, args.dim), zeros(args.dim)
-        output = operand_of(model.output)
+        output = operand_of(own_output(model))
         self.step = StageStep(
             residual=tuple(row.data_ptr() for row in self.residual),
             o_update=tuple(row.data_ptr() for row in self.o_update),
@@ -169,7 +177,7 @@ class StagedStep:
         operands: dict[str, PackedWeight] = {name: part.weight.operand for name, part in parts.items()}
         gate_up = operands["gate_up"]
         tensors = {f"{name}_scale": operand.scale for name, operand in operands.items()}
-        tensors |= {f"{name}_bias": part.bias for name, part in parts.items()}
+        tensors |= {f"{name}_bias": part.bias if adds_bias(part) else None for name, part in parts.items()}
         tensors |= {f"{name}_threshold": part.threshold for name, part in parts.items()}
         tensors |= {
             name: operand.packed for name, operand in zip(("wqkv", "wo", "w13", "w2"), operands.values(), strict=True)
@@ -185,8 +193,11 @@ class StagedStep:
 def staged_step(model: Transformer, cache: KVCache) -> StagedStep | None:
     """The step in three stages, or None, saying why in a line, where the GPU or the model is not for it."""
     try:
-        stages = build_stages(model)
+        stages, words = build_stages(model), rank_words(model)
     except (ValueError, CudaError) as error:
-        print(f"{error}: decoding by eight kernels a layer, some 15 % slower", file=sys.stderr)
+        instead = (
+            "by eight kernels a layer, some 15 % slower" if ranks_of(model) is None else "in plain PyTorch, slowly"
+        )
+        print(f"{error}: decoding {instead}", file=sys.stderr)
         return None
-    return StagedStep(model, cache, stages)
+    return StagedStep(model, cache, stages, words)

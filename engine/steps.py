@@ -45,10 +45,12 @@ def fast_step(model: Transformer, cache: KVCache) -> Step:
     """The fastest step for the model's device: captured on CUDA, in C++ on the CPU.
 
     It is plain where C++ can't be built, as kernels/native.py says in a line, of weights in blocks on CUDA, and of a
-    model that ranks share.
+    model that ranks share where the step in three stages does not serve it.
     """
     if ranks_of(model) is not None:
-        print("a model that ranks share has no fast step: decoding in plain PyTorch", file=sys.stderr)
+        if model.norm.weight.is_cuda and not in_blocks(model):
+            return staged_step(model, cache) or PlainStep(model, cache)
+        print("a model that ranks share is decoded in plain PyTorch here", file=sys.stderr)
         return PlainStep(model, cache)
     if not model.norm.weight.is_cuda:
         return PlainStep(model, cache) if library() is None else CpuStep(model, cache)

@@ -60,6 +60,10 @@ class Ranks:
         found = self.all(F.pad(x, (0, -(-size // self.shard.ranks) - x.shape[-1])))
         return found.movedim(0, -2).flatten(-2)[..., :size]
 
+    def share(self, size: int) -> int:
+        """How many of `size` things a rank has at most."""
+        return len(Shard(0, self.shard.ranks).of(size))
+
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Of every rank's values; all have the same keys."""
         found = self.all(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)).mean(0)

@@ -54,3 +54,13 @@ def agreed_seed(model: Transformer, seed: int | None) -> int | None:
 def ranks_of(model: Transformer) -> Ranks | None:
     """The ranks that share a model; None of one that a process has for itself."""
     return getattr(model.output, "ranks", None)
+
+
+def own_output(model: Transformer) -> nn.Module:
+    """The output layer, of a model that ranks share this rank's part of it."""
+    return model.output.part if isinstance(model.output, GatheredOutput) else model.output
+
+
+def adds_bias(layer: SparseLinear) -> bool:
+    """Whether this process adds the layer's bias: of a sum over ranks the first one does."""
+    return not (isinstance(layer, SummedLinear) and layer.ranks.shard.rank)
