@@ -74,6 +74,8 @@ def random_model(
     """A model of this config.json with normally distributed weights, sparse at sparsity 0, quantized with a format."""
     with torch.device("meta"):
         model = sparsify(Transformer(model_args(config)), format)
+    for parameter in () if format else model.parameters():
+        parameter.data = parameter.data.to(dtype)  # fp32 of a large model would not fit
     model.to_empty(device=device)
     model.reset_rope(device)
     generator = torch.Generator(device).manual_seed(seed)

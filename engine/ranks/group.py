@@ -42,7 +42,8 @@ class Ranks:
                 raise ValueError(f"--device {device}: each rank takes the GPU of its own number, give --device cuda")
             where = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store(), rank=rank, world_size=launched(), timeout=TIMEOUT)
+        bound = {"device_id": where} if where.type == "cuda" else {}
+        dist.init_process_group(backend, store=store(), rank=rank, world_size=launched(), timeout=TIMEOUT, **bound)
         return cls(Shard(rank, launched()), where, dist.group.WORLD)
 
     def all(self, x: Tensor) -> Tensor:
@@ -71,5 +72,6 @@ class Ranks:
 
     def agree(self, seed: int | None) -> int:
         """A seed that all ranks have: this one, or where there is none rank 0's own."""
-        own = torch.tensor([torch.Generator().seed() if seed is None else seed], device=self.device)
+        drawn = torch.Generator().seed() >> 1  # 64 bits without a sign: a tensor's have one
+        own = torch.tensor([drawn if seed is None else seed], device=self.device)
         return int(self.all(own)[0]) if seed is None else seed
