@@ -147,6 +147,20 @@ def few_tokens_section(records: list[Record]) -> Section:
     )
 
 
+def ranks_section(records: list[Record]) -> Section:
+    rows = []
+    for row in by(records, "format", "sparsity").values():
+        alone = next((r["tokens_per_s"] for r in row if r["ranks"] == 1), None)
+        for r in row:
+            ratio = f"{r['tokens_per_s'] / alone:.2f}" if alone else ""
+            achieved = percent(r["achieved_sparsity"], 1)
+            rate = f"{r['tokens_per_s']:.1f} ({r['tokens_per_s_spread'][1]:.1f})"
+            rows.append([r["format"], percent(r["sparsity"]), r["ranks"], achieved, rate, ratio])
+    head = ["format", "sparsity", "GPUs", "achieved", "tokens/s: median (best)", "times one GPU"]
+    first = records[0]
+    return Section(f"{first['model']} on several {first['device']}s of one host", [markdown(head, rows)])
+
+
 def speculate_section(records: list[Record]) -> Section:
     def shares(found: list[float]) -> str:
         return " ".join(percent(share) for share in found[:8])
