@@ -155,7 +155,7 @@ def ranks_section(records: list[Record]) -> Section:
             ratio = f"{r['tokens_per_s'] / alone:.2f}" if alone else ""
             achieved = percent(r["achieved_sparsity"], 1)
             rate = f"{r['tokens_per_s']:.1f} ({r['tokens_per_s_spread'][1]:.1f})"
-            rows.append([r["format"], percent(r["sparsity"]), r["ranks"], achieved, rate, ratio])
+            rows.append([r["format"], percent(r["sparsity"]), str(r["ranks"]), achieved, rate, ratio])
     head = ["format", "sparsity", "GPUs", "achieved", "tokens/s: median (best)", "times one GPU"]
     first = records[0]
     return Section(f"{first['model']} on several {first['device']}s of one host", [markdown(head, rows)])
