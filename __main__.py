@@ -3,9 +3,17 @@
 import sys
 
 from teal_fast import calibrate, eval, generate, quantize, serve
+from teal_fast.benchmarks import tune
 from teal_fast.cli import run
 
-COMMANDS = {"generate": generate, "calibrate": calibrate, "quantize": quantize, "eval": eval, "serve": serve}
+COMMANDS = {
+    "generate": generate,
+    "calibrate": calibrate,
+    "quantize": quantize,
+    "eval": eval,
+    "serve": serve,
+    "tune": tune,
+}
 
 
 def main() -> None:

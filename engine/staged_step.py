@@ -19,6 +19,7 @@ from teal_fast.kernels.nvrtc import CudaError
 from teal_fast.kernels.packed import PackedWeight, bits
 from teal_fast.kernels.rank_words import RankWords
 from teal_fast.kernels.stage_shape import StageShape, cut
+from teal_fast.kernels.tuning import find_tuned
 from teal_fast.model import Block, KVCache, Transformer
 from teal_fast.sparse_model import sparse_layers
 from teal_fast.weights.output import operand_of
@@ -50,13 +51,15 @@ def stage_shape(model: Transformer) -> StageShape:
 def build_stages(model: Transformer, dependent: bool = True, delay: int = 0, **wanted: int) -> DecodeStages:
     """The kernels for this model on its GPU. Raises ValueError or CudaError saying why there are none.
 
-    dependent, delay, wanted: for tests and sweeps; see `DecodeStages`, `defines` and `cut`.
+    dependent, delay, wanted: for tests and sweeps; see `DecodeStages`, `defines` and `cut`. Where none are wanted, those
+    are taken that were measured on this card.
     """
     gpu = torch.cuda.get_device_properties(model.norm.weight.device)
     if gpu.major < 9:
         raise ValueError(f"no kernels for compute capability {gpu.major}.{gpu.minor}")
     shape = stage_shape(model)
-    constants = defines(shape, cut(shape, gpu.multi_processor_count, **wanted), delay)
+    tuned = wanted or find_tuned(gpu.name, shape)
+    constants = defines(shape, cut(shape, gpu.multi_processor_count, **tuned), delay)
     shared, arch = gpu.shared_memory_per_multiprocessor, f"sm_{gpu.major}{gpu.minor}"
     with torch.cuda.device(model.norm.weight.device):
         return DecodeStages(constants, arch, gpu.multi_processor_count, shared, dependent)

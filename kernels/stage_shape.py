@@ -13,6 +13,14 @@ GRANULES = {16: 32, 8: 64, 4: 128}  # channels: 64 bytes, which the GPU's memory
 UNROLL = {(16, 16): (4, 4), (8, 8): (2, 2), (8, 4): (2, 2)}  # steps a batch, by bits: the best on an H200
 
 
+TUNED = {
+    "unroll_a": 16,
+    "unroll_m": 16,
+    "channels": THREADS,
+    "sharers": 32,
+}  # what a sweep may set, and to at most what
+
+
 @dataclass(frozen=True)
 class StageShape:
     """A model's sizes; bits of the attention's weights and of the MLP's, group of four-bit ones, bits of the output.
@@ -50,15 +58,16 @@ class StageShape:
             raise ValueError(f"no kernels for {found}")
 
 
-def cut(shape: StageShape, processors: int, channels: int | None = None) -> dict[str, int]:
+def cut(shape: StageShape, processors: int, **tuned: int) -> dict[str, int]:
     """The launches' constants on a GPU of so many multiprocessors. Raises ValueError where none serve.
 
-    channels: for sweeps, instead of those chosen.
+    tuned: some of TUNED, instead of what is chosen here (tuning.py).
     """
     shape.check()
-    granule = GRANULES[shape.bits_m]
-    channels = channels or -(-shape.ffn // (processors * granule)) * granule
-    sharers = max(1, min(processors // shape.heads, shape.head_dim // 8))
+    granule, (unroll_a, unroll_m) = GRANULES[shape.bits_m], UNROLL[shape.bits_a, shape.bits_m]
+    unroll_a, unroll_m = tuned.get("unroll_a", unroll_a), tuned.get("unroll_m", unroll_m)
+    channels = tuned.get("channels", -(-shape.ffn // (processors * granule)) * granule)
+    sharers = tuned.get("sharers", max(1, min(processors // shape.heads, shape.head_dim // 8)))
     ctas_o, ctas_mlp = shape.heads * sharers, -(-shape.ffn // channels)
     row = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.bits_a // 8
     segments = -(-row // 512)
@@ -72,7 +81,6 @@ def cut(shape: StageShape, processors: int, channels: int | None = None) -> dict
     if shape.bits_m < 16 and shape.dim > MOST_ROWS * min(each, THREADS // width):
         raise ValueError(f"no kernels for quantized rows of {shape.dim} channels")
     batches = -(-shape.heads // shape.kv_heads // 8)
-    unroll_a, unroll_m = UNROLL[shape.bits_a, shape.bits_m]
     return {
         "CTAS_QKV": ctas_qkv, "CTAS_O": ctas_o, "CTAS_MLP": ctas_mlp, "SHARERS": sharers, "CHANNELS": channels,
         "SPLITS": max(1, processors // (shape.kv_heads * batches)), "BATCHES": batches,
