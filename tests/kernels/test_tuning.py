@@ -49,7 +49,7 @@ def test_known_cards_have_files_that_are_sound(cache, capsys):
 @pytest.mark.parametrize("unsound", [{"unroll_m": 0}, {"unroll_m": 2.0}, {"unroll_m": 17}, {"warps": 4}])
 def test_other_contents_are_refused_in_a_line(cache, unsound):
     write("NVIDIA X", unsound)
-    with pytest.raises(ValueError, match="NVIDIA-X.json is not what `teal-fast tune` writes: remove it"):
+    with pytest.raises(ValueError, match="is not what `teal-fast tune` writes: remove it"):
         find_tuned("NVIDIA X", SHAPE)
 
 
