@@ -51,8 +51,8 @@ def stage_shape(model: Transformer) -> StageShape:
 def build_stages(model: Transformer, dependent: bool = True, delay: int = 0, **wanted: int) -> DecodeStages:
     """The kernels for this model on its GPU. Raises ValueError or CudaError saying why there are none.
 
-    dependent, delay, wanted: for tests and sweeps; see `DecodeStages`, `defines` and `cut`. Where none are wanted, what was
-    measured on this card is taken.
+    dependent, delay, wanted: for tests and sweeps; see `DecodeStages`, `defines` and `cut`. By default what
+    was measured on this card is taken.
     """
     gpu = torch.cuda.get_device_properties(model.norm.weight.device)
     if gpu.major < 9:
