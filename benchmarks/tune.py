@@ -26,7 +26,7 @@ from teal_fast.engine.staged_step import StagedStep, build_stages, stage_shape
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.store import check_writable, new_file
 from teal_fast.kernels.nvrtc import CudaError
-from teal_fast.kernels.stage_shape import GRANULES, THREADS, StageShape, cut
+from teal_fast.kernels.stage_shape import GRANULES, THREADS, TUNED, StageShape, cut
 from teal_fast.kernels.tuning import key_of, own_file, read_tuned
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import format_of
@@ -64,16 +64,19 @@ def microseconds(model: Transformer, wanted: dict[str, int]) -> float:
 
 def tune(model: Transformer, processors: int) -> tuple[dict[str, int], float, float]:
     """The best constants for a model at the thresholds now set; microseconds of a step without them and with them."""
-    default = best = microseconds(model, {"unroll_a": cut(stage_shape(model), processors)["UNROLL_A"]})
-    wanted: dict[str, int] = {}
-    for name, values in candidates(stage_shape(model), processors).items():
+    shape = stage_shape(model)
+    chosen = {name: cut(shape, processors)[name.upper()] for name in TUNED}
+    microseconds(model, chosen)  # warms up
+    default = best = microseconds(model, chosen)
+    wanted = dict(chosen)
+    for name, values in candidates(shape, processors).items():
         times = {value: microseconds(model, wanted | {name: value}) for value in values}
         value = min(times, key=times.__getitem__)
         shown = ", ".join(f"{v}: {time:.1f}" for v, time in times.items() if time < float("inf"))
         print(f"  {name} {shown} us", file=sys.stderr)
-        if times[value] < GAIN * best:
+        if times[value] < GAIN * times.get(wanted[name], best):
             wanted, best = wanted | {name: value}, times[value]
-    return wanted, default, best
+    return {name: value for name, value in wanted.items() if value != chosen[name]}, default, best
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def check(ranks: Ranks, config: dict, format: Format | None, folder: Path) -> No
     whole = random_model(config, ranks.device, torch.bfloat16, std=config["hidden_size"] ** -0.5, format=format)
     if ranks.shard.rank == 0:
         write(whole, config, format, folder)
-    ranks.all(torch.zeros(1, device=ranks.device))
+    ranks.all(torch.zeros(1, device=ranks.device)).cpu()  # it is written
     model = connect(load_model(folder, ranks.device, shard=ranks.shard), ranks)
     generator = torch.Generator(ranks.device).manual_seed(0)
     for (name, layer), own in zip(sparse_layers(whole).items(), sparse_layers(model).values(), strict=True):
