@@ -13,19 +13,20 @@ from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.steps import PlainStep
 
-PROMPT = list(range(5, 21))
+PROMPT = "Plants make food from sunlight, water and air. This is called"
 TOKENS = 64
 
 
 @torch.no_grad()
 def compute(opened: Opened) -> dict[str, torch.Tensor]:
     """Dense logits [T, vocab] of the prompt, tokens, by how much the greedy ones were likeliest, what was skipped."""
+    prompt = opened.tokenizer.encode(PROMPT)
     engine = Engine(opened.model, opened.calibration, context=128, make_step=PlainStep)
     greedy, drawn = Sampling(0.0), Sampling(1.0)
     texts = {
-        "dense": Request(PROMPT, greedy, 0.0, 8),
-        "drawn": Request(PROMPT, drawn, 0.5, 16),  # without a seed
-        "greedy": Request(PROMPT, greedy, 0.5, TOKENS, top_logprobs=2),
+        "dense": Request(prompt, greedy, 0.0, 8),
+        "drawn": Request(prompt, drawn, 0.5, 16),  # without a seed
+        "greedy": Request(prompt, greedy, 0.5, TOKENS, top_logprobs=2),
     }
     found, margins = {}, []
     for name, request in texts.items():
@@ -33,7 +34,7 @@ def compute(opened: Opened) -> dict[str, torch.Tensor]:
         found[name] = torch.tensor([token.id for token in tokens])
         margins = [token.top[0][1] - token.top[1][1] for token in tokens if token.top]
     found |= {"achieved": torch.tensor(list(engine.achieved_sparsity().values())), "margins": torch.tensor(margins)}
-    return found | {"logits": opened.model(torch.tensor([PROMPT]))[0].contiguous()}
+    return found | {"logits": opened.model(torch.tensor([prompt]))[0].contiguous()}
 
 
 def main() -> None:

@@ -11,9 +11,11 @@ import time
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from teal_fast import generate
 from teal_fast.calibration.probe import measure_quantiles
+from teal_fast.cli import ModelChoice, open_model
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION, Calibration
 from teal_fast.files.checkpoint import fingerprint, read_config
@@ -23,6 +25,7 @@ from teal_fast.files.paths import ROOT
 from teal_fast.quantization.checkpoint import make_quantized
 from teal_fast.quantization.mixtures import make_format
 from teal_fast.sparse_model import sparse_layers
+from teal_fast.tests.engine.ranks.rank import compute
 from teal_fast.tests.models import write_tokenizer
 from teal_fast.weights.formats import Format
 
@@ -133,7 +136,7 @@ def test_ranks_compute_what_one_process_does(folders, computed, ranks):
 
 
 def test_three_ranks_share_the_demo(demo, tmp_path):
-    subprocess.run([sys.executable, SCRIPT, tmp_path, demo], env=ENVIRONMENT, check=True)
+    save_file(compute(open_model(ModelChoice(str(demo), "cpu", "fp32"))), tmp_path / "demo-alone.safetensors")
     done = torchrun(3, SCRIPT, tmp_path, demo)
     assert done.returncode == 0, done.stderr
     check_equal_to_one(tmp_path, "demo", 3)
@@ -168,29 +171,36 @@ def test_a_number_of_heads_that_does_not_divide_is_one_line(demo):
     assert ours == ["error: 2 ranks cannot share this model (its 9 heads do not divide by 2): start 1 or 3"]
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_the_others(folders, killed):
-    """Rank 0 keeps the store that they met at, too."""
+def test_a_killed_rank_ends_the_others(folders):
     arguments = ("--checkpoint", folders / "llama", "--device", "cpu", "--max_new_tokens", 400, "--prompt", "Hi")
     processes = start(2, "generate", *arguments, stdout=subprocess.PIPE)
     try:
         processes[0].stdout.read(20)  # they are decoding
-        processes[killed].send_signal(signal.SIGKILL)
-        began, other = time.monotonic(), processes[1 - killed]
-        _, errors = other.communicate(timeout=60)
+        processes[1].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        _, errors = processes[0].communicate(timeout=60)
         assert time.monotonic() - began < 20
-        assert other.returncode == 1 and "Traceback" not in errors
-        assert f"error: rank {1 - killed} of 2 waits for another that has ended" in errors.splitlines()[-1]
+        assert processes[0].returncode == 1 and "Traceback" not in errors
+        assert "error: rank 0 of 2 waits for another that has ended" in errors.splitlines()[-1]
     finally:
         for process in processes:
             process.kill()
             process.wait()
 
 
-@pytest.mark.parametrize("words", [("serve",), ("generate", "--checkpoint", "demo", "--interactive")], ids=str)
-def test_what_runs_as_one_process_alone_says_so(words):
-    processes = start(2, *words, stdout=subprocess.PIPE)
+def test_what_runs_as_one_process_alone_says_so():
+    processes = start(2, "serve", stdout=subprocess.PIPE)
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert all(process.returncode for process in processes)
-    said = [line for text in errors for line in text.splitlines() if "error: " in line]
-    assert len(said) == 1 and ("generate alone runs as several" in said[0] or "for one process" in said[0])
+    assert [process.returncode for process in processes] == [1, 1]
+    said = "error: torchrun started 2 processes, but of the commands generate alone runs as several"
+    assert "".join(errors).splitlines().count(said) == 1 and "Traceback" not in "".join(errors)
+
+
+@pytest.mark.parametrize("flag", ["--interactive", "--lossless", "--compile_prefill"])
+def test_what_needs_one_process(monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "demo", flag])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        generate.parse_arguments()
+    assert "--interactive, --lossless and --compile_prefill are for one process" in capsys.readouterr().err
