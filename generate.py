@@ -83,8 +83,9 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
         parser.error("--fim has a prompt of its own: drop --prompt, --chat and --interactive")
     if options.interactive and (options.json or options.profile or options.num_samples > 1):
         parser.error("--json, --profile and --num_samples are for single prompts: drop --interactive")
-    if launched() > 1 and (options.interactive or options.lossless):
-        parser.error("--interactive and --lossless are for one process: drop them, or start it without torchrun")
+    if launched() > 1 and (options.interactive or options.lossless or options.compile_prefill):
+        single = "--interactive, --lossless and --compile_prefill"
+        parser.error(f"{single} are for one process: drop them, or start it without torchrun")
     if options.prompt is None:
         options.prompt = DEFAULT_PROMPT
     return options, choice

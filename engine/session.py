@@ -146,6 +146,7 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "achieved_sparsity": achieved.get("all"),
         "achieved_by_kind": {kind: value for kind, value in achieved.items() if kind != "all"},
         "mode": engine.step.mode if drafted is None else "lossless",
+        "ranks": 1 if (ranks := ranks_of(engine.model)) is None else ranks.shard.ranks,  # bytes are a rank's
         "prompt_tokens": samples[-1].prompt_tokens,
         "new_tokens": [len(sample.tokens) for sample in samples],
         "finish_reason": samples[-1].finish_reason,
@@ -176,9 +177,10 @@ def describe_cost(record: dict) -> str:
         f"first token {record['first_token_s']:.2f} s · {record['tokens_per_s']:.1f} tokens/s "
         f"(median of {len(record['new_tokens'])})"
     ]
+    token = "token" if record["ranks"] == 1 else f"token, on each of {record['ranks']} ranks"
     if record["lossless"] is not None:
         return f"{lines[0]}\n{describe_drafts(record['lossless'])}"
-    lines[0] += f" · {record['gb_per_s']:.2f} GB/s of weights read ({record['bytes_per_token'] / 1e6:.0f} MB a token)"
+    lines[0] += f" · {record['gb_per_s']:.2f} GB/s of weights read ({record['bytes_per_token'] / 1e6:.0f} MB a {token})"
     if record["achieved_sparsity"] is not None:
         kinds = " · ".join(f"{kind} {value:.1%}" for kind, value in record["achieved_by_kind"].items())
         achieved, nominal = record["achieved_sparsity"], record["sparsity"]

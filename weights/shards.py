@@ -71,7 +71,11 @@ class Cut:
         if not isinstance(self.format, BlockFormat):
             return self.format
         modules = [*self.format.parts, *([OUTPUT] if self._tied(OUTPUT) in self.format.parts else [])]
-        parts = {name: tuple((kind, sum(map(len, of))) for kind, of in self._parts(name)) for name in modules}
+        outputs = {name: self._parts(name) for name in modules}
+        parts = {
+            name: tuple((kind, sum(len(inside) for _, inside in pieces)) for kind, pieces in found)
+            for name, found in outputs.items()
+        }
         return replace(self.format, parts=parts)
 
     def check(self) -> None:

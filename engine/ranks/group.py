@@ -72,6 +72,6 @@ class Ranks:
 
     def agree(self, seed: int | None) -> int:
         """A seed that all ranks have: this one, or where there is none rank 0's own."""
-        drawn = torch.Generator().seed() >> 1  # 64 bits without a sign: a tensor's have one
-        own = torch.tensor([drawn if seed is None else seed], device=self.device)
-        return int(self.all(own)[0]) if seed is None else seed
+        if seed is None:
+            return int(self.all(torch.tensor([torch.Generator().seed() >> 1], device=self.device))[0])
+        return seed
