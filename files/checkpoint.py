@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from teal_fast.families.args import ModelArgs
 from teal_fast.families.config import model_args
 from teal_fast.files.gguf_cache import find_prepared
 from teal_fast.files.paths import demo_folder
@@ -69,7 +70,12 @@ def fingerprint(folder: Path) -> dict[str, str]:
                 raise ValueError(f"{folder / WEIGHTS}: {short(name)} is {found}, no weight: convert the model again")
             rows = rows[:2]
             digest.update(name.encode() + rows.float().numpy().tobytes())
-    return {name: str(getattr(args, name)) for name in SIZES} | {"weights": digest.hexdigest()[:16]}
+    return sizes(args) | {"weights": digest.hexdigest()[:16]}
+
+
+def sizes(args: ModelArgs) -> dict[str, str]:
+    """What a fingerprint holds besides the weights' hash."""
+    return {name: str(getattr(args, name)) for name in SIZES}
 
 
 def source_of(folder: Path) -> str:
