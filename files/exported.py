@@ -8,6 +8,8 @@
 Adapters go by the calibration; that the thresholds agree with it is checked. No other engine is imported here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,18 @@ def is_file_name(given: Any) -> bool:
     return isinstance(given, str) and given.endswith(".safetensors") and Path(given).name == given
 
 
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """In a block or a decorated function tensors are made in fp32 on the CPU, which loaders of other engines change."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @dataclass(frozen=True)
 class Exported:
     """What an exported folder says besides its weights.
@@ -108,6 +122,7 @@ class Exported:
             layers |= {part.format(i): layer for part in names[f"layers.{{}}.{module}"]}
         return cls(teal, calibration, layers, {name: inputs[layer] for name, layer in layers.items()})
 
+    @plain_defaults()
     def thresholds(self, sparsity: float | None = None) -> dict[str, Tensor]:
         """Of each module, by name, fp32 [K], contiguous: a channel is skipped where |x| <= threshold.
 
@@ -138,6 +153,7 @@ class Exported:
         return {"format": "pt", "version": str(VERSION)} | about
 
 
+@plain_defaults()
 def open_exported(folder: Path) -> Exported:
     """Reads an exported folder's config.json, thresholds and calibration, no weights.
 
