@@ -22,9 +22,9 @@ from pathlib import Path
 
 from teal_fast.calibration.make import DEFAULT_CORPUS
 from teal_fast.cli import add_prepare_argument, open_calibration, open_checkpoint, pick_device, positive_int, run
-from teal_fast.files.checkpoint import WEIGHTS
+from teal_fast.files.checkpoint import ROUNDED, WEIGHTS, rounded_to
 from teal_fast.files.paths import checkpoints_folder
-from teal_fast.files.store import check_new, new_folder
+from teal_fast.files.store import check_new, new_folder, short
 from teal_fast.quantization.checkpoint import (
     FULL_PRECISION,
     ROUNDING_LENGTH,
@@ -35,7 +35,6 @@ from teal_fast.quantization.checkpoint import (
     choose_format,
     make_quantized,
     read_sequences,
-    rounded_to,
 )
 from teal_fast.quantization.mixtures import MIXTURES
 from teal_fast.weights.formats import FORMATS, OUTPUT8
@@ -81,8 +80,8 @@ def main() -> None:
     format, note = choose_format(folder, options.mode, options.group)
     if note:
         print(note, file=sys.stderr)
-    if before := rounded_to(folder):
-        print(f"these weights were rounded to {before} before: what this loses comes on top", file=sys.stderr)
+    if before := rounded_to(folder / WEIGHTS).get(ROUNDED):
+        print(f"these weights were rounded to {short(before)} before: what this loses comes on top", file=sys.stderr)
     device = pick_device(options.device)
     with new_folder(out) as made:
         fit = None

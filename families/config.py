@@ -71,7 +71,7 @@ def model_args(config: dict[str, Any]) -> ModelArgs:
         if config.get(name) not in (value, None):
             raise ValueError(f"config.json: {name} {brief(config[name])} is not supported, expected {brief(value)}")
     for name, given in ((name, part.get(name)) for part in (whole, config) for name in QUANTIZATION_FIELDS):
-        if given is not None:
+        if given is not None and not is_teal(given):
             method = _quantization(given)
             raise ValueError(f"config.json: {name} says that {method} quantized the weights: {INSTEAD}")
     dim = size(config, "hidden_size")
@@ -112,6 +112,11 @@ def model_args(config: dict[str, Any]) -> ModelArgs:
 
 def _bias(config: dict[str, Any], stated: tuple[str, bool] | bool) -> bool:
     return stated if isinstance(stated, bool) else flag(config, *stated)
+
+
+def is_teal(given: Any) -> bool:
+    """Whether a quantization_config is ours (files/exported.py): the weights are dense, it says what is skipped."""
+    return isinstance(given, dict) and given.get("quant_method") == "teal"
 
 
 def _quantization(given: Any) -> str:

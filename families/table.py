@@ -212,5 +212,12 @@ FAMILIES = {
         gguf_names={"ffn_norm": ("post_attention_norm",)},
     ),
 }
+# The start of the class's name in transformers, which others go by; it ends in ForCausalLM.
+CLASSES = {
+    **{"llama": "Llama", "mistral": "Mistral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3"},
+    **{"granite": "Granite", "granitemoehybrid": "GraniteMoeHybrid", "phi3": "Phi3", "smollm3": "SmolLM3"},
+    **{"olmo2": "Olmo2", "olmo3": "Olmo3", "gemma3_text": "Gemma3", "glm4": "Glm4", "ernie4_5": "Ernie4_5"},
+    "seed_oss": "SeedOss",
+}
 # Models with a vision tower around text, which is `text_config`: its model_type where it says none.
 WRAPPERS = {"mistral3": "mistral", "gemma3": "gemma3_text"}

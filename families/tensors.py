@@ -46,24 +46,59 @@ class Tensors:
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor under their name as it stands in ours: its rows in another order, or a norm's other values."""
+        module, heads = self.place(name, tensor)
+        tensor = fold(tensor, *self.folds(module))
+        return tensor if self.order is None or not heads else in_order(tensor, heads, self.order)
+
+    def restore(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse of `adapt`, in the same dtype: what becomes `tensor`, which is stored in ours.
+
+        Raises ValueError where nothing of that dtype does.
+        """
+        module, heads = self.place(name, tensor)
+        if self.order is not None and heads:
+            tensor = in_order(tensor, heads, self.order.argsort())
+        added, divisor = self.folds(module)
+        if not added and divisor == 1:
+            return tensor
+        if (found := unfold(tensor, added, divisor)) is None:
+            raise ValueError(f"{name} has values that no {tensor.dtype} gives: convert the model again, as fp32")
+        return found
+
+    def folds(self, module: str) -> tuple[float, float]:
+        """What is added to a module's values, and by what they are divided."""
+        return float("norm" in module and self.plus_one), self.divisor if module == "norm" else 1.0
+
+    def place(self, name: str, tensor: Tensor) -> tuple[str, int]:
+        """The module of ours that a tensor of theirs is part of, and over how many heads its rows are put in order."""
         theirs = re.sub(r"\d+", "{}", name.rsplit(".", 1)[0], count=1)
         module, part = next(
             (module.removeprefix("layers.{}."), parts.index(theirs))
             for module, parts in self.names.items()
             if theirs in parts
         )
-        if "norm" in module and self.plus_one:
-            tensor = 1 + tensor.float()
-        if module == "norm" and self.divisor != 1:
-            tensor = tensor.float() / self.divisor
-        heads = {0: self.args.n_heads, 1: self.args.n_kv_heads}.get(part, 0)
-        if module == "attention.wqkv" and len(self.names["layers.{}.attention.wqkv"]) == 1:
-            heads = self.args.n_heads + self.args.n_kv_heads
         if module in ("attention.q_norm", "attention.k_norm"):
-            heads = tensor.shape[0] // self.args.head_dim
-        elif module != "attention.wqkv":
-            heads = 0
-        return tensor if self.order is None or not heads else in_order(tensor, heads, self.order)
+            return module, tensor.shape[0] // self.args.head_dim
+        if module != "attention.wqkv":
+            return module, 0
+        if len(self.names["layers.{}.attention.wqkv"]) == 1:
+            return module, self.args.n_heads + self.args.n_kv_heads
+        return module, (self.args.n_heads, self.args.n_kv_heads, 0)[part]
+
+
+def fold(values: Tensor, added: float, divisor: float) -> Tensor:
+    """(values + added) / divisor in fp32; the values as they are where that changes nothing."""
+    return (values.float() + added) / divisor if added or divisor != 1 else values
+
+
+def unfold(folded: Tensor, added: float, divisor: float) -> Tensor | None:
+    """Values of the same dtype of which `fold` makes these: the nearest ones or a neighbour. None where it can't be."""
+    dtype = folded.dtype
+    found = nearest = (folded.float() * divisor - added).to(dtype)
+    bits = nearest.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    for guess in (nearest, (bits + 1).view(dtype), (bits - 1).view(dtype)):
+        found = torch.where(fold(guess, added, divisor).to(dtype) == folded, guess, found)
+    return found if torch.equal(fold(found, added, divisor).to(dtype), folded) else None
 
 
 def channel_order(args: ModelArgs, interleaved: bool) -> Tensor | None:

@@ -88,26 +88,24 @@ class Calibration:
 
     def check(self, folder: Path) -> None:
         """Raises ValueError naming what differs when this is not the calibration of the checkpoint in `folder`."""
-        expected = fingerprint(folder)
+        args, todo = model_args(read_config(folder)), f"run `{command('calibrate')} --checkpoint {folder}`"
+        self.check_model(fingerprint(folder), args, todo)
+
+    def check_model(self, expected: dict[str, str], args: ModelArgs, todo: str) -> None:
+        """The same by the model's fingerprint and sizes. todo: what the user can do."""
         if differing := [name for name in expected if self.model.get(name) != expected[name]]:
             found = ", ".join(
                 f"{name} {short(self.model.get(name))} (checkpoint: {expected[name]!r})" for name in differing
             )
-            raise ValueError(
-                f"the calibration is another model's: it has {found}; run `{command('calibrate')}` on {folder}"
-            )
-        inputs = _layer_inputs(model_args(read_config(folder)))
+            raise ValueError(f"the calibration is another model's: it has {found}; {todo}")
+        inputs = layer_inputs(args)
         if differing := sorted(inputs.keys() ^ self.curves.keys()) or sorted(self.factors.keys() - inputs.keys()):
             side = "lacks" if differing[0] in inputs else "has, unlike the model,"
-            raise ValueError(
-                f"the calibration {side} layer {short(differing[0])}: run `{command('calibrate')}` on {folder}"
-            )
+            raise ValueError(f"the calibration {side} layer {short(differing[0])}: {todo}")
         for name, factor in self.factors.items():
             if len(factor) != inputs[name]:
                 found = f"{len(factor)} factors, the layer {inputs[name]} inputs"
-                raise ValueError(
-                    f"the calibration's {name}{FACTOR} has {found}: run `{command('calibrate')} --checkpoint {folder}`"
-                )
+                raise ValueError(f"the calibration's {name}{FACTOR} has {found}: {todo}")
 
 
 def _read_about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def _read_values(path: Path, file: Any, name: str) -> Tensor:
     return values
 
 
-def _layer_inputs(args: ModelArgs) -> dict[str, int]:
+def layer_inputs(args: ModelArgs) -> dict[str, int]:
     """How many input channels each sparse layer has, by module name."""
     query = args.n_heads * args.head_dim
     sizes = {"attention.wqkv": args.dim, "attention.wo": query, "feed_forward.w13": args.dim}

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from teal_fast.families.args import ModelArgs
 from teal_fast.families.config import model_args
 from teal_fast.files.gguf_cache import find_prepared
 from teal_fast.files.paths import demo_folder
@@ -18,6 +19,7 @@ from teal_fast.files.store import SAFETENSORS_DTYPES, open_safetensors, read_jso
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 METADATA = {"format": "teal-fast", "version": "2", "linear": "[K, N]"}  # of our model.safetensors
 SOURCE = "source"  # of the metadata of a quantized checkpoint: see source_of
+ROUNDED = "rounded_to"  # of the metadata of weights that had been quantized: a GGUF file's types, as Q4_K_M
 SIZES = ("architecture", "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
 FINGERPRINT = (*SIZES, "weights")  # the keys of a fingerprint
 
@@ -69,7 +71,19 @@ def fingerprint(folder: Path) -> dict[str, str]:
                 raise ValueError(f"{folder / WEIGHTS}: {short(name)} is {found}, no weight: convert the model again")
             rows = rows[:2]
             digest.update(name.encode() + rows.float().numpy().tobytes())
-    return {name: str(getattr(args, name)) for name in SIZES} | {"weights": digest.hexdigest()[:16]}
+    return sizes(args) | {"weights": digest.hexdigest()[:16]}
+
+
+def sizes(args: ModelArgs) -> dict[str, str]:
+    """What a fingerprint holds besides the weights' hash."""
+    return {name: str(getattr(args, name)) for name in SIZES}
+
+
+def rounded_to(weights: Path) -> dict[str, str]:
+    """What a safetensors file says that its weights were rounded to before, as its metadata have it; or nothing."""
+    with open_safetensors(weights) as file:
+        metadata = file.metadata() or {}
+    return {ROUNDED: metadata[ROUNDED]} if ROUNDED in metadata else {}
 
 
 def source_of(folder: Path) -> str:

@@ -47,8 +47,20 @@ def find_sources(
 ) -> tuple[dict[str, torch.Size], dict[str, tuple[str, ...]]]:
     """The dense model's tensors with their shapes, and which of another program's make each of them.
 
-    `names` maps a module of ours ("layers.{}.attention.wqkv") to those that make it when stacked along the outputs;
-    `shapes` tells what there is. Raises ValueError naming what is missing, left over or misshapen.
+    `shapes` tells what there is; names: see `find_parts`. Raises ValueError naming what is missing, left over or
+    misshapen.
+    """
+    expected, made_of = find_parts(args, names)
+    _check_shapes(expected, made_of, shapes)
+    return expected, {name: tuple(parts) for name, parts in made_of.items()}
+
+
+def find_parts(
+    args: ModelArgs, names: dict[str, tuple[str, ...]]
+) -> tuple[dict[str, torch.Size], dict[str, dict[str, int]]]:
+    """The dense model's tensors with their shapes, and the rows of each of another program's that make them.
+
+    `names` maps a module of ours ("layers.{}.attention.wqkv") to those that make it when stacked along the outputs.
     """
 
     def sources(name: str) -> tuple[str, ...]:
@@ -58,9 +70,10 @@ def find_sources(
 
     with torch.device("meta"):
         expected = {name: p.shape for name, p in Transformer(args).named_parameters()}  # a tied output appears once
-    made_of = {name: sources(name) for name in expected}
-    rows = {name: _part_rows(args, name, shape, len(made_of[name])) for name, shape in expected.items()}
-    _check_shapes(expected, rows, made_of, shapes)
+    made_of = {}
+    for name, shape in expected.items():
+        parts = sources(name)
+        made_of[name] = dict(zip(parts, _part_rows(args, name, shape, len(parts)), strict=True))
     return expected, made_of
 
 
@@ -68,6 +81,12 @@ def stack(name: str, parts: list[Tensor]) -> Tensor:
     """A tensor of ours as it is stored, of those that make it."""
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return tensor.t() if SPARSE_WEIGHT.fullmatch(name) else tensor
+
+
+def unstack(name: str, stored: Tensor, parts: dict[str, int]) -> dict[str, Tensor]:
+    """The inverse of `stack`: views of a stored tensor of ours, by what makes it; parts: rows of each."""
+    tensor = stored.t() if SPARSE_WEIGHT.fullmatch(name) else stored
+    return dict(zip(parts, tensor.split(tuple(parts.values())), strict=True))
 
 
 def stored_shape(name: str, shape: torch.Size) -> torch.Size:
@@ -101,16 +120,13 @@ def _part_rows(args: ModelArgs, name: str, shape: torch.Size, parts: int) -> tup
 
 
 def _check_shapes(
-    expected: dict[str, torch.Size],
-    rows: dict[str, tuple[int, ...]],
-    made_of: dict[str, tuple[str, ...]],
-    shapes: dict[str, tuple[int, ...]],
+    expected: dict[str, torch.Size], made_of: dict[str, dict[str, int]], shapes: dict[str, tuple[int, ...]]
 ) -> None:
     for name, shape in expected.items():
         parts = made_of[name]
         if missing := [part for part in parts if part not in shapes]:
             raise ValueError(f"the checkpoint lacks {missing[0]}, which its config.json calls for")
-        for part, outputs in zip(parts, rows[name], strict=True):
+        for part, outputs in parts.items():
             if shapes[part] != (outputs, *shape[1:]):
                 called_for, found = [outputs, *shape[1:]], list(shapes[part])
                 raise ValueError(f"the checkpoint has {part} {found}, but config.json calls for {called_for}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from teal_fast.families.config import model_args
 from teal_fast.families.tensors import Tensors
-from teal_fast.files.checkpoint import CONFIG
+from teal_fast.files.checkpoint import CONFIG, ROUNDED
 from teal_fast.files.conversion import check_opens, write_weights
 from teal_fast.files.gguf_config import LONGROPE, ROPE_FACTORS, to_config
 from teal_fast.files.gguf_kept import FLOATS, Source, write_kept
@@ -65,7 +65,7 @@ def convert_gguf(
             kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
             write_kept(folder, args, theirs.names, Source(kinds, shapes, read, read_stored), types, dtype)
         else:
-            metadata = {"rounded_to": types} if quantized else {}
+            metadata = {ROUNDED: types} if quantized else {}
             write_weights(folder, args, theirs.names, shapes, read, dtype, metadata)
         tensors.clear()  # the source's pages need not be in memory beside the copy's
         check_opens(folder)

@@ -11,16 +11,19 @@ import sys
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from teal_fast.families.config import INSTEAD, model_args
+from teal_fast.families.config import INSTEAD, is_teal, model_args
 from teal_fast.families.table import WRAPPERS
 from teal_fast.families.tensors import Tensors, inner_name
-from teal_fast.files.checkpoint import CONFIG, read_config
+from teal_fast.files.calibration import CALIBRATION, Calibration
+from teal_fast.files.checkpoint import CONFIG, read_config, rounded_to
 from teal_fast.files.conversion import check_opens, write_weights
+from teal_fast.files.exported import TealConfig
 from teal_fast.files.store import check_new, new_folder, one_line, read_json, short
 from teal_fast.weights.formats import DTYPES
 
@@ -113,12 +116,15 @@ def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> N
     """
     check_new(out)
     config = read_config(source)
+    block = config.pop("quantization_config") if is_teal(config.get("quantization_config")) else None
     args = model_args(config)
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(f"{source} has no tokenizer.json or tokenizer.model: copy them from the original model")
     tensors: dict[str, Tensor] = {}
-    for shard in find_shards(source):
+    shards = find_shards(source)
+    for shard in shards:
         tensors |= open_shard(shard)
+    about = rounded_to(shards[0]) if block is not None and shards[0].suffix == ".safetensors" else {}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     warn_of_pattern(source, config["model_type"])
     if config["model_type"] in WRAPPERS:
@@ -136,9 +142,21 @@ def convert_huggingface(source: Path, out: Path, dtype: torch.dtype | None) -> N
                 shutil.copyfile(source / name, folder / name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         theirs = Tensors(config, args)
-        write_weights(folder, args, theirs.names, shapes, lambda name: theirs.adapt(name, tensors[name]), dtype)
+        write_weights(folder, args, theirs.names, shapes, lambda name: theirs.adapt(name, tensors[name]), dtype, about)
         tensors.clear()  # the source's pages need not be in memory beside the copy's
         check_opens(folder)
+        if block is not None:
+            take_calibration(source, folder, block)
+
+
+def take_calibration(source: Path, folder: Path, block: dict[str, Any]) -> None:
+    """Copies the calibration of an exported folder into the checkpoint's; says so where it is another model's."""
+    try:
+        given = source / TealConfig.from_dict(block).calibration
+        Calibration.load(given).check(folder)
+        shutil.copyfile(given, folder / CALIBRATION)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{source}: its calibration is left out: {error}", file=sys.stderr)
 
 
 def warn_of_pattern(source: Path, model_type: str) -> None:

@@ -22,7 +22,7 @@ from teal_fast.files.calibration import CALIBRATION, Calibration, calibration_pa
 from teal_fast.files.checkpoint import METADATA, SOURCE, WEIGHTS, fingerprint, read_config, source_of
 from teal_fast.files.load import PACKED, keeps_type, load_model, stored_as
 from teal_fast.files.memory import memory_for
-from teal_fast.files.store import new_file, open_safetensors, short, write_safetensors
+from teal_fast.files.store import new_file, open_safetensors, write_safetensors
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.kernels.block_planes import NARROW
 from teal_fast.model import Transformer
@@ -64,13 +64,6 @@ def choose_format(folder: Path, mode: str, group: int | None) -> tuple[Format | 
         parts = 2 if name.endswith("w13") else 1  # gate and up share no group
         format.within(name).empty(layer.weight.in_features, layer.weight.out_features // parts)
     return format, None
-
-
-def rounded_to(folder: Path) -> str | None:
-    """What a checkpoint's weights were rounded to before they became its own: a GGUF file's types, as Q4_K_M."""
-    with open_safetensors(folder / WEIGHTS) as file:
-        found = (file.metadata() or {}).get("rounded_to")
-    return None if found is None else short(found)
 
 
 def read_sequences(folder: Path, corpus: list[Path], tokens: int, length: int, seed: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from teal_fast.cli import run
+from teal_fast.files.calibration import CALIBRATION
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.paths import checkpoints_folder, command
 from teal_fast.weights.formats import DTYPES
@@ -23,7 +24,9 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or checkpoints_folder() / options.source.resolve().name
     convert_huggingface(options.source, out, DTYPES.get(options.dtype))
-    print(f"wrote {out}\nnext: {command('calibrate')} --checkpoint {out}")
+    print(f"wrote {out}")
+    if not (out / CALIBRATION).is_file():
+        print(f"next: {command('calibrate')} --checkpoint {out}")
 
 
 if __name__ == "__main__":

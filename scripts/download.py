@@ -23,6 +23,7 @@ CONFIG_AND_TOKENIZER = {
     *("config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "vocab.json", "merges.txt"),
+    *("teal_thresholds.safetensors", "teal_calibration.safetensors"),  # of files/exported.py
 }
 WEIGHT_PATTERNS = (  # one set a line; the first set that a repo has is taken, as many repos hold weights twice
     ("model.safetensors",),
