@@ -39,7 +39,6 @@ from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.families.config import model_args
-from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.kernels.sparse_gemm import sparse_gemm
 from teal_fast.model import ModelArgs, Transformer
@@ -49,32 +48,33 @@ from teal_fast.weights.formats import FORMATS, Format
 
 SIZES = (1, 2, 4, 8)
 PROMPT_TOKENS = 16  # of a random model's prompts
-LOOKED_AT = 8  # steps of a batch whose masks are united
+LOOKED_AT = 4  # steps of a batch whose masks are united
 SKIPPED = 0.5  # of each token's channels in the products
 
 
 @torch.no_grad()
-def united(model: Transformer, batch: Batch) -> dict[str, float]:
-    """The share of the sparse layers' bytes that any sequence of a batch keeps, by kind and "all": some steps' mean.
+def look(model: Transformer, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of the sparse layers' bytes, by kind and "all": what a sequence of a batch keeps, and what any keeps.
 
-    The batch must be over, its answers all of one length. The tokens pass the model once more, in plain PyTorch.
+    The batch must be over, its answers all of one length. Of some steps, which the model makes again in plain PyTorch.
     """
+    kept: dict[str, float] = {}
     read: dict[str, float] = {}
     held: dict[str, float] = {}
 
     def unite(name: str, layer: torch.nn.Module, x: Tensor, _) -> None:
-        kept = layer.dropped(x).logical_not().any(0).sum().item()
+        keeps = layer.dropped(x).logical_not()
         for kind in (KINDS[name.rsplit(".", 1)[1]], "all"):
-            read[kind] = read.get(kind, 0) + kept * layer.weight.row_bytes
-            held[kind] = held.get(kind, 0) + x.shape[-1] * layer.weight.row_bytes
+            for shares, channels in ((kept, keeps.sum() / len(x)), (read, keeps.any(0).sum()), (held, x.shape[-1])):
+                shares[kind] = shares.get(kind, 0) + float(channels) * layer.weight.row_bytes
 
     device, length = model.norm.weight.device, len(batch.rows[0].tokens)
     with watch_inputs(model, unite):
-        for place in range(0, length - 1, max(1, length // LOOKED_AT)):
+        for place in range(length // LOOKED_AT // 2, length - 1, length // LOOKED_AT):
             tokens = [answer.tokens[place].id for answer in batch.rows]
             positions = [len(answer.request.prompt) + place for answer in batch.rows]
             batch_logits(model, batch.cache, *(torch.tensor(ids, device=device) for ids in (tokens, positions)))
-    return {kind: read[kind] / held[kind] for kind in read}
+    return tuple({kind: shares[kind] / held[kind] for kind in held} for shares in (kept, read))
 
 
 @dataclass
@@ -100,10 +100,7 @@ class Together:
         if self.read is None:
             for _ in batch:  # one sequence has not been decoded as a batch yet
                 pass
-            skipped = self.engine.achieved_sparsity(batch)
-            set_sparsity(self.engine.model, self.engine.calibration, self.requests[0].sparsity)
-            self.kept = {kind: 1 - share for kind, share in skipped.items()}
-            self.read = united(self.engine.model, batch)
+            self.kept, self.read = look(self.engine.model, batch)
         return rate
 
     def row(self) -> Row:
@@ -258,8 +255,10 @@ def main() -> None:
     options = parse_arguments()
     device = pick_device(options.device)
     check_records_path(options.out)
-    if options.new_tokens < 4:
-        raise ValueError(f"--new_tokens {options.new_tokens}: expected at least 4, since the first two are not timed")
+    if options.new_tokens < 2 * LOOKED_AT:
+        raise ValueError(
+            f"--new_tokens {options.new_tokens}: expected at least {2 * LOOKED_AT}, to look at {LOOKED_AT}"
+        )
     choice = Choice(device, tuple(options.checkpoint or ()), options.shapes, tuple(options.formats))
     name = options.shapes or open_checkpoint(options.checkpoint[0]).resolve().name
     common = describe(name, device, "bf16") | {"benchmark": "batch"}
