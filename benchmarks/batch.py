@@ -7,8 +7,9 @@ First decoding: different prompts, greedy, as several users have them, and sampl
 has no use for. A batch of 1 is a single stream. Beside the tokens of all sequences a second stands what share of the
 sparse layers' bytes a step reads, that is, rows that any sequence keeps, and what a token keeps by itself. Then the
 products of a layer, on cold random weights and inputs whose masks are independent: the rows of each token by itself
-(`rows`), those that any token keeps once for all (`union`), and the dense product of masked inputs (`masked`).
-Everything takes turns. Prints one JSON line of records; --out writes the same.
+(`rows`), those that any token keeps once for all (`union`), every row once by the same kernel (`all`), and PyTorch's
+dense product of masked inputs (`masked`). Everything takes turns. Prints one JSON line of records; --out writes the
+same.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from teal_fast.families.config import model_args
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.kernels.sparse_gemm import sparse_gemm
 from teal_fast.model import ModelArgs, Transformer
-from teal_fast.sparse_model import KINDS, format_of, watch_inputs
+from teal_fast.sparse_model import KEEP_ALL, KINDS, format_of, watch_inputs
 from teal_fast.weights.dense import DenseWeight, RowSkippingWeight
 from teal_fast.weights.formats import FORMATS, Format
 
@@ -165,7 +166,12 @@ def masked(weight: RowSkippingWeight, x: Tensor, threshold: Tensor) -> Tensor:
     return weight.matmul(x.masked_fill(x.abs() <= threshold, 0))
 
 
-WAYS = {"rows": by_rows, "union": by_union, "masked": masked}
+def by_all(weight: RowSkippingWeight, x: Tensor, threshold: Tensor) -> Tensor:
+    kept = x.masked_fill(x.abs() <= threshold, 0)
+    return sparse_gemm(kept, weight.operand, torch.full_like(threshold, KEEP_ALL))
+
+
+WAYS = {"rows": by_rows, "union": by_union, "all": by_all, "masked": masked}
 
 
 @torch.no_grad()
