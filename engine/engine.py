@@ -67,7 +67,7 @@ class Engine:
         self.reused = 0  # tokens of the last prompt that were not computed again
         self._pending: float | None = None  # a sparsity to be set before the next step
         self._decoded: list[float] = []  # the sparsity of each decoded token of the last answer in the cache, its last
-        self._lock, self._owner = threading.Lock(), None
+        self._lock, self._owner, self._device = threading.Lock(), None, self.model.norm.weight.device
 
     @property
     def context(self) -> int:
@@ -202,10 +202,6 @@ class Engine:
                 yield
             finally:
                 self._owner = None
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.norm.weight.device
 
     def _start(self, request: Request, between: Callable[[], None] | None) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
