@@ -104,6 +104,11 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
 
     @property
+    def position(self) -> int:
+        """Where the last token's keys and values go."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    @property
     def held(self) -> list[int]:
         """The ids whose keys and values are cached."""
         return [*self.request.prompt, *(token.id for token in self.tokens[:-1])]
@@ -117,17 +122,17 @@ class Batch:
 
     def __init__(
         self,
-        requests: Sequence[Request],
+        requests: tuple[Request, ...],
         model: Transformer,
         context: int,
         stop: frozenset[int],
         run: Callable[["Batch"], Iterator[tuple[int, Token]]],
     ):
-        self.requests = tuple(requests)
+        self.requests = requests
         limits = [request.max_new_tokens or context - len(request.prompt) for request in requests]
         ends = (len(request.prompt) + limit for request, limit in zip(requests, limits, strict=True))
         self.model, self.length = model, max(ends, default=0)
-        if refused := unbatched(model, self.requests, self.length):
+        if refused := unbatched(model, requests, self.length):
             raise ValueError(refused)
         self.answers = []
         for number, (request, limit) in enumerate(zip(requests, limits, strict=True)):
@@ -176,7 +181,7 @@ class Batch:
         """The next token of each answer that is not finished. sparsity: of the thresholds now set."""
         answers, device = self.rows[: self.running], self.model.norm.weight.device
         tokens = torch.tensor([answer.tokens[-1].id for answer in answers], device=device)
-        positions = torch.tensor([len(answer.held) for answer in answers], device=device)
+        positions = torch.tensor([answer.position for answer in answers], device=device)
         logits = self.step(tokens, positions)
         return self._draw(answers, logits, sparsity, None if self.native is None else self.native.achieved)
 
@@ -200,7 +205,7 @@ class Batch:
         for answer, one in zip(answers, drawn, strict=True):
             id, sound, logprob, top = one.wait()
             if not sound:
-                raise unsound(len(answer.request.prompt) + len(answer.tokens))
+                raise unsound(answer.position + 1)
             length = "length" if len(answer.tokens) + 1 == answer.limit else None
             reason = "stop" if id in answer.stop else length
             answer.tokens.append(Token(id, logprob, sparsity, reason, achieved, top))

@@ -85,18 +85,19 @@ class Engine:
         self.check(request)
         return self._stream(request, request.max_new_tokens or self.context - len(request.prompt), between)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Token]]:
+    def generate(self, requests: Iterable[Request]) -> list[list[Token]]:
         """The answers to several requests, decoded together, in the requests' order; see `batch`."""
         batch = self.batch(requests)
         deque(batch, maxlen=0)
         return batch.tokens
 
-    def batch(self, requests: Sequence[Request]) -> Batch:
+    def batch(self, requests: Iterable[Request]) -> Batch:
         """Answers to several requests at once: yields (number of the request, token) as tokens are drawn.
 
         They have one sparsity, and none is lossless. Prompts are computed one after another, equal ones once, with what
         the cache holds of them; answers do not stay in it. Raises ValueError at once on what can't be served.
         """
+        requests = tuple(requests)
         for request in requests:
             self.check(request)
         return Batch(requests, self.model, self.context, self.stop, self._batch)
