@@ -59,7 +59,9 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser.add_argument("--sparsity", type=sparsity, default=0.0, help="fraction of input channels skipped, 0 to 0.95")
     add_lossless_arguments(parser)
     parser.add_argument("--calibration", type=Path, help="calibration file (default: the checkpoint's own)")
-    parser.add_argument("--num_samples", type=positive_int, default=1, help="texts to generate (default: %(default)s)")
+    parser.add_argument(
+        "--num_samples", type=positive_int, default=1, help="texts, made at once (default: %(default)s)"
+    )
     parser.add_argument("--max_new_tokens", type=positive_int, default=200, help="tokens a text (default: %(default)s)")
     parser.add_argument("--max_seq_length", type=positive_int, default=2048, help="context of --interactive, in tokens")
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy (default: %(default)s)")
@@ -73,7 +75,7 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
     parser.add_argument("--compile", action="store_true", help="the default, accepted as gpt-fast's flag")
     parser.add_argument("--eager", action="store_true", help="decode by plain PyTorch, without CUDA graph and C++")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass, for any length")
-    parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last text")
+    parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of the last call")
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object, last line")
     options, choice = parse_with_model(parser)
     check_lossless_arguments(parser, options)
@@ -92,16 +94,20 @@ def parse_arguments() -> tuple[argparse.Namespace, ModelChoice]:
 
 
 def generate(session: Session, shown: str, ids: list[int], texts: int, profile: Path | None) -> list[Sample]:
-    """Prints so many texts after a prompt, of which `shown` is; of an interrupted one what it cost so far."""
+    """Prints so many texts after a prompt, of which `shown` is; of interrupted ones what they cost so far."""
     samples: list[Sample] = []
     try:
-        for index in range(texts):
+        if texts > 1 and session.batches(ids):
+            samples += [Sample(len(ids), batch=texts) for _ in range(texts)]
+            with profiler(profile):
+                session.answer_together(ids, samples, shown)
+        for index in range(len(samples), texts):
             samples.append(Sample(len(ids)))
             print(shown, end="", flush=True)
             with session.counted(samples[-1]), profiler(profile if index == texts - 1 else None):
                 session.answer(ids, samples[-1])
     except KeyboardInterrupt:
-        if samples and samples[-1].tokens:
+        if any(sample.tokens for sample in samples):
             print(describe_cost(summarize(session.engine, samples)), file=sys.stderr)
         raise
     return samples

@@ -65,6 +65,8 @@ class SparseLinear(nn.Module):
         dense = tokens if phase is None else min(phase.dense_tokens, tokens)
         if dense < tokens and batch * tokens == 1:
             return self.weight.sparse_matvec(x.flatten(), self.threshold, bias).view(1, 1, -1)
+        if dense == 0 and tokens == 1:  # the next tokens of several sequences
+            return self.weight.sparse_matmul(x.view(batch, -1), self.threshold, bias).view(batch, 1, -1)
         if dense < tokens:
             decoded = x[:, dense:]
             x = torch.cat((x[:, :dense], decoded.masked_fill(self.dropped(decoded), 0)), dim=1)

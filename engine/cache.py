@@ -4,11 +4,13 @@ from teal_fast.files.memory import check_memory, memory_for
 from teal_fast.model import KVCache, Transformer
 
 
-def new_cache(model: Transformer, length: int) -> KVCache:
-    """An empty cache for one sequence of up to `length` tokens. Raises OutOfMemoryError."""
+def new_cache(model: Transformer, length: int, sequences: int = 1) -> KVCache:
+    """An empty cache for sequences of up to `length` tokens. Raises OutOfMemoryError."""
     args, weight = model.args, model.norm.weight
-    needed = 2 * args.n_layers * args.n_kv_heads * args.head_dim * weight.element_size() * length
+    needed = 2 * args.n_layers * args.n_kv_heads * args.head_dim * weight.element_size() * length * sequences
     what, todo = f"keys and values of {length:,} tokens", "lower the context (--max_seq_length, --max_new_tokens)"
+    if sequences > 1:
+        what, todo = f"{sequences} times {what}", f"{todo}, or answer fewer requests at once"
     check_memory(needed, weight.device, what, todo)
     with memory_for(what, todo):
-        return model.new_cache(1, length)
+        return model.new_cache(sequences, length)

@@ -1,6 +1,7 @@
 """The decode step on the CPU: one call into C++ a token (kernels/csrc/decode_step.cpp), on a model's tensors in place.
 
-Several tokens at once are computed densely and read the weights once; each has the bits of a dense step of its own.
+Several tokens at once read the weights once. Those of one sequence are computed densely; each has the bits of a dense
+step of its own. Those of several sequences, each the next one of its own, read the rows that any of them keeps.
 
 Weights, thresholds and cache are handed over by address, so that thresholds change in place between two tokens.
 """
@@ -63,8 +64,8 @@ class CpuModel(ctypes.Structure):
 
 
 @functools.cache
-def native_steps(native: ctypes.CDLL) -> tuple[Callable, Callable]:
-    """The decode step of the compiled kernels, and dense ones of several tokens.
+def native_steps(native: ctypes.CDLL) -> tuple[Callable, Callable, Callable]:
+    """The decode step of the compiled kernels, dense ones of several tokens, and one of several sequences.
 
     Raises ValueError when its structures are not those of this file.
     """
@@ -76,12 +77,13 @@ def native_steps(native: ctypes.CDLL) -> tuple[Callable, Callable]:
             f"decode_step.cpp's Layer and Model have {found[0]} and {found[1]} bytes, cpu_step.py's {expected[0]} and "
             f"{expected[1]}: give both files the same fields"
         )
-    return native.teal_decode_step, native.teal_dense_steps
+    return native.teal_decode_step, native.teal_dense_steps, native.teal_batch_step
 
 
 class CpuStep:
     """The decode step in C++ over one model and one cache; the same as the plain step up to rounding.
 
+    The cache may be of several sequences, of which all calls but those of `batch` take the first.
     It holds on to the tensors of both, by address. Two steps may run at once in two threads.
     """
 
@@ -96,7 +98,7 @@ class CpuStep:
         self.row_bytes = torch.tensor([layer.weight.row_bytes for layer in layers])
         self.sparse_bytes = sum(layer.weight.row_bytes * layer.weight.in_features for layer in layers)
         self.type = TYPES[model.norm.weight.dtype]
-        self.native, self.native_dense = native_steps(library())
+        self.native, self.native_dense, self.native_batch = native_steps(library())
         beta, step = args.query_growth or (0.0, 0)
         per_layer = (args.sliding_windows, args.rope_of, cache.k, cache.v)
         self.model = CpuModel(
@@ -189,6 +191,27 @@ class CpuStep:
                 c_int64(len(tokens)),
                 c_int64(position),
                 c_int64(wanted),
+                pointer(logits),
+                torch.get_num_threads(),
+            )
+        return logits
+
+    def batch(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits [n, vocab] fp32 after tokens [n] at positions [n], int64, of the cache's first n sequences.
+
+        Each token drops its own channels; of each weight the rows are read that any of them keeps, in blocks all. Where
+        none drops any, logits, keys and values have the bits of a step of its own. Raises ValueError outside vocabulary
+        or cache.
+        """
+        for token, position in zip(tokens.tolist(), positions.tolist(), strict=True):
+            self._check([token], position)
+        logits = torch.empty(len(tokens), self.model.vocab_size)
+        with torch.profiler.record_function("teal::batch_step"):
+            self.native_batch(
+                ctypes.byref(self.model),
+                self.type,
+                *map(pointer, (tokens, positions)),
+                c_int64(len(tokens)),
                 pointer(logits),
                 torch.get_num_threads(),
             )

@@ -72,6 +72,19 @@ def plain_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Ten
     return model(token, input_pos, cache, DECODE)[0, -1]
 
 
+def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """What `compute` does as a graph, and what it returned, which each replay fills. Run once before, it compiles."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        compute()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = compute()
+    return graph, found
+
+
 class CapturedStep:
     """A decode step over one model and one cache, recorded once as a CUDA graph; each replay fills the same logits."""
 
@@ -89,14 +102,8 @@ class CapturedStep:
         self.cache = cache  # the graph knows its addresses alone
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.input_pos = torch.zeros(1, dtype=torch.long, device=device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # compiles the kernels; the cache's first row is written and means nothing yet
-            compute(model, cache, self.token, self.input_pos)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = compute(model, cache, self.token, self.input_pos)
+        # The cache's first row is written and means nothing yet.
+        self.graph, self.logits = capture(lambda: compute(model, cache, self.token, self.input_pos), device)
         print(f"captured in {time.perf_counter() - started:.1f} s{note}", file=sys.stderr)
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""The device that a name means."""
+"""The device that a name means, and computing there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -25,3 +28,14 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """In the block, work goes to this GPU, whatever the thread's current one is, and keeps no gradients.
+
+    Never across a yield: the thread's own settings would be lost there. Nor is `torch.no_grad` a decorator of a stream:
+    it puts a generator around it, and Ctrl-C in that one leaves the stream itself open.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
+        yield

@@ -1,9 +1,15 @@
-"""A drawn token on its way from the device to the host, with its log-probabilities if they are wanted."""
+"""Drawing an answer's tokens, and a drawn token on its way from the device to the host, with its log-probabilities."""
 
 import torch
 from torch import Tensor
 
+from teal_fast.engine.adjust import Adjustment
+from teal_fast.engine.ranks.layers import agreed_seed
 from teal_fast.engine.request import Request
+from teal_fast.engine.sampling import new_generator
+from teal_fast.engine.speculation.accept import accept
+from teal_fast.engine.speculation.drafters import Draft
+from teal_fast.model import Transformer
 
 
 class Drawn:
@@ -44,6 +50,49 @@ class Drawn:
             return token.item(), sound, None, ()
         logprob, ids, values = more
         return token.item(), sound, logprob.item(), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+class Drawing:
+    """What draws one answer's tokens: a generator, what changes the logits before, a constraint if there is one.
+
+    Ranks that share the model draw alike.
+    """
+
+    def __init__(self, request: Request, model: Transformer):
+        device = model.norm.weight.device
+        self.request, self.generator = request, new_generator(device, agreed_seed(model, request.seed))
+        self.constraint = request.constraint() if request.constraint else None
+        self.adjust = Adjustment(request.sampling, request.prompt, model.args.vocab_size, device, self.constraint)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        sparsity: float,
+        achieved: float | None,
+        best: tuple[Tensor, list[Tensor]] | None = None,
+        draft: Draft | None = None,
+    ) -> Drawn:
+        """The next token, from the model's logits [vocab]; best: the likeliest one, where the step tells it."""
+        sampling, adjusted = self.request.sampling, self.adjust(logits)
+        if best is not None and adjusted is logits and sampling.greedy:
+            (token, told), largest = best, None
+        else:
+            (token, largest), told = accept(sampling, adjusted, draft, self.generator), None
+        self.adjust.add(token)
+        drawn = Drawn(self.request, token, largest, logits, sparsity, achieved, told)
+        if self.constraint is not None:
+            id, sound, *_ = drawn.wait()
+            if sound:
+                self.constraint.accept(id)
+        return drawn
+
+
+def unsound(tokens: int) -> ValueError:
+    """The error of logits that are not finite, after so many tokens."""
+    return ValueError(
+        f"the logits after {tokens} tokens hold NaN or inf: the checkpoint is damaged, or its values are too large for "
+        "fp16 (then use bf16 or fp32)"
+    )
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -6,24 +6,22 @@ The cache keeps the last conversation. A request computes what neither it nor a 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from teal_fast.engine.accounting import recount
-from teal_fast.engine.adjust import Adjustment
+from teal_fast.engine.batch import Batch
 from teal_fast.engine.cache import new_cache
-from teal_fast.engine.drawn import Drawn
+from teal_fast.engine.device import computing
+from teal_fast.engine.drawn import Drawing, unsound
 from teal_fast.engine.held import Held
-from teal_fast.engine.prefill import Prefill, again, longest_by_steps, prefill, prefill_by_steps
+from teal_fast.engine.prefill import Prefill, again, heard, longest_by_steps, prefill, prefill_by_steps
 from teal_fast.engine.prefixes import PrefixStore, usable
-from teal_fast.engine.ranks.layers import agreed_seed
 from teal_fast.engine.request import Request, Token
-from teal_fast.engine.sampling import new_generator
 from teal_fast.engine.scoring import Scored, parts, score
-from teal_fast.engine.speculation.accept import accept
 from teal_fast.engine.speculation.drafters import DraftModel
 from teal_fast.engine.speculation.lossless import Lossless
 from teal_fast.engine.steps import Step, fast_step
@@ -68,7 +66,7 @@ class Engine:
         self.reused = 0  # tokens of the last prompt that were not computed again
         self._pending: float | None = None  # a sparsity to be set before the next step
         self._decoded: list[float] = []  # the sparsity of each decoded token of the last answer in the cache, its last
-        self._lock, self._owner = threading.Lock(), None
+        self._lock, self._owner, self._device = threading.Lock(), None, self.model.norm.weight.device
 
     @property
     def context(self) -> int:
@@ -85,6 +83,23 @@ class Engine:
         """
         self.check(request)
         return self._stream(request, request.max_new_tokens or self.context - len(request.prompt), between)
+
+    def generate(self, requests: Iterable[Request]) -> list[list[Token]]:
+        """The answers to several requests, decoded together, in the requests' order; see `batch`."""
+        batch = self.batch(requests)
+        deque(batch, maxlen=0)
+        return batch.tokens
+
+    def batch(self, requests: Iterable[Request]) -> Batch:
+        """Answers to several requests at once: yields (number of the request, token) as tokens are drawn.
+
+        They have one sparsity, and none is lossless. Prompts are computed one after another, equal ones once, with what
+        the cache holds of them; answers do not stay in it. Raises ValueError at once on what can't be served.
+        """
+        requests = tuple(requests)
+        for request in requests:
+            self.check(request)
+        return Batch(requests, self.model, self.context, self.stop, self._batch)
 
     def check(self, request: Request) -> None:
         """Raises ValueError on a request that can't be served."""
@@ -121,12 +136,12 @@ class Engine:
                 self.held.add(text[i], 0.0 if i < dense_tokens else sparsity)
 
         memory = memory_for(f"a text of {len(text)} tokens", "shorten it")
-        with self._held(), self._computing(), memory:
+        with self._held(), computing(self._device), memory:
             self._apply(sparsity)
             self.held.keep()
             self._clear()
             self.held.private = not cache
-            with self._heard(between):
+            with heard(self.model, between):
                 return score(self.model, self.cache, text, dense_tokens, top, self.chunk, done)
 
     def set_sparsity(self, sparsity: float) -> None:
@@ -146,18 +161,23 @@ class Engine:
         self.held.clear()
         self._decoded = []
 
-    def achieved_sparsity(self) -> dict[str, float]:
-        """What the last answer's decoded tokens skipped, each at its own sparsity, by tensor kind and "all"."""
-        with self._held(), self._computing(), memory_for("another pass over the answer", "shorten it"):
-            found, begin, last = [], len(self.held.ids) - len(self._decoded), self.sparsity
-            for sparsity, group in groupby(self._decoded):
-                end = begin + len(list(group))
-                self._apply(sparsity)
-                found.append((end - begin, recount(self.model, self.cache, begin, self.held.ids[begin:end])))
-                begin = end
+    def achieved_sparsity(self, batch: Batch | None = None) -> dict[str, float]:
+        """What the last answer's decoded tokens skipped, each at its own sparsity, by tensor kind and "all".
+
+        batch: whose answers' tokens instead; what each of them dropped is more than what was read for none of them.
+        """
+        answers = [(self.cache, self.held.ids, self._decoded)] if batch is None else batch.decoded()
+        with self._held(), computing(self._device), memory_for("another pass over the answer", "shorten it"):
+            found, last = [], self.sparsity
+            for cache, ids, decoded in answers:
+                end = len(ids) - len(decoded)
+                for sparsity, group in groupby(decoded):
+                    begin, end = end, end + len(list(group))
+                    self._apply(sparsity)
+                    found.append((end - begin, recount(self.model, cache, begin, ids[begin:end])))
             self._apply(last)
             kinds = found[0][1] if found else ()  # each token meets each layer once: spans count by their tokens
-            return {kind: sum(n * by[kind] for n, by in found) / len(self._decoded) for kind in kinds}
+            return {kind: sum(n * by[kind] for n, by in found) / sum(n for n, _ in found) for kind in kinds}
 
     def _check_sparsity(self, sparsity: float) -> None:
         if not 0 <= sparsity <= 1:
@@ -183,31 +203,6 @@ class Engine:
             finally:
                 self._owner = None
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.norm.weight.device
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """In the block, work goes to the model's GPU, whatever the thread's current one is, and keeps no gradients.
-
-        Never across a yield: the thread's own settings would be lost there. Nor is `torch.no_grad` a decorator of the
-        stream: it puts a generator around it, and Ctrl-C in that one leaves the stream itself open.
-        """
-        device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-        with device, torch.no_grad():
-            yield
-
-    @contextmanager
-    def _heard(self, between: Callable[[], None] | None) -> Iterator[None]:
-        """In the block, `between` is called before each layer."""
-        hooks = [layer.register_forward_pre_hook(lambda *_: between()) for layer in self.model.layers if between]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _start(self, request: Request, between: Callable[[], None] | None) -> Tensor:
         """Logits [vocab] after the prompt, of which the cache's prefix is not computed again."""
         prompt, dense = request.prompt, request.dense_tokens
@@ -220,7 +215,7 @@ class Engine:
             else:
                 tokens = torch.tensor([prompt[begin:end]], device=self._device)
                 phase = Phase(max(0, dense - begin)) if request.sparse_prompt else DENSE
-                with self._heard(between):
+                with heard(self.model, between):
                     logits = self.prefill(self.model, self.cache, tokens, begin, phase)
             for i in range(begin, end):
                 self.held.add(prompt[i], 0.0 if i < dense else request.sparsity)
@@ -233,62 +228,65 @@ class Engine:
             with memory_for(f"a prompt of {len(request.prompt)} tokens and its answer", "shorten the prompt"):
                 yield from self._decode(request, new_tokens, between)
 
+    def _batch(self, batch: Batch) -> Iterator[tuple[int, Token]]:
+        with self._held(), memory_for(f"{len(batch.requests)} answers", "answer fewer at once, or shorten them"):
+            self._pending, self._decoded = None, []
+            self._apply(batch.requests[0].sparsity)
+            with computing(self._device):
+                prompts = batch.open(self.step.mode)
+            for request, answers in prompts:
+                with computing(self._device):
+                    found = batch.enter(answers, self.cache, self._start(request, None))
+                yield from found
+                self._owner = threading.get_ident()  # as in `_decode`
+            while batch.running:
+                self._turn_dial()
+                with computing(self._device):
+                    found = batch.advance(self.sparsity)
+                yield from found
+                self._owner = threading.get_ident()
+
+    def _turn_dial(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._apply(pending)
+
     def _decode(self, request: Request, new_tokens: int, between: Callable[[], None] | None) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
-        device, prompt, sampling = self._device, request.prompt, request.sampling
-        generator = new_generator(device, agreed_seed(self.model, request.seed))
-        constraint = request.constraint() if request.constraint else None
-        adjust = Adjustment(sampling, prompt, self.model.args.vocab_size, device, constraint)
+        device, prompt = self._device, request.prompt
+        draw = Drawing(request, self.model)
         stop = self.stop if request.stop is None else request.stop
-        ahead = 1 if device.type == "cuda" and constraint is None else 0
+        ahead = 1 if device.type == "cuda" and draw.constraint is None else 0
 
-        def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None, draft=None):
-            adjusted = adjust(logits)
-            if best is not None and adjusted is logits and sampling.greedy:
-                (token, told), largest = best, None
-            else:
-                (token, largest), told = accept(sampling, adjusted, draft, generator), None
-            adjust.add(token)
-            drawn = Drawn(request, token, largest, logits, sparsity, achieved, told)
-            if constraint is not None:
-                id, sound, *_ = drawn.wait()
-                if sound:
-                    constraint.accept(id)
-            return drawn
-
-        with self._computing():
+        with computing(self._device):
             logits = self._start(request, between)
-            last = drawn_from(logits, 0.0, None)
+            last = draw(logits, 0.0, None)
             position = torch.tensor([len(prompt)])  # on the host, where it is known
             drawn, launched, previous = deque([last]), 1, None
-            cycles = self.lossless.begin(request, last, stop, adjust, generator) if request.lossless else None
+            cycles = self.lossless.begin(request, last, stop, draw) if request.lossless else None
         for count in range(1, new_tokens + 1):
             while launched < new_tokens and len(drawn) <= ahead:
-                pending, self._pending = self._pending, None
-                if pending is not None and cycles is None:
-                    self._apply(pending)
-                with self._computing():
+                if cycles is None:
+                    self._turn_dial()
+                with computing(self._device):
                     if cycles is not None:
-                        new = cycles.run(new_tokens - launched, drawn_from)
+                        new = cycles.run(new_tokens - launched)
                     elif self.model.stretch(self.cache, int(position) + 1) and self.model.args.remakes_keys:
                         unread = [int(one.token) for one in drawn]
                         text = [*self.held.ids, *([] if previous is None else [previous]), *unread]
                         logits = again(self.prefill, self.model, self.cache, text, request.dense_tokens, self.chunk)
-                        new = [drawn_from(logits, self.sparsity, None)]
+                        new = [draw(logits, self.sparsity, None)]
                     else:
                         logits = self.step(last.token.view(1, 1), position)
                         achieved, best = (getattr(self.step, what, None) for what in ("achieved", "best"))
-                        new = [drawn_from(logits, self.sparsity, achieved, best)]
+                        new = [draw(logits, self.sparsity, achieved, best)]
                 drawn.extend(new)
                 last, position, launched = new[-1], position + len(new), launched + len(new)
             found = drawn.popleft()
             id, sound, logprob, top = found.wait()
             if not sound:
                 self._clear()  # its keys and values may hold NaN as well
-                raise ValueError(
-                    f"the logits after {len(prompt) + count - 1} tokens hold NaN or inf: the checkpoint is damaged, or "
-                    "its values are too large for fp16 (then use bf16 or fp32)"
-                )
+                raise unsound(len(prompt) + count - 1)
             if previous is not None:  # the step that gave this token has put that one into the cache
                 self.held.add(previous, found.sparsity)
                 self._decoded.append(found.sparsity)

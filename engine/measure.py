@@ -1,5 +1,6 @@
 """How long decoding takes: times of one stream of tokens, a profile, the size of a cache for a measurement."""
 
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ class Sample:
 
     achieved: the sparsity of those steps, by tensor kind and "all", once it is counted. finish_reason: "stop" at a stop
     token or string, "length", or None where it was interrupted. cut: whether the full context ended the text. drafted:
-    what drafting brought to a lossless one.
+    what drafting brought to a lossless one. batch: how many streams were decoded together, achieved then being of all.
     """
 
     prompt_tokens: int
@@ -32,22 +33,35 @@ class Sample:
     finish_reason: str | None = None
     cut: bool = False
     drafted: Statistics | None = None
+    batch: int = 1
 
     @property
     def tokens_per_s(self) -> float:
         """Decoded tokens a second, without the first; 0 where there is none."""
         return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
 
+    @property
+    def skipped(self) -> float | None:
+        """The share of the sparse layers' bytes that its steps did not read; None where a batch's are not counted."""
+        if self.batch == 1:
+            return self.achieved["all"]
+        counted = [token.achieved for token in self.tokens[1:]]
+        return None if None in counted else statistics.mean(counted)
+
+    def add(self, token: Token, seconds: float) -> None:
+        """Takes a token and how long it took."""
+        if self.tokens:
+            self.decode_s.append(seconds)
+        else:
+            self.first_token_s = seconds
+        self.tokens.append(token)
+
     def watch(self, stream: Iterable[Token]) -> Iterator[Token]:
         """Yields the stream's tokens and takes their times; what was taken survives an interruption."""
         before = time.perf_counter()
         for token in stream:
             now = time.perf_counter()
-            if self.tokens:
-                self.decode_s.append(now - before)
-            else:
-                self.first_token_s = now - before
-            self.tokens.append(token)
+            self.add(token, now - before)
             before = now
             yield token
 

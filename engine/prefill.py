@@ -6,7 +6,8 @@ numbers PyTorch would have to turn into floats for each prompt, and of few token
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,17 @@ def prefill(
     input_pos = torch.arange(start, end, device=tokens.device) if start else None
     last = torch.tensor([count - 1], device=tokens.device)
     return compute(model, cache.head(end) if start else cache, padded, input_pos, last, phase)[0]
+
+
+@contextmanager
+def heard(model: Transformer, between: Callable[[], None] | None) -> Iterator[None]:
+    """In the block, `between` is called before each layer of a pass."""
+    hooks = [layer.register_forward_pre_hook(lambda *_: between()) for layer in model.layers if between]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def longest_by_steps(model: Transformer, step: Step) -> int:

@@ -84,8 +84,8 @@ class Token(NamedTuple):
     logprob: nats, None unless the request asks for it. sparsity: the nominal one at which the step that drew it ran; 0
     for the first, which the prompt's pass gives. finish_reason: None but for the last token: "stop" where it is a stop
     token, which is not part of the text; "length" where no more were asked for or fit. achieved: the share of the
-    sparse layers' bytes that this step skipped, None where steps do not count it. top: id and log-probability of the
-    likeliest tokens.
+    sparse layers' bytes that this step skipped, a batch's for all its sequences, None where steps do not count it. top:
+    id and log-probability of the likeliest tokens.
     """
 
     id: int

@@ -2,12 +2,14 @@
 
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from teal_fast.engine.accounting import bytes_per_token
+from teal_fast.engine.batch import unbatched
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import Sample
 from teal_fast.engine.ranks.layers import ranks_of
@@ -44,9 +46,7 @@ class Session:
 
         An answer that ends because the context is full says so: it is shorter than was asked for.
         """
-        new_tokens = min(self.max_new_tokens, self.engine.context - len(prompt))
-        request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed, **self.lossless)
-        self.seed += 1
+        request = self._next_request(prompt)
         text, stream, pieces = TextStream(self.tokenizer, prompt, self.stop), self.engine.stream(request), []
         try:
             for token in sample.watch(stream):
@@ -59,12 +59,55 @@ class Session:
             sample.drafted = self.engine.lossless.statistics if request.lossless else None
             pieces.append(text.flush())
             print(pieces[-1], flush=True)
-        sample.finish_reason = "stop" if text.stopped else token.finish_reason
-        sample.cut = sample.finish_reason == "length" and new_tokens < self.max_new_tokens
-        if sample.cut:
-            length = f"{new_tokens} of {self.max_new_tokens} tokens"
-            print(f"the context of {self.engine.context} tokens is full: cut after {length}", file=sys.stderr)
+        self._end(sample, text, request)
         return "".join(pieces)
+
+    def _next_request(self, prompt: list[int]) -> Request:
+        new_tokens = min(self.max_new_tokens, self.engine.context - len(prompt))
+        request = Request(prompt, self.sampling, self.sparsity, new_tokens, seed=self.seed, **self.lossless)
+        self.seed += 1
+        return request
+
+    def _end(self, sample: Sample, text: TextStream, request: Request) -> None:
+        """Notes why an answer ended."""
+        sample.finish_reason = "stop" if text.stopped else sample.tokens[-1].finish_reason
+        sample.cut = sample.finish_reason == "length" and request.max_new_tokens < self.max_new_tokens
+        if sample.cut:
+            length = f"{request.max_new_tokens} of {self.max_new_tokens} tokens"
+            print(f"the context of {self.engine.context} tokens is full: cut after {length}", file=sys.stderr)
+
+    def batches(self, prompt: list[int]) -> bool:
+        """Whether several answers to a prompt may be decoded together."""
+        length = min(self.engine.context, len(prompt) + self.max_new_tokens)
+        return not unbatched(self.engine.model, [Request(prompt, **self.lossless)], length)
+
+    def answer_together(self, prompt: list[int], samples: list[Sample], shown: str) -> None:
+        """Decodes so many answers together, and prints them one after another, `shown` before each.
+
+        What there is of the samples survives Ctrl-C; what their tokens skipped is counted at the end.
+        """
+        requests = [self._next_request(prompt) for _ in samples]
+        batch, page = self.engine.batch(requests), Page([shown] * len(samples))
+        texts, before = [TextStream(self.tokenizer, prompt, self.stop) for _ in samples], time.perf_counter()
+        drawn = [before] * len(samples)  # when the last token of each was drawn
+        try:
+            for number, token in batch:
+                text, now = texts[number], time.perf_counter()
+                samples[number].add(token, now - drawn[number])
+                drawn[number] = now
+                page.add(number, text.push(token))
+                if text.stopped:
+                    batch.finish(number)
+                if text.stopped or token.finish_reason:
+                    page.end(number, text.flush())
+                    self._end(samples[number], text, requests[number])
+        finally:
+            batch.close()
+            for number in page.open:
+                page.end(number, texts[number].flush())
+            achieved = self.engine.achieved_sparsity(batch)
+            for sample in samples:
+                sample.achieved = achieved
 
     @contextmanager
     def counted(self, sample: Sample) -> Iterator[None]:
@@ -121,6 +164,32 @@ class Session:
         return prompt, None if kept is None else [*kept, _message("user", text)]
 
 
+class Page:
+    """Prints several texts that grow side by side, one after another: the first that is not ended as it grows."""
+
+    def __init__(self, texts: list[str]):
+        self.waiting, self.ended, self.printing = texts, [False] * len(texts), 0
+
+    @property
+    def open(self) -> list[int]:
+        """The texts that are not ended."""
+        return [number for number, ended in enumerate(self.ended) if not ended]
+
+    def add(self, number: int, piece: str) -> None:
+        self.waiting[number] += piece
+        if number == self.printing:
+            print(self.waiting[number], end="", flush=True)
+            self.waiting[number] = ""
+
+    def end(self, number: int, piece: str) -> None:
+        self.add(number, piece + "\n")
+        self.ended[number] = True
+        while self.printing < len(self.ended) and self.ended[self.printing]:
+            self.printing += 1
+            if self.printing < len(self.ended):
+                self.add(self.printing, "")
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: list[Message] | None) -> list[int]:
     """Token ids of a prompt: in a chat as its next message, by itself where there is none."""
     if not text.strip():
@@ -138,8 +207,12 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
     """What the samples cost, as fields of a benchmark record: rates are medians, sparsity and bytes of all tokens."""
     decoded = [sample for sample in samples if sample.decode_s and sample.achieved]  # not interrupted while counted
     rates = [sample.tokens_per_s for sample in decoded]
-    reads = [sample.tokens_per_s * bytes_per_token(engine.model, sample.achieved["all"]) for sample in decoded]
+    counted = [sample for sample in decoded if sample.skipped is not None]
+    reads = [sample.tokens_per_s * bytes_per_token(engine.model, sample.skipped) for sample in counted]
+    batch, together = samples[-1].batch, max((sum(sample.decode_s) for sample in samples), default=0.0)
     achieved, drafted = mean_sparsity(decoded), Statistics.over(sample.drafted for sample in samples if sample.drafted)
+    # Drafters read besides; not every step of a batch counts what it reads.
+    known = drafted is None and len(counted) == len(decoded)
     return {
         "benchmark": "decode",
         "sparsity": engine.sparsity,
@@ -155,9 +228,11 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "first_token_s": samples[0].first_token_s,  # later samples find the prompt in the cache
         "tokens_per_s": statistics.median(rates or [0.0]),
         "tokens_per_s_spread": [min(rates, default=0.0), max(rates, default=0.0)],
-        "bytes_per_token": bytes_per_token(engine.model, achieved.get("all", 0.0)),
-        "gb_per_s": statistics.median(reads or [0.0]) / 1e9 if drafted is None else None,  # drafters read besides
+        "bytes_per_token": bytes_per_token(engine.model, achieved.get("all", 0.0)) if batch == 1 else None,
+        "gb_per_s": statistics.median(reads or [0.0]) / 1e9 if known else None,
         "lossless": None if drafted is None else drafted.record(),
+        "batch": batch,
+        "tokens_per_s_together": sum(len(s.decode_s) for s in samples) / together if batch > 1 and together else None,
     }
 
 
@@ -180,7 +255,12 @@ def describe_cost(record: dict) -> str:
     token = "token" if record["ranks"] == 1 else f"token, on each of {record['ranks']} ranks"
     if record["lossless"] is not None:
         return f"{lines[0]}\n{describe_drafts(record['lossless'])}"
-    lines[0] += f" · {record['gb_per_s']:.2f} GB/s of weights read ({record['bytes_per_token'] / 1e6:.0f} MB a {token})"
+    if record["tokens_per_s_together"] is not None:
+        lines[0] += f", {record['tokens_per_s_together']:.1f} together"
+    if record["gb_per_s"] is not None:
+        lines[0] += f" · {record['gb_per_s']:.2f} GB/s of weights read"
+    if record["bytes_per_token"] is not None:
+        lines[0] += f" ({record['bytes_per_token'] / 1e6:.0f} MB a {token})"
     if record["achieved_sparsity"] is not None:
         kinds = " · ".join(f"{kind} {value:.1%}" for kind, value in record["achieved_by_kind"].items())
         achieved, nominal = record["achieved_sparsity"], record["sparsity"]

@@ -30,6 +30,7 @@ from teal_fast.report.results_quality import (
 from teal_fast.report.results_section import Record, Section, by, read_text, unique
 from teal_fast.report.results_speed import (
     alternate_section,
+    batch_section,
     decode_section,
     few_tokens_section,
     kernels_section,
@@ -63,6 +64,7 @@ SECTIONS = {
     "serve": Kind(("file", "run", "model"), serve_section),
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "few_tokens": Kind(("file", "run", "model"), few_tokens_section),
+    "batch": Kind(("file", "run", "model"), batch_section),
     "speculate": Kind(("file", "model"), speculate_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),

@@ -4,6 +4,7 @@ Ratios of speed are medians over rounds of the ratio within a round, of rows of 
 """
 
 import statistics
+from collections.abc import Callable
 
 from teal_fast.report.results_section import Record, Section, by, each, listed, markdown, percent, unique
 
@@ -159,6 +160,38 @@ def ranks_section(records: list[Record]) -> Section:
     head = ["format", "sparsity", "GPUs", "achieved", "tokens/s: median (best)", "times one GPU"]
     first = records[0]
     return Section(f"{first['model']} on several {first['device']}s of one host", [markdown(head, rows)])
+
+
+def batch_section(records: list[Record]) -> Section:
+    sizes = unique(record["batch"] for record in records)
+
+    def cells(row: list[Record], form: Callable[[Record], str]) -> list[str]:
+        found = {record["batch"]: form(record) for record in row}
+        return [found.get(size, "") for size in sizes]
+
+    def shares(record: Record) -> str:
+        by_chance = 1 - (1 - record["kept"]["all"]) ** record["batch"]
+        return f"{percent(record['read']['all'])} ({percent(by_chance)})"
+
+    speeds, read, products = [], [], []
+    decoded = [record for record in records if "way" not in record]
+    for (format, sparsity, sequences), row in by(decoded, "format", "sparsity", "sequences").items():
+        one = next(r for r in decoded if (r["format"], str(r["sparsity"]), r["batch"]) == (format, sparsity, 1))
+        row = [one, *(r for r in row if r is not one)]
+        name = [format, percent(float(sparsity)), sequences]
+        rates = ((r["tokens_per_s"], r["tokens_per_s"] / one["tokens_per_s"]) for r in row)
+        speeds.append(name + [f"{rate:.1f} ({times:.2f})" for rate, times in rates])
+        read += [name + cells(row, shares)] if float(sparsity) else []
+    for (format, way), row in by([r for r in records if "way" in r], "format", "way").items():
+        products.append([format, way, *cells(row, lambda r: f"{r['us']:,.1f}")])
+    columns = ["sparsity", "sequences", *(f"{size} together" for size in sizes)]
+    tables = [(["tokens/s of all (times one)", *columns], speeds), (["read by a step (by chance)", *columns], read)]
+    tables.append((["us a layer at 50 %", "way", *columns[2:]], products))
+    return Section(
+        f"{records[0]['model']}, several sequences on {records[0]['device']}",
+        [markdown(head, rows) for head, rows in tables if rows],
+        [f"{listed(r['new_tokens'] for r in decoded)} tokens an answer" if decoded else ""],
+    )
 
 
 def speculate_section(records: list[Record]) -> Section:

@@ -34,6 +34,18 @@ def test_command_streams_text_and_reports(calibrated, command, run_main):
     assert done.stdout.startswith(again)
 
 
+def test_samples_of_one_batch_are_those_of_their_seeds(calibrated, run_main):
+    arguments = ("--checkpoint", calibrated, "--prompt", "The light", "--max_new_tokens", 12, "--temperature", 1.5)
+    _, together, said = run_main(main, *arguments, "--num_samples", 3, "--seed", 7)
+    apart = [run_main(main, *arguments, "--seed", seed)[1] for seed in (7, 8, 9)]
+    assert together == "".join(apart) and len(set(apart)) == 3
+    assert "tokens/s (median of 3), " in said and " together" in said and "GB/s" in said
+    stop = apart[1].removeprefix("The light")[5:8]
+    _, stopped, _ = run_main(main, *arguments, "--num_samples", 3, "--seed", 7, "--stop", stop)
+    one_by_one = [run_main(main, *arguments, "--seed", seed, "--stop", stop)[1] for seed in (7, 8, 9)]
+    assert stopped == "".join(one_by_one) != together
+
+
 def test_command_chat_at_a_terminal(calibrated, command):
     arguments = ("--checkpoint", calibrated, "--interactive", "--chat", "--temperature", 0, "--max_new_tokens", 5)
     done = command("generate", *arguments, input="Hello\n\nAnd you?\n")

@@ -112,6 +112,9 @@ class BlockWeight(nn.Module):
     def sparse_matvec(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
         return block_gemv(x, self.operand, threshold, bias)
 
+    def sparse_matmul(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.matmul(x.masked_fill(x.abs() <= threshold, 0), bias)
+
 
 def by_pieces(x: Tensor, weight: BlockWeight) -> Tensor:
     """x [..., K] times a weight, in x's dtype, a few of its outputs at a time."""

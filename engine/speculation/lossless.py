@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from teal_fast.engine.accounting import bytes_per_token
-from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.cache import new_cache
-from teal_fast.engine.drawn import Drawn
+from teal_fast.engine.drawn import Drawing, Drawn
 from teal_fast.engine.request import Request
 from teal_fast.engine.speculation.controller import Arm, Controller
 from teal_fast.engine.speculation.drafters import Draft, Drafter, DraftModel, ModelDrafter, NGram
@@ -98,13 +96,11 @@ class Lossless:
                 f"none: run `{command('calibrate')}` first, or draft by ngram"
             )
 
-    def begin(
-        self, request: Request, first: Drawn, stop: Collection[int], adjust: Adjustment, generator: torch.Generator
-    ) -> "Cycles":
+    def begin(self, request: Request, first: Drawn, stop: Collection[int], drawing: Drawing) -> "Cycles":
         """The cycles of an answer whose first token is drawn. The request must have been checked."""
         self.controller.begin()
         self.statistics = Statistics()
-        return Cycles(self, request, [*request.prompt, first.wait()[0]], stop, adjust, generator)
+        return Cycles(self, request, [*request.prompt, first.wait()[0]], stop, drawing)
 
     def _names(self, request: Request) -> list[str]:
         """Of the models that may draft."""
@@ -152,21 +148,17 @@ class Lossless:
 class Cycles:
     """One answer: each cycle drafts some tokens, verifies them, and gives those that stand and one more.
 
-    text: all tokens so far; keys and values lack the last one's. stop: ids that end it. adjust: changes its logits.
+    text: all tokens so far; keys and values lack the last one's. stop: ids that end it. drawing: draws its tokens.
     """
 
     lossless: Lossless
     request: Request
     text: list[int]
     stop: Collection[int]
-    adjust: Adjustment
-    generator: torch.Generator
+    drawing: Drawing
 
-    def run(self, room: int, drawn_from: Callable[..., Drawn]) -> list[Drawn]:
-        """The next tokens, at most `room`.
-
-        drawn_from(logits [vocab], sparsity, achieved, draft=…): draws the token in a draft's place, by `accept`.
-        """
+    def run(self, room: int) -> list[Drawn]:
+        """The next tokens, at most `room`."""
         text = self.text
         lossless, request = self.lossless, self.request
         offers = lossless.offers(request, text)
@@ -182,7 +174,7 @@ class Cycles:
         rows = lossless.step.dense(ids, len(text) - 1, len(ids))
         found: list[Drawn] = []
         for logits, draft in zip(rows, [*drafts, None], strict=True):
-            found.append(drawn_from(logits, 0.0, None, draft=draft))
+            found.append(self.drawing(logits, 0.0, None, draft=draft))
             id, sound, *_ = found[-1].wait()
             text.append(id)
             if draft is None or id != draft.id or id in self.stop or not sound:
@@ -198,14 +190,14 @@ class Cycles:
 
     def _draw(self) -> Callable[[Tensor], Draft]:
         """How a draft is drawn: as a token is, with what the drafts before it change; a constraint is not asked."""
-        sampling, fork = self.request.sampling, self.adjust.fork()
+        sampling, fork = self.request.sampling, self.drawing.adjust.fork()
 
         def draw(logits: Tensor) -> Draft:
             logits = fork(logits)
             if sampling.greedy:
-                token, chances = sampling.draw(logits, self.generator)[0], None
+                token, chances = sampling.draw(logits, self.drawing.generator)[0], None
             else:
-                token, chances = sampling.draw_known(logits, self.generator)
+                token, chances = sampling.draw_known(logits, self.drawing.generator)
             fork.add(token)
             return Draft(int(token), chances)
 

@@ -1,9 +1,9 @@
-// Tokens at consecutive positions through the whole model on the CPU, in one parallel region: see engine/cpu_step.py.
+// Tokens through the whole model on the CPU, in one parallel region: see engine/cpu_step.py.
 //
 // Of a token alone every thread keeps the residual stream and the lists of kept channels for itself: to compute them
-// again is cheaper than to wait for one another. Several tokens are shared out instead, and are computed densely: all
-// their lists name the same rows, which are read once for all. Each has the bits that it has alone, since its sums have
-// the same terms in the same order.
+// again is cheaper than to wait for one another. Several tokens are shared out instead, and all their lists name the
+// same rows, which are read once for all: every row, or those that any of the tokens keeps. Where that is every row,
+// each token has the bits that it has alone, since its sums have the same terms in the same order.
 //
 // What threads share is written by all, each its share, and read by all after a barrier; at least one more barrier lies
 // between that and when it is written again.
@@ -13,13 +13,6 @@
 #include "step_state.h"
 
 namespace {
-
-struct Tokens {
-    const int64_t* id;
-    int64_t count, position;  // position: of the first one
-    bool dense;               // whether thresholds count for nothing
-    int64_t wanted;           // the last ones, whose logits are computed
-};
 
 template <class T> class Step {
     const Model& m;
@@ -40,7 +33,7 @@ template <class T> class Step {
         each([&](int64_t t) {
             embed(tokens.id[t], residual(t));
             for (int64_t d = 0; d < m.ropes * m.head_dim / 2; d++) {
-                float angle = (tokens.position + t) * m.frequencies[d], size = m.rope_sizes[d];
+                float angle = tokens.position[t] * m.frequencies[d], size = m.rope_sizes[d];
                 cos(t)[d] = size * std::cos(angle), sin(t)[d] = size * std::sin(angle);
             }
         });
@@ -124,24 +117,23 @@ template <class T> class Step {
     // partial [tokens, SPLITS, N] = input [tokens, stride], of which K each, times a weight.
     void product(const float* input, int64_t stride, const float* threshold, const Weight& w, int64_t K, int64_t N,
                  float* partial) {
-        int64_t count = K, inner = K / blocks::BLOCK;
+        bool together = !tokens.dense && tokens.count > 1;
+        if (together) {
+            barrier();  // until all inputs are there
+            if (worker.id == 0) now.united = unite(input, tokens.count, stride, threshold, K, now.index.data());
+            barrier();
+        }
+        int64_t count = together && !w.parts ? now.united : K;
         if (tokens.dense) threshold = nullptr;
-        each([&](int64_t t) {
-            const float* x = input + t * stride;
-            if (w.parts) count = blocks::keep(x, threshold, K, now.kept.data() + t * inner);
-            else if (!threshold) now.list[t] = {now.every.data(), x, K};
-            else now.list[t] = compact(x, threshold, K, now.index.data(), now.value), count = now.list[t].count;
-        });
+        each([&](int64_t t) { count = now.keep(t, input + t * stride, threshold, K, w.parts, together); });
         meet();
+        auto multiply_rows = [&](const auto& rows) { multiply(now.list.data(), tokens.count, rows, partial, worker); };
         if (w.parts) blocks::multiply(now.kept.data(), tokens.count, {w.part, w.parts, N}, partial, worker);
-        else if (w.bits == 4) multiply_rows(Int4Rows((const uint8_t*)w.data, N, w.group), partial);
-        else if (w.bits == 8) multiply_rows(Rows<int8_t>{(const int8_t*)w.data, N}, partial);
-        else multiply_rows(Rows<T>{(const T*)w.data, N}, partial);
+        else if (w.bits == 4) multiply_rows(Int4Rows((const uint8_t*)w.data, N, w.group));
+        else if (w.bits == 8) multiply_rows(Rows<int8_t>{(const int8_t*)w.data, N});
+        else multiply_rows(Rows<T>{(const T*)w.data, N});
         if (worker.id == 0) *counted++ = count;
         barrier();
-    }
-    template <class Rows> void multiply_rows(const Rows& rows, float* partial) {
-        multiply(now.list.data(), tokens.count, rows, partial, worker);
     }
 
     // x: the residual, normalised unless the weight is null, as the model's type holds it.
@@ -189,9 +181,13 @@ template <class T> class Step {
         return 1 / std::sqrt(sum / (count * m.head_dim) + float(m.eps));
     }
 
+    // Where the key of a head at a position of a token's sequence stands in the cache.
+    int64_t place(int64_t t, int64_t kv, int64_t position) {
+        return (((tokens.dense ? 0 : t) * m.kv_heads + kv) * m.max_seq_length + position) * m.head_dim;
+    }
     // Writes a token's key and value of one head to the cache.
     void remember(const Layer& layer, int64_t t, int64_t kv) {
-        int64_t at = (kv * m.max_seq_length + tokens.position + t) * m.head_dim;
+        int64_t at = place(t, kv, tokens.position[t]);
         project(layer, t, m.heads + kv, layer.k_norm, norm_scale(layer, t, m.heads, m.kv_heads), own.scratch);
         for (int64_t d = 0; d < m.head_dim; d++) ((T*)layer.k_cache)[at + d] = from_float<T>(own.scratch[d]);
         project(layer, t, m.heads + m.kv_heads + kv, own.scratch);
@@ -203,7 +199,7 @@ template <class T> class Step {
         float* scratch = own.scratch;
         each([&](int64_t t) {
             float scale = float(m.attention_scale), together = norm_scale(layer, t, 0, m.heads);
-            if (m.query_step) scale *= 1 + float(m.query_beta) * std::log(float(1 + (tokens.position + t) / m.query_step));
+            if (m.query_step) scale *= 1 + float(m.query_beta) * std::log(float(1 + tokens.position[t] / m.query_step));
             for (int64_t head = 0; head < m.heads; head++) {
                 project(layer, t, head, layer.q_norm, together, scratch);
                 for (int64_t d = 0; d < size; d++) scratch[d] *= scale;
@@ -213,14 +209,14 @@ template <class T> class Step {
         });
         meet();
         for (int64_t t = 0; t < tokens.count; t++)
-            chunks = std::max(chunks, Span(tokens.position + t, layer.window).chunks);
+            chunks = std::max(chunks, Span(tokens.position[t], layer.window).chunks);
         Found found{all.values, all.peak, all.total, chunks};
         int64_t tasks = m.kv_heads * chunks, last = share(tokens.count * tasks, 1);
         for (int64_t task = share(tokens.count * tasks, 0); task < last; task++)
             attend_chunk(layer, task / tasks, task % tasks / chunks, task % chunks, found);
         barrier();
         each([&](int64_t t) {
-            int64_t count = Span(tokens.position + t, layer.window).chunks;
+            int64_t count = Span(tokens.position[t], layer.window).chunks;
             float *peak = own.peak, *y = x(t);
             for (int64_t head = 0; head < m.heads; head++) {
                 int64_t at = (t * m.heads + head) * chunks;
@@ -233,12 +229,12 @@ template <class T> class Step {
     // What a token's heads that share a key's find in a chunk of the cache, unless the token sees none of it.
     void attend_chunk(const Layer& layer, int64_t t, int64_t kv, int64_t chunk, Found found) {
         int64_t size = m.head_dim, group = m.heads / m.kv_heads, head = kv * group, last = head + group;
-        Span span(tokens.position + t, layer.window);
+        Span span(tokens.position[t], layer.window);
         if (chunk >= span.chunks) return;
         int64_t begin = std::max(span.begin, (span.first + chunk) * CHUNK);
         int64_t count = std::min(span.end, (span.first + chunk + 1) * CHUNK) - begin;
-        const T* keys = (const T*)layer.k_cache + (kv * m.max_seq_length + begin) * size;
-        const T* values = (const T*)layer.v_cache + (kv * m.max_seq_length + begin) * size;
+        int64_t at = place(t, kv, begin);
+        const T *keys = (const T*)layer.k_cache + at, *values = (const T*)layer.v_cache + at;
         if (tokens.count == 1 && chunk == span.chunks - 1) remember(layer, t, kv);
         auto attend_some = [&](auto heads) {
             for (constexpr int H = decltype(heads)::value; head + H <= last; head += H)
@@ -249,7 +245,7 @@ template <class T> class Step {
         attend_some(std::integral_constant<int, 1>());
     }
 
-    // This thread's share of h = SiLU(gate) * up, or with GELU by tanh, which is g / (1 + exp(-a)) of another a.
+    // This thread's share of h, the input of w2.
     void activate(const float* scale, const void* bias) {
         int64_t F = m.ffn_dim, begin = share(F, 0, GRAIN), count = share(F, 1, GRAIN) - begin;
         float *gate = own.gate, *up = own.up;
@@ -258,10 +254,7 @@ template <class T> class Step {
             float* h = all.h + t * F + begin;
             collect(partial, 2 * F, scale, (const T*)bias, begin, count, gate);
             collect(partial, 2 * F, scale, (const T*)bias, F + begin, count, up);
-            for (int64_t n = 0; n < count; n += LANES) {
-                vf g = load(gate + n), a = m.tanh_gate ? g * (1.0f + 0.044715f * g * g) * 1.59576912f : g;
-                store(gate + n, g / (1.0f + exp(-a)) * load(up + n));
-            }
+            for (int64_t n = 0; n < count; n += LANES) store(gate + n, gated(load(gate + n), load(up + n), m.tanh_gate));
             for (int64_t n = 0; n < count; n++) h[n] = rounded<T>(gate[n]);
         }
         barrier();
@@ -270,7 +263,7 @@ template <class T> class Step {
 
 void run(int type, const Model& model, const Tokens& tokens, float* logits, int threads) {
     static thread_local Shared shared;
-    shared.fit(model, tokens.count, tokens.position + tokens.count);
+    shared.fit(model, tokens.count, *std::max_element(tokens.position, tokens.position + tokens.count) + 1);
     Shared& all = shared;  // the calling thread's
 #pragma omp parallel num_threads(threads)
     {
@@ -286,13 +279,21 @@ void run(int type, const Model& model, const Tokens& tokens, float* logits, int 
 // logits [vocab_size] after `token` at `position`, whose keys and values go to the cache.
 extern "C" void teal_decode_step(const Model* model, int type, int64_t token, int64_t position, float* logits,
                                  int threads) {
-    run(type, *model, {&token, 1, position, false, 1}, logits, threads);
+    run(type, *model, {&token, &position, 1, false, 1}, logits, threads);
+}
+
+// logits [count, vocab_size] after tokens [count] at positions [count], the next ones of as many sequences.
+extern "C" void teal_batch_step(const Model* model, int type, const int64_t* tokens, const int64_t* positions,
+                                int64_t count, float* logits, int threads) {
+    run(type, *model, {tokens, positions, count, false, count}, logits, threads);
 }
 
 // Dense steps of tokens [count] from `position` on, all at once; logits [wanted, vocab_size] after the last ones.
 extern "C" void teal_dense_steps(const Model* model, int type, const int64_t* tokens, int64_t count, int64_t position,
                                  int64_t wanted, float* logits, int threads) {
-    run(type, *model, {tokens, count, position, true, wanted}, logits, threads);
+    std::vector<int64_t> positions(count);
+    std::iota(positions.begin(), positions.end(), position);
+    run(type, *model, {tokens, positions.data(), count, true, wanted}, logits, threads);
 }
 
 // Bytes of Layer and Model, which cpu_step.py compares with its own.

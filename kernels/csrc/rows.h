@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "compact_vector.h"
 #include "vec.h"
 
 // Chosen for the demo model and for 4096 x 14336 on two cores of an AMD EPYC (Zen 3), bf16, cold weights.
@@ -56,29 +57,12 @@ inline int64_t part(int64_t n, int64_t i, int64_t parts, int64_t grain = 1) {
     return i == parts ? n : n * i / parts / grain * grain;
 }
 
-// A vector by its kept channels (stream compaction): CompactVector in kernels/compact_vector.py, as one slot.
-struct CompactVector {
-    const int32_t* index;
-    const float* value;
-    int64_t count;
-};
-
 // Calls f(number, first) until all tokens had their turn: with the largest numbers, as constants, from AT_ONCE down.
 template <int AT_ONCE, class F> __attribute__((always_inline)) inline void in_groups(int64_t tokens, F f, int64_t t = 0) {
     for (; t + AT_ONCE <= tokens; t += AT_ONCE) f(std::integral_constant<int, AT_ONCE>(), t);
     if constexpr (AT_ONCE > 1) in_groups<AT_ONCE / 2>(tokens, f, t);
 }
 constexpr int AT_ONCE = LANES == 16 ? 8 : 4;  // tokens with two vectors of sums each, as registers hold them
-
-// The channels of x [K] but those with |x| <= threshold, so that NaN is kept; index and value have room for K.
-inline CompactVector compact(const float* x, const float* threshold, int64_t K, int32_t* index, float* value) {
-    int64_t count = 0;
-    for (int64_t k = 0; k < K; k++) {
-        index[count] = int32_t(k), value[count] = x[k];
-        count += !(__builtin_fabsf(x[k]) <= threshold[k]);
-    }
-    return {index, value, count};
-}
 
 // sums [TOKENS, stride] += x[t][0] row[0] + … + x[t][R-1] row[R-1] of each token t, in the order of load_pair. `next`: as
 // many rows again, to be fetched meanwhile, or null.

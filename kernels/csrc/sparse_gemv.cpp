@@ -1,4 +1,4 @@
-// teal::sparse_gemv on the CPU, and what else int8 and int4 need there: see kernels/sparse_gemv.py.
+// teal::sparse_gemv and teal::sparse_gemm on the CPU, and what else int8 and int4 need there: see kernels/sparse_gemv.py.
 #include <omp.h>
 
 #include "quantized.h"
@@ -29,18 +29,62 @@ static void sparse_gemv(const T* x, const Weight& weight, const float* threshold
     }
 }
 
+// Several tokens at once, which take the rows that any of them keeps.
+template <class T, class Weight>
+static void sparse_gemm(const T* x, int64_t tokens, const Weight& weight, const float* threshold, const float* scale,
+                        const T* bias, T* y, int64_t K, int threads) {
+    static thread_local Scratch scratch;
+    static thread_local std::vector<CompactVector> lists;
+    int64_t N = weight.N;
+    scratch.x.resize(tokens * K), scratch.value.resize(tokens * K), scratch.index.resize(K);
+    scratch.partial.resize(tokens * SPLITS * N), scratch.y.resize(tokens * N), lists.resize(tokens);
+    float *wide = scratch.x, *value = scratch.value, *partial = scratch.partial, *sums = scratch.y;
+    int32_t* index = scratch.index.data();
+    for (int64_t i = 0; i < tokens * K; i++) wide[i] = to_float(x[i]);
+    int64_t count = unite(wide, tokens, K, threshold, K, index);
+    for (int64_t t = 0; t < tokens; t++) lists[t] = choose(wide + t * K, threshold, index, count, value + t * K);
+    const CompactVector* list = lists.data();  // the calling thread's
+#pragma omp parallel num_threads(threads)
+    {
+        Worker worker{omp_get_thread_num(), omp_get_num_threads()};
+        multiply(list, tokens, weight, partial, worker);
+#pragma omp barrier
+        int64_t begin = part(N, worker.id, worker.count), end = part(N, worker.id + 1, worker.count);
+        for (int64_t t = 0; t < tokens; t++) {
+            collect(partial + t * SPLITS * N, N, scale, bias, begin, end - begin, sums + t * N + begin);
+            for (int64_t n = t * N + begin; n < t * N + end; n++) y[n] = from_float<T>(sums[n]);
+        }
+    }
+}
+
+// Calls f(weight): rows of values of so many bits, which are of type T, int8 or in groups of four bits.
+template <class T, class F> static void with_rows(T, int bits, const void* packed, int64_t N, int64_t group, F f) {
+    if (bits == 4) f(Int4Rows((const uint8_t*)packed, N, group));
+    else if (bits == 8) f(Rows<int8_t>{(const int8_t*)packed, N});
+    else f(Rows<T>{(const T*)packed, N});
+}
+
 // bits: of a value of the packed weight, which is of x's type, int8 or the four-bit rows of kernels/int4.py.
 extern "C" void teal_sparse_gemv(int type, int bits, const void* x, const void* packed, const float* threshold,
                                  const float* scale, const void* bias, void* y, int64_t K, int64_t N, int64_t group,
                                  int threads) {
     with_type(type, [&](auto zero) {
         using T = decltype(zero);
-        auto run = [&](auto weight) {
+        with_rows(zero, bits, packed, N, group, [&](auto weight) {
             sparse_gemv((const T*)x, weight, threshold, scale, (const T*)bias, (T*)y, K, threads);
-        };
-        if (bits == 4) run(Int4Rows((const uint8_t*)packed, N, group));
-        else if (bits == 8) run(Rows<int8_t>{(const int8_t*)packed, N});
-        else run(Rows<T>{(const T*)packed, N});
+        });
+    });
+}
+
+// The same of x [tokens, K], as y [tokens, N]: see kernels/sparse_gemm.py.
+extern "C" void teal_sparse_gemm(int type, int bits, const void* x, const void* packed, const float* threshold,
+                                 const float* scale, const void* bias, void* y, int64_t tokens, int64_t K, int64_t N,
+                                 int64_t group, int threads) {
+    with_type(type, [&](auto zero) {
+        using T = decltype(zero);
+        with_rows(zero, bits, packed, N, group, [&](auto weight) {
+            sparse_gemm((const T*)x, tokens, weight, threshold, scale, (const T*)bias, (T*)y, K, threads);
+        });
     });
 }
 

@@ -21,7 +21,7 @@ struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
     Weight wqkv, wo, w13, w2;
     const void *wqkv_bias, *wo_bias, *w13_bias, *w2_bias;
     const float *wqkv_threshold, *wo_threshold, *w13_threshold, *w2_threshold;
-    void *k_cache, *v_cache;  // [key/value heads, max_seq_length, head_dim]
+    void *k_cache, *v_cache;  // [sequences, key/value heads, max_seq_length, head_dim]
     int64_t window, rope;     // 0: the whole context; which of the rotary embeddings
 };
 
@@ -38,13 +38,23 @@ struct Model {  // CpuModel in engine/cpu_step.py
 };
 }
 
+// What a step is to compute. dense: tokens of one sequence, for which thresholds count for nothing; else each is of a
+// sequence of its own, and cached there.
+struct Tokens {
+    const int64_t *id, *position;
+    int64_t count;
+    bool dense;
+    int64_t wanted;  // the last ones, whose logits are computed
+};
+
 // Some tokens on their way through the model.
 struct State {
     int64_t widest;                       // inputs that a product may have
     Floats residual, x, value, q;         // [tokens, dim], [tokens, widest] twice, [tokens, heads, head_dim]
     Floats cos, sin;                      // [tokens, ropes, head_dim / 2]
     std::vector<CompactVector> list;      // [tokens]: the kept channels of the next product's input
-    std::vector<int32_t> index, every;    // [widest]: of a token that skips some; 0, 1, 2, …
+    std::vector<int32_t> index, every;    // [widest]: of tokens that skip some; 0, 1, 2, …
+    int64_t united;                       // channels of `index` that any of several tokens keeps
     std::vector<blocks::Kept> kept;       // [tokens, widest / BLOCK]: the same of a product with blocks
     std::vector<Fixed> fixed;             // [tokens]: the output layer's input
 
@@ -56,6 +66,20 @@ struct State {
         list.resize(tokens), fixed.resize(tokens), index.resize(widest);
         kept.resize(tokens * (widest / blocks::BLOCK + 1));
         if (int64_t(every.size()) < widest) every.resize(widest), std::iota(every.begin(), every.end(), 0);
+    }
+
+    // Lists the channels of token t's input x [K] that its product takes; how many. together: it is one of several that
+    // take what any of them keeps, which stands in `index`; of blocks, whose rows are read in fours, they take all.
+    int64_t keep(int64_t t, const float* x, const float* threshold, int64_t K, bool in_blocks, bool together) {
+        float* own = value + (together ? t * widest : 0);
+        if (in_blocks) {
+            if (together) x = choose(x, threshold, every.data(), K, own).value, threshold = nullptr;
+            return blocks::keep(x, threshold, K, kept.data() + t * (K / blocks::BLOCK));
+        }
+        if (!threshold) list[t] = {every.data(), x, K};
+        else if (together) list[t] = choose(x, threshold, index.data(), united, own);
+        else list[t] = compact(x, threshold, K, index.data(), own);
+        return list[t].count;
     }
 };
 

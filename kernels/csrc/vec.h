@@ -181,3 +181,9 @@ inline vf exp(vf x) {
     y = x > 88.72f ? splat(__builtin_inff()) : y;
     return x == x ? y : x;
 }
+
+// SiLU(g) up; with tanh its GELU, which is g / (1 + exp(-a)) of another a.
+inline vf gated(vf g, vf up, bool tanh) {
+    vf a = tanh ? g * (1.0f + 0.044715f * g * g) * 1.59576912f : g;
+    return g / (1.0f + exp(-a)) * up;
+}

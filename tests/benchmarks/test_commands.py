@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from teal_fast import quantize
-from teal_fast.benchmarks import decode, kernels, prompts, quality, rounding, table
+from teal_fast.benchmarks import batch, decode, kernels, prompts, quality, rounding, table
 from teal_fast.benchmarks.kernels import make_cases, make_ops, time_cases, to_record
 from teal_fast.benchmarks.shapes import COMMON
 from teal_fast.families.config import model_args
@@ -61,6 +61,32 @@ def test_prompts_compares_forms_at_each_length(even, tmp_path, run_main):
     ]  # fmt: skip
     assert all(len(r["seconds_rounds"]) == 2 and r["seconds"] > 0 and r["ratio"] > 0 for r in records)
     assert records[0]["ratio"] == records[2]["ratio"] == 1
+
+
+def test_batch_times_sequences_together_and_looks_at_their_masks(calibrated, tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr(batch, "bandwidth_meter", lambda device: lambda: 1e9)
+    out = tmp_path / "batch.json"
+    words = ["--checkpoint", calibrated, "--device", "cpu", "--new_tokens", 8, "--rounds", 1, "--out", out]
+    code, printed, _ = run_main(batch.main, *words)
+    records = json.loads(out.read_text())
+    assert code == 0 and "batch 8  samples" in printed and len(records) == 2 * (4 + 3)
+    sparse = [r for r in records if r["sparsity"] == 0.5 and r["sequences"] == "prompts"]
+    assert [r["batch"] for r in sparse] == [1, 2, 4, 8] and all(r["tokens_per_s"] > 0 for r in records)
+    reads = [r["read"]["all"] for r in sparse]
+    assert (
+        reads == sorted(reads)
+        and reads[0] == sparse[0]["kept"]["all"] == pytest.approx(0.5, abs=0.2)
+        and reads[3] > 0.7
+    )
+    assert {r["read"]["all"] for r in records if not r["sparsity"]} == {1.0}
+
+
+def test_batch_times_every_way_to_multiply(monkeypatch):
+    monkeypatch.setitem(batch.COLD_BYTES, "cpu", 1 << 10)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    args = model_args(COMMON | sizes | {"num_hidden_layers": 1, "vocab_size": 10})
+    records = batch.product_records(args, ["bf16", "int8", "int4"], torch.device("cpu"), rounds=1)
+    assert len(records) == 3 * 4 * len(batch.WAYS) and all(record["us"] > 0 for record in records)
 
 
 def test_kernels_counts_the_rows_really_kept(monkeypatch):

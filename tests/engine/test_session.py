@@ -10,7 +10,7 @@ from teal_fast.engine.load import load
 from teal_fast.engine.measure import Sample
 from teal_fast.engine.request import Token
 from teal_fast.engine.sampling import Sampling
-from teal_fast.engine.session import Session, describe_cost, encode_prompt, summarize
+from teal_fast.engine.session import Page, Session, describe_cost, encode_prompt, summarize
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.tests.files.made_tokenizers import train_sentencepiece, write
 
@@ -223,3 +223,17 @@ def test_ctrl_c_on_any_line_of_an_answer_ends_it_and_leaves_a_sound_engine(opene
         with pytest.raises(KeyboardInterrupt):
             answer(line)
     assert answer(0) == expected
+
+
+def test_texts_that_grow_side_by_side_are_printed_one_after_another(capsys):
+    page = Page(["a: ", "b: ", "c: "])
+    page.add(0, "1")
+    page.add(2, "x")
+    assert capsys.readouterr().out == "a: 1"
+    page.end(1, "2")
+    page.add(0, "3")
+    assert capsys.readouterr().out == "3" and page.open == [0, 2]
+    page.end(0, "")
+    assert capsys.readouterr().out == "\nb: 2\nc: x"
+    page.end(2, "y")
+    assert capsys.readouterr().out == "y\n" and page.open == []

@@ -69,6 +69,23 @@ def test_ratios_are_medians_of_the_rounds():
     assert cells(page, "bf16, 50 %")[1] == ["bf16, 50 %", "5", "3.33 (3.33)"]
 
 
+def test_batches_stand_beside_one_sequence_and_chance():
+    half = {"benchmark": "batch", "sparsity": 0.5, "kept": {"all": 0.5}}
+    one = row([10.0], batch=1, sequences="prompts", read={"all": 0.5}, **half)
+    two = row([15.0], batch=2, sequences="prompts", read={"all": 0.7}, **half)
+    samples = row([12.0], batch=2, sequences="samples", read={"all": 0.6}, **half)
+    ways = [OURS | half | {"way": way, "batch": 2, "us": us} for way, us in (("union", 1234.5), ("all", 2000.0))]
+    page = make_page([one, two, samples, *ways], MARKERS)
+    assert [found[1:] for found in cells(page, "bf16")] == [
+        ["50 %", "prompts", "10.0 (1.00)", "15.0 (1.50)"],
+        ["50 %", "samples", "10.0 (1.00)", "12.0 (1.20)"],
+        ["50 %", "prompts", "50 % (50 %)", "70 % (75 %)"],
+        ["50 %", "samples", "50 % (50 %)", "60 % (75 %)"],
+        ["union", "1,234.5"],
+        ["all", "2,000.0"],
+    ]
+
+
 def test_runs_are_not_compared():
     page = make_page([row([10.0]), row([20.0], run="2", sparsity=0.5)], MARKERS)
     assert page.count("### small in bf16 on A processor") == 2
