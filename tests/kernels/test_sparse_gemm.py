@@ -3,12 +3,10 @@ import torch
 
 import teal_fast.kernels.sparse_gemm
 import teal_fast.kernels.sparse_gemv
-from teal_fast.kernels.backend import triton
 from teal_fast.kernels.packed import PackedWeight
 from teal_fast.kernels.sparse_gemm import (
     MOST_TOKENS,
     _sparse_gemm_cpu,
-    _sparse_gemm_cuda,
     _sparse_gemm_torch,
     sparse_gemm,
     sparse_gemm_reference,
@@ -22,14 +20,12 @@ from teal_fast.tests.kernels.quantized import factors, order, poison, quantized
 TOLERANCE = {torch.float32: (0, 6e-5), torch.float16: (2**-11, 6e-5), torch.bfloat16: (2**-8, 6e-5)}
 SIZES = [(1, 64, 128), (2, 100, 300), (5, 65, 1), (8, 3, 33), (16, 300, 70)]  # tokens, K, N
 QUANTIZED = [(2, 100, 304, 0), (8, 70, 192, 64), (5, 20, 1152, 64), (16, 3, 192, 192)]
-everywhere = pytest.mark.parametrize("impl", ["triton", "torch", *RUNNABLE], indirect=True)
+everywhere = pytest.mark.parametrize("impl", ["torch", *RUNNABLE], indirect=True)
 
 
 @pytest.fixture
 def impl(request, monkeypatch):
     """An implementation by its name."""
-    if request.param == "triton":
-        return _sparse_gemm_cuda if triton else pytest.skip("no Triton here")
     if DEVICE == "cuda":
         pytest.skip("runs on the CPU")
     if request.param == "torch":
@@ -72,7 +68,7 @@ def test_quantized_matches_reference(impl, size):
     found = impl(x, weight.weight, threshold)
     expected = sparse_gemm_reference(x, weight.weight, threshold)
     kept = x.masked_fill(x.abs() <= threshold, 0)
-    rounding = impl not in (_sparse_gemm_cuda, _sparse_gemm_torch) and group
+    rounding = impl is not _sparse_gemm_torch and group
     off = torch.stack([order(row, weight) + (factors(row, weight) if rounding else 0) for row in kept])
     assert ((found - expected).abs() <= off).all()
 
