@@ -54,7 +54,7 @@ class RowSkippingWeight(nn.Module):
         return sparse_gemv(x, self.operand, threshold, bias)
 
     def sparse_matmul(self, x: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-        # On the CPU the same kernel over all rows is 1.2 to 1.4x slower for 2 tokens at 50 %, and as fast for 8, PyTorch's
+        # On a CPU the same kernel over all rows is 1.2 to 1.4x slower for 2 tokens at 50 % and as fast for 8, PyTorch's
         # product 6x slower or more (batch-cpu.json, Zen 3). On an H200 a layer of Llama-3-8B in bf16 took 179 us for 2
         # tokens when rows were united and 163 densely, in int8 220 and 114 (batch-h200.json).
         if x.device.type == "cpu" and len(x) <= MOST_TOKENS:
