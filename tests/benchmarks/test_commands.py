@@ -73,11 +73,7 @@ def test_batch_times_sequences_together_and_looks_at_their_masks(calibrated, tmp
     sparse = [r for r in records if r["sparsity"] == 0.5 and r["sequences"] == "prompts"]
     assert [r["batch"] for r in sparse] == [1, 2, 4, 8] and all(r["tokens_per_s"] > 0 for r in records)
     reads = [r["read"]["all"] for r in sparse]
-    assert (
-        reads == sorted(reads)
-        and reads[0] == sparse[0]["kept"]["all"] == pytest.approx(0.5, abs=0.2)
-        and reads[3] > 0.7
-    )
+    assert reads == sorted(reads) and reads[0] == sparse[0]["kept"]["all"] == pytest.approx(0.5, abs=0.2)
     assert {r["read"]["all"] for r in records if not r["sparsity"]} == {1.0}
 
 
