@@ -111,13 +111,12 @@ def check_equal_to_one(out, name: str, ranks: int):
     error = (found[0]["logits"] - alone["logits"]).abs().max() / alone["logits"].abs().max()
     assert error <= 1e-5, f"{name}: logits are off by {error:.1e} of the largest"
     assert torch.equal(found[0]["dense"], alone["dense"])
-    parted = (found[0]["greedy"] != alone["greedy"]).nonzero()
-    if len(parted):  # at a narrow choice, or since an input at its threshold is kept by one and dropped by the other
-        at = int(parted[0])
-        narrow = at and (alone["margins"][at] < 1e-3 or alone[NEAREST][at - 1] < 4e-6)
-        assert narrow, f"{name} parted at token {at}"
-    else:
-        torch.testing.assert_close(found[0]["achieved"], alone["achieved"], rtol=0, atol=0.01)
+    # Until an input comes so near to its threshold that one may keep what the other drops, all is equal up to rounding.
+    sure = 1 + int((alone[NEAREST] > 2e-6).sum())
+    torch.testing.assert_close(found[0]["margins"][:sure], alone["margins"][:sure], rtol=0, atol=1e-3)
+    parted = int(torch.cat(((found[0]["greedy"] != alone["greedy"]), torch.tensor([True]))).nonzero()[0])
+    assert parted >= sure or alone["margins"][parted] < 1e-3, f"{name} parted at token {parted}"
+    torch.testing.assert_close(found[0]["achieved"], alone["achieved"], rtol=0, atol=0.03)
 
 
 @pytest.fixture(scope="module")
