@@ -47,7 +47,8 @@ def run(main: Callable[[], None], in_ranks: bool = False) -> NoReturn:
         wait_for_rank_0()
         raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if first_to_end():
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout went away (`| head`): nothing is left to be said to it
         first_to_end()

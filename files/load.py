@@ -12,7 +12,6 @@ every weight many times anyway. Files that this project writes were checked when
 
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +83,13 @@ def load_model(
         names = {name: stored_as(name, packed) for name, _ in model.named_parameters()}
         check_layout(path, {names[name]: parameter for name, parameter in model.named_parameters()}, found, own_values)
         check_first_rows(path, model, packed, parts)
-        if shard is None:
-            read = lambda name: parts[names[name]][:]  # noqa: E731
-        else:
+        whole = {name: parts[stored] for name, stored in names.items()}
+        if shard is not None:
             cut = Cut(shard, args, format)
             cut.check()
             model = empty_model(path, cut.args, cut.part_format, len(cut.vocabulary))
-            read = partial(cut.read, file=lambda name: parts[names[name]])
         for name, _ in model.named_parameters():
-            stored = read(name)
+            stored = whole[name][:] if shard is None else cut.read(name, whole)
             moved = stored.to(device)
             tensor = moved if keeps_type(name, stored) else moved.to(dtype)
             small = stored.ndim == 1 or in_blocks(name)

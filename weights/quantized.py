@@ -99,11 +99,10 @@ class Int4Weight(QuantizedWeight):
         packed = pack_int4(codes, (row_scales / power).bfloat16())
         return cls(packed, grid.scale * power.repeat_interleave(grid.group), grid.group)
 
-    def row_scales(self, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """Scales bf16 [R, N / group] of the first `rows` rows, or of all, and the bytes that follow them, zeros."""
+    def row_scales(self) -> tuple[Tensor, Tensor]:
+        """Scales bf16 [K, N / group] out of the rows, and the bytes that follow them, zeros."""
         values, scales = self.out_features // 2, 2 * (self.out_features // self.group)
-        part = self.packed[:rows]
-        return row_scales(part, self.out_features, self.group), part[:, values + scales :]
+        return row_scales(self.packed, self.out_features, self.group), self.packed[:, values + scales :]
 
     @classmethod
     def empty(cls, K: int, N: int, group: int) -> "Int4Weight":

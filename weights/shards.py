@@ -7,7 +7,7 @@ A rank's model is an ordinary one of fewer heads and channels: model.py knows no
 arXiv:1909.08053.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from teal_fast.weights.formats import EMBEDDINGS, OUTPUT, BlockFormat, Format
 SUMMED = ("wo", "w2")  # layers whose outputs are summed over ranks
 LAYERS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 PARTS = ".weight.parts."
-Open = Callable[[str], Any]  # name -> a tensor of a file, of which a slice is read
+Slices = Mapping[str, Any]  # tensors of a file by name, of which parts can be read
 
 
 class Shard(NamedTuple):
@@ -117,12 +117,12 @@ class Cut:
                 if group and any(outputs.start % group or outputs.stop % group for outputs in self._outputs(name)):
                     raise ValueError(f"{len(self._outputs(name)[0])} outputs of a rank cut groups of {group}")
 
-    def read(self, name: str, file: Open) -> Tensor:
-        """The rank's tensor of its model's parameter `name`; file(name): that of the whole model, slice by slice."""
+    def read(self, name: str, whole: Slices) -> Tensor:
+        """The rank's tensor of its model's parameter `name`, of the whole model's parameters."""
         if PARTS in name:
-            return self._read_part(name, file)
+            return self._read_part(name, whole)
         module = name.removesuffix(".bias").split(".weight")[0].removesuffix(".scale")
-        found = file(name.replace(module, self._tied(module)))
+        found = whole[name.replace(module, self._tied(module))]
         outputs, is_row = self._outputs(module), name.endswith(".packed")
         if is_row and module.endswith(SUMMED):
             return found[self.shard.inputs(module, found.get_shape()[0])]
@@ -167,13 +167,13 @@ class Cut:
                     found.append((kind, [(number, inside)]))
         return found
 
-    def _read_part(self, name: str, file: Open) -> Tensor:
+    def _read_part(self, name: str, whole: Slices) -> Tensor:
         """A tensor of a part in blocks: codes lie in strips (kernels/block_planes.py), scales as they are."""
         module, _, rest = name.partition(PARTS)
         number, tensor = rest.split(".")
         kind, pieces = self._parts(module)[int(number)]
         bits = BLOCK_TYPES[kind].planes[int(tensor[-1])] if tensor.startswith("plane") else 0
-        found = [file(f"{self._tied(module)}{PARTS}{of}.{tensor}") for of, _ in pieces]
+        found = [whole[f"{self._tied(module)}{PARTS}{of}.{tensor}"] for of, _ in pieces]
         rows = self.shard.inputs(module, found[0].get_shape()[0])
         if [len(of) for _, of in pieces] == [self.format.parts[self._tied(module)][pieces[0][0]][1]]:  # all of it
             return found[0][rows]

@@ -25,7 +25,7 @@ from teal_fast.files.paths import ROOT
 from teal_fast.quantization.checkpoint import make_quantized
 from teal_fast.quantization.mixtures import make_format
 from teal_fast.sparse_model import sparse_layers
-from teal_fast.tests.engine.ranks.rank import compute
+from teal_fast.tests.engine.ranks.rank import NEAREST, compute
 from teal_fast.tests.models import write_tokenizer
 from teal_fast.weights.formats import Format
 
@@ -107,15 +107,16 @@ def check_equal_to_one(out, name: str, ranks: int):
     """What every rank found in a model, against one process."""
     alone, *found = (load_file(out / f"{name}-{rank}.safetensors") for rank in ("alone", *range(ranks)))
     for other in found[1:]:
-        assert all(torch.equal(other[key], found[0][key]) for key in alone)  # logits included, bit for bit
+        assert all(torch.equal(other[key], found[0][key]) for key in alone if key != NEAREST)  # bit for bit
     error = (found[0]["logits"] - alone["logits"]).abs().max() / alone["logits"].abs().max()
     assert error <= 1e-5, f"{name}: logits are off by {error:.1e} of the largest"
     assert torch.equal(found[0]["dense"], alone["dense"])
-    parted = (found[0]["greedy"] != alone["greedy"]).nonzero()
-    if len(parted):
-        assert alone["margins"][int(parted[0])] < 1e-3, f"{name} parted at token {int(parted[0])}"
-    else:
-        torch.testing.assert_close(found[0]["achieved"], alone["achieved"], rtol=0, atol=1e-3)
+    # Until an input comes so near to its threshold that one may keep what the other drops, all is equal up to rounding.
+    sure = 1 + int((alone[NEAREST] > 2e-6).sum())
+    torch.testing.assert_close(found[0]["margins"][:sure], alone["margins"][:sure], rtol=0, atol=1e-3)
+    parted = int(torch.cat(((found[0]["greedy"] != alone["greedy"]), torch.tensor([True]))).nonzero()[0])
+    assert parted >= sure or alone["margins"][parted] < 1e-3, f"{name} parted at token {parted}"
+    torch.testing.assert_close(found[0]["achieved"], alone["achieved"], rtol=0, atol=0.03)
 
 
 @pytest.fixture(scope="module")
