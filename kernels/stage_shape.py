@@ -84,6 +84,6 @@ def cut(shape: StageShape, processors: int, **tuned: int) -> dict[str, int]:
     return {
         "CTAS_QKV": ctas_qkv, "CTAS_O": ctas_o, "CTAS_MLP": ctas_mlp, "SHARERS": sharers, "CHANNELS": channels,
         "SPLITS": max(1, processors // (shape.kv_heads * batches)), "BATCHES": batches,
-        "ADDENDS_QKV": each // WARPS + 2, "ADDENDS_O": ctas_o * shape.ranks, "ADDENDS_MLP": ctas_mlp * shape.ranks,
+        "ADDENDS_QKV": each // WARPS + 2, "ADDENDS_O": ctas_o, "ADDENDS_MLP": ctas_mlp,
         "UNROLL_A": unroll_a, "UNROLL_M": unroll_m,
     }  # fmt: skip

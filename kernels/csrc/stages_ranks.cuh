@@ -39,7 +39,8 @@ __device__ __forceinline__ float receive(const Step& S, int from, int k, u32 cal
     }
 }
 
-// An update [DIM] becomes the sum of all ranks', in their order: the same bits everywhere. call: its number in the step.
+// An update [DIM] becomes the sum of all ranks', in their order: the same bits everywhere. A rank's own lies on its grid,
+// the sum need not. number: of the call in the step.
 STAGE stage_sum(const __grid_constant__ Step S, const int number, float* update) {
     const int k = blockIdx.x * THREADS + threadIdx.x;
     launch_dependents();

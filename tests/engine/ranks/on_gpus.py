@@ -67,7 +67,7 @@ def check(ranks: Ranks, config: dict, format: Format | None, folder: Path) -> No
     for position in (0, 9, 700):
         expected = staged_reference(whole, cache, grids, 7, position)[0]
         found, usual = call(step, 7, position), error(call(alone, 7, position), expected)
-        assert error(found, expected) < 1.5 * usual + 0.002, (position, error(found, expected), usual)
+        assert error(found, expected) < 2 * usual + 0.002, (position, error(found, expected), usual)
         assert all(torch.equal(one, found) for one in ranks.all(found)), "ranks differ"
         assert int(step.best[0]) == int(found.argmax())
         assert all(torch.equal(call(step, 7, position), found) for _ in range(100)), "replays differ"
