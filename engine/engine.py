@@ -240,7 +240,7 @@ class Engine:
         constraint = request.constraint() if request.constraint else None
         adjust = Adjustment(sampling, prompt, self.model.args.vocab_size, device, constraint)
         stop = self.stop if request.stop is None else request.stop
-        ahead = 1 if device.type == "cuda" and constraint is None else 0
+        ahead = 1 if device.type == "cuda" and constraint is None and not request.lossless else 0
 
         def drawn_from(logits: Tensor, sparsity: float, achieved: float | None, best: tuple | None = None, draft=None):
             adjusted = adjust(logits)
@@ -290,7 +290,7 @@ class Engine:
                     "its values are too large for fp16 (then use bf16 or fp32)"
                 )
             if previous is not None:  # the step that gave this token has put that one into the cache
-                self.held.add(previous, found.sparsity)
+                self.held.add(previous, 0.0 if request.lossless else max(found.sparsity, self.lossless.stepped))
                 self._decoded.append(found.sparsity)
             previous = id
             reason = "stop" if id in stop else "length" if count == new_tokens else None
