@@ -5,6 +5,7 @@ acc [S, T, H, D], peak and total [S, T, H] fp32 over SPAN positions each, as ver
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.kernels.backend import gdc_launch_dependents, gdc_wait, jit, launch_options, register, tl
@@ -12,6 +13,24 @@ from teal_fast.kernels.checks import takes
 from teal_fast.kernels.verify_attention import SPAN
 
 STEP = 16  # spans
+
+
+def attention_reference(
+    qkv, turn, positions, k_cache, v_cache, q_norm, k_norm, heads: int, window: int, eps: float
+) -> Tensor:
+    """y [T, H D] fp32 of verify_attention's arguments, whose caches are written as well."""
+    (kv_heads, length, D), (cos, sin) = k_cache.shape, turn[:, :, None]
+    q, k, v = qkv.float().view(len(qkv), -1, D).split([heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None:
+        q, k = F.rms_norm(q, (D,), q_norm.float(), eps), F.rms_norm(k, (D,), k_norm.float(), eps)
+    q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (x.chunk(2, dim=-1) for x in (q, k)))
+    k_cache[:, positions] = k.to(k_cache.dtype).transpose(0, 1)
+    v_cache[:, positions] = v.to(v_cache.dtype).transpose(0, 1)
+    at, place = torch.arange(length, device=qkv.device), positions[:, None]
+    seen = (at <= place) & ((at > place - window) if window else True)
+    keys, values = (x.float().nan_to_num().repeat_interleave(heads // kv_heads, 0) for x in (k_cache, v_cache))
+    y = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, attn_mask=seen)
+    return y.transpose(0, 1).reshape(len(qkv), -1)
 
 
 @jit

@@ -16,16 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from teal_fast.kernels.backend import (
-    INTERPRETED,
-    gdc_launch_dependents,
-    gdc_wait,
-    jit,
-    launch_options,
-    register,
-    tl,
-    triton,
-)
+from teal_fast.kernels.backend import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, launch_options, register, tl
 from teal_fast.kernels.checks import takes
 
 SPAN, BLOCK_T = 128, 64  # positions: of a partial sum, of a step
@@ -34,8 +25,11 @@ WARPS = 4
 
 
 @jit
-def _norm_turn(low, high, norm_ptr, cos, sin, d, D: tl.constexpr, eps, NORM: tl.constexpr):
-    """Halves of heads' vectors [n, D / 2], normed if need be, and turned."""
+def _turned(at, turn, used, norm_ptr, d, eps, T: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
+    """Halves of heads' vectors [n, D / 2] fp32, normed if need be, and turned; zero where they are not used."""
+    low = tl.load(at, mask=used[:, None], other=0.0).to(tl.float32)
+    high = tl.load(at + D // 2, mask=used[:, None], other=0.0).to(tl.float32)
+    cos, sin = tl.load(turn), tl.load(turn + T * D // 2)
     if NORM:
         size = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D + eps)[:, None]
         low = low * size * tl.load(norm_ptr + d).to(tl.float32)[None, :]
@@ -66,20 +60,15 @@ def _verify_attention_kernel(
     position = tl.load(positions_ptr + i)
     of_k = qkv_ptr + i[:, None] * WIDTH + (HEADS + head) * D + d[None, :]
     turn = turn_ptr + i[:, None] * HALF + d[None, :]
-    cos, sin = tl.load(turn), tl.load(turn + T * HALF)
-    low, high = tl.load(of_k).to(tl.float32), tl.load(of_k + HALF).to(tl.float32)
-    low, high = _norm_turn(low, high, k_norm_ptr, cos, sin, d, D, eps, NORM)
+    low, high = _turned(of_k, turn, i < T, k_norm_ptr, d, eps, T, D, NORM)
     cell, room = base + position[:, None] * D, (position < length)[:, None]
     v_new = tl.load(qkv_ptr + i[:, None] * WIDTH + (HEADS + KV_HEADS + head) * D + full[None, :])
     tl.store(k_cache_ptr + cell + d[None, :], low.to(dtype), mask=room)
     tl.store(k_cache_ptr + cell + HALF + d[None, :], high.to(dtype), mask=room)
     tl.store(v_cache_ptr + cell + full[None, :], v_new.to(dtype), mask=room)
-    at = qkv_ptr + token[:, None] * WIDTH + query[:, None] * D + d[None, :]
+    of_q = qkv_ptr + token[:, None] * WIDTH + query[:, None] * D + d[None, :]
     turn = turn_ptr + token[:, None] * HALF + d[None, :]
-    cos, sin = tl.load(turn), tl.load(turn + T * HALF)
-    low = tl.load(at, mask=used[:, None], other=0.0).to(tl.float32)
-    high = tl.load(at + HALF, mask=used[:, None], other=0.0).to(tl.float32)
-    low, high = _norm_turn(low, high, q_norm_ptr, cos, sin, d, D, eps, NORM)
+    low, high = _turned(of_q, turn, used, q_norm_ptr, d, eps, T, D, NORM)
     low, high = (low * scale).to(dtype).to(dot_type), (high * scale).to(dtype).to(dot_type)
     p = tl.load(positions_ptr + token)
     begin = tl.where(window > 0, tl.maximum(p + 1 - window, 0), 0)
@@ -117,7 +106,7 @@ def _verify_attention_cuda(
 ) -> tuple[Tensor, ...]:
     (kv_heads, length, D), T = k_cache.shape, len(positions)
     sums = _verify_attention_fake(qkv, turn, positions, k_cache, v_cache, q_norm, k_norm, heads, window, eps)
-    group, shares = triton.next_power_of_2(heads // kv_heads), min(SHARES, len(sums[0]))
+    group, shares = 1 << (heads // kv_heads - 1).bit_length(), min(SHARES, len(sums[0]))
     _verify_attention_kernel[(kv_heads, shares)](
         qkv, turn, positions, k_cache, v_cache, q_norm, k_norm, *sums, length, window, 1 / math.sqrt(D), eps, T, heads,
         kv_heads, D, group, max(16, T * group), SPAN, BLOCK_T, shares, q_norm is not None, INTERPRETED,
