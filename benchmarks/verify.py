@@ -12,34 +12,29 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from teal_fast.benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_tokens, random_model
 from teal_fast.cli import run
 from teal_fast.engine.speculation.drafters import DraftModel, ModelDrafter, likeliest
 from teal_fast.engine.staged_step import StagedStep, build_stages
-from teal_fast.engine.verify_step import TOKENS, VerifyStep
+from teal_fast.engine.verify_step import TOKENS, VerifyStep, product
 from teal_fast.evaluation.record import check_records_path, describe, write_records
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.kernels.decode_stages import SHORT
 from teal_fast.model import KVCache, Transformer
-from teal_fast.sparse_model import SparseLinear
 from teal_fast.weights.formats import Format
 
 FORMATS = {"bf16": None, "int8": Format("int8"), "int4": Format("int4", 128)}
 ACCEPTANCES = (0.7, 0.8, 0.85, 0.9)
 DRAFTS = (1, 2, 3, 4, 5, 7)
 REPEATS, ROUNDS = 20, 7  # of a round, by turns
-
-
-def cublas(layer: SparseLinear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.packed.t(), layer.bias)
 
 
 def milliseconds(functions: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -66,7 +61,8 @@ def time_passes(model: Transformer, cache: KVCache, step: StagedStep, format: st
     """A pass over TOKENS tokens beside one step at 0 %, at each context."""
     passes = {"verify": VerifyStep(model, cache)}
     if format == "bf16":
-        passes["verify by cublas"] = VerifyStep(model, cache, cublas)
+        passes["verify by cublas"] = VerifyStep(model, cache, partial(product, large=0))
+        passes["verify without cublas"] = VerifyStep(model, cache, partial(product, large=sys.maxsize))
     records = []
     for context in contexts:
         step(torch.tensor([[3]]), torch.tensor([context]))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.engine.cache import first_row_kept
@@ -28,6 +29,7 @@ from teal_fast.weights.blocks import in_blocks
 from teal_fast.weights.output import operand_of
 
 TOKENS = 8  # of a pass
+LARGE = 2**26  # bytes of a weight
 SERVED = ("ropes", "sizes", "embedding_scale", "qk_norm")  # of what ModelArgs.beyond_llama knows
 Product = Callable[[SparseLinear, Tensor], Tensor]  # layer, x [T, K] -> [T, N]
 
@@ -46,9 +48,12 @@ def check_verifiable(model: Transformer) -> None:
         raise ValueError(f"lossless on CUDA does not serve {what}: leave it out, or take --device cpu")
 
 
-def product(layer: SparseLinear, x: Tensor) -> Tensor:
-    """y [T, N] of x [T, K] by every channel, in x's dtype."""
-    return few_token_gemm(x, layer.weight.operand, layer.bias)
+def product(layer: SparseLinear, x: Tensor, large: int = LARGE) -> Tensor:
+    """y [T, N] of x [T, K] by every channel, in x's dtype; large: from so many bytes on floats are cuBLAS's."""
+    operand = layer.weight.operand
+    if operand.scale is None and operand.packed.nbytes >= large:
+        return F.linear(x, operand.packed.t(), layer.bias)
+    return few_token_gemm(x, operand, layer.bias)
 
 
 def dense_tokens(

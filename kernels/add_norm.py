@@ -28,11 +28,11 @@ def _add_norm_kernel(
     norm = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     at = tl.program_id(0) * K + k
     gdc_wait(PDL)
+    gdc_launch_dependents(PDL)  # whose first weights then come meanwhile
     r = tl.load(residual_ptr + at, mask=k < K, other=0.0)
     if ADD:
         r += tl.load(update_ptr + at, mask=k < K, other=0.0).to(tl.float32)
     x = r * tl.rsqrt(tl.sum(r * r, axis=0) / K + eps) * norm
-    gdc_launch_dependents(PDL)
     tl.store(out_ptr + at, r, mask=k < K)
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=k < K)
 

@@ -40,6 +40,7 @@ def _merge_spans_kernel(
 ):  # fmt: skip
     token, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
     gdc_wait(PDL)
+    gdc_launch_dependents(PDL)  # whose first weights then come meanwhile
     position = tl.load(positions_ptr + token)
     first, last = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0) // SPAN, position // SPAN
     m, s, acc = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32), tl.zeros((D,), tl.float32)
@@ -54,7 +55,6 @@ def _merge_spans_kernel(
         part = tl.load(acc_ptr + cell[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
         acc = acc * fade + tl.sum(part * weight[:, None], axis=0)
         m = m_new
-    gdc_launch_dependents(PDL)
     tl.store(y_ptr + (token * HEADS + head) * D + d, (acc / s).to(y_ptr.dtype.element_ty))
 
 

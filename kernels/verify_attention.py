@@ -56,6 +56,7 @@ def _verify_attention_kernel(
     used = (row // GROUP < T) & (row % GROUP < SHARING)
     base = head.to(tl.int64) * length * D
     gdc_wait(PDL)
+    gdc_launch_dependents(PDL)
     # All programs of a head write the same keys and values, so that each can read them at once.
     position = tl.load(positions_ptr + i)
     of_k = qkv_ptr + i[:, None] * WIDTH + (HEADS + head) * D + d[None, :]
@@ -98,7 +99,6 @@ def _verify_attention_kernel(
         tl.store(peak_ptr + sums, m, mask=used)
         tl.store(total_ptr + sums, s, mask=used)
         tl.store(acc_ptr + sums[:, None] * D + full[None, :], acc, mask=used[:, None])
-    gdc_launch_dependents(PDL)
 
 
 def _verify_attention_cuda(

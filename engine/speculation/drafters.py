@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teal_fast.engine.prefill import AT_ONCE, prefill
 from teal_fast.engine.scoring import parts
+from teal_fast.engine.staged_step import StagedStep
 from teal_fast.engine.steps import Step
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.model import Transformer
@@ -82,7 +83,7 @@ class ModelDrafter:
             return []
         if not self.draft.shared:
             self._read(text)
-        if draw is likeliest and hasattr(self.step, "best"):
+        if draw is likeliest and isinstance(self.step, StagedStep):
             return self._chain(text, count)
         drafts, token = [], text[-1]
         for position in range(len(text) - 1, len(text) - 1 + count):
