@@ -37,6 +37,7 @@ from teal_fast.report.results_speed import (
     serve_section,
     speculate_section,
     table_section,
+    verify_section,
 )
 from teal_fast.report.tradeoff import tradeoff_figures
 
@@ -62,6 +63,7 @@ SECTIONS = {
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "few_tokens": Kind(("file", "run", "model"), few_tokens_section),
     "speculate": Kind(("file", "model"), speculate_section),
+    "verify": Kind(("file", "run", "model"), verify_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),
     "tradeoff": Kind(("file", "run", "model"), tradeoff_section),

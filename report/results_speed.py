@@ -147,6 +147,29 @@ def few_tokens_section(records: list[Record]) -> Section:
     )
 
 
+def verify_section(records: list[Record]) -> Section:
+    passes, cycles = [], []
+    for record in records:
+        if record["mode"] != "cycle":
+            row = [record["format"], f"{record['context']:,}", record["mode"], str(record["tokens"])]
+            passes.append([*row, f"{record['ms']:.2f}", f"{record['of_dense']:.2f}"])
+    shares = unique(record["acceptance"] for record in records if record["mode"] == "cycle")
+    for row in by([record for record in records if record["mode"] == "cycle"], "context", "drafts").values():
+        first, found = row[0], {record["acceptance"]: f"{record['speedup']:.2f}" for record in row}
+        times = [f"{first['ms']:.2f}", f"{first['draft_ms']:.2f}"]
+        cycles.append(
+            [f"{first['context']:,}", str(first["drafts"]), *times, *(found.get(share, "") for share in shares)]
+        )
+    head = ["weights", "after", "what", "tokens", "ms", "dense steps"]
+    tables = [markdown(head, passes)]
+    if cycles:
+        first = next(record for record in records if record["mode"] == "cycle")
+        what = f"{first['draft_format']} at {percent(first['draft_sparsity'])}, verified in {first['format']}"
+        said = f"Cycles of drafts by {what}: times dense, had so many drafts stood."
+        tables += [said, markdown(["after", "drafts", "ms", "drafting", *map(percent, shares)], cycles)]
+    return Section(f"Verification of {records[0]['model']}'s shapes on {records[0]['device']}", tables)
+
+
 def speculate_section(records: list[Record]) -> Section:
     def shares(found: list[float]) -> str:
         return " ".join(percent(share) for share in found[:8])
