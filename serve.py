@@ -107,9 +107,7 @@ def load(options: argparse.Namespace, choice: ModelChoice) -> "Loaded":
     context = min(options.max_seq_length or LONGEST, longest)
     if longest < (options.max_seq_length or 0):
         print(f"the context is {longest} tokens: the model has no more", file=sys.stderr)
-    store, drafts = PrefixStore(options.cache_bytes), []
-    if model.norm.weight.device.type == "cpu":  # where lossless answers are made
-        drafts = find_drafts(opened.folder, model, opened.tokenizer)
+    store, drafts = PrefixStore(options.cache_bytes), find_drafts(opened.folder, model, opened.tokenizer)
     engine = Engine(
         model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store, drafts=drafts
     )

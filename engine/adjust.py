@@ -35,6 +35,11 @@ class Adjustment:
         if sampling.presence_penalty or sampling.frequency_penalty:
             self.times = torch.zeros(vocab_size, device=device)
 
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.biased.numel() and self.seen is None and self.times is None and self.constraint is None
+
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [vocab], themselves where there is nothing to change, else others in fp32."""
         sampling = self.sampling

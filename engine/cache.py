@@ -1,5 +1,8 @@
 """The key/value cache of an engine or an evaluation, which is refused in one line where it does not fit the memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from teal_fast.files.memory import check_memory, memory_for
 from teal_fast.model import KVCache, Transformer
 
@@ -14,3 +17,13 @@ def new_cache(model: Transformer, length: int, sequences: int = 1) -> KVCache:
     check_memory(needed, weight.device, what, todo)
     with memory_for(what, todo):
         return model.new_cache(sequences, length)
+
+
+@contextmanager
+def first_row_kept(cache: KVCache) -> Iterator[None]:
+    """In the block, position 0 may be overwritten, as a step does that is captured; afterwards it is as it was."""
+    tensors = [*cache.k, *cache.v]
+    rows = [tensor[:, :, :1].clone() for tensor in tensors]
+    yield
+    for tensor, row in zip(tensors, rows, strict=True):
+        tensor[:, :, :1] = row

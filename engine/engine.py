@@ -256,7 +256,7 @@ class Engine:
         device, prompt = self._device, request.prompt
         draw = Drawing(request, self.model)
         stop = self.stop if request.stop is None else request.stop
-        ahead = 1 if device.type == "cuda" and draw.constraint is None else 0
+        ahead = 1 if device.type == "cuda" and draw.constraint is None and not request.lossless else 0
 
         with computing(self._device):
             logits = self._start(request, between)
@@ -288,7 +288,7 @@ class Engine:
                 self._clear()  # its keys and values may hold NaN as well
                 raise unsound(len(prompt) + count - 1)
             if previous is not None:  # the step that gave this token has put that one into the cache
-                self.held.add(previous, found.sparsity)
+                self.held.add(previous, 0.0 if request.lossless else max(found.sparsity, self.lossless.stepped))
                 self._decoded.append(found.sparsity)
             previous = id
             reason = "stop" if id in stop else "length" if count == new_tokens else None

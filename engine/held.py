@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from teal_fast.engine.prefixes import PrefixStore
-from teal_fast.engine.request import Request
+from teal_fast.engine.request import STEPPED, Request
 from teal_fast.files.memory import explain_memory
 from teal_fast.model import KVCache
 
@@ -38,7 +38,7 @@ class Held:
     @property
     def dense(self) -> int:
         """How many of the first positions were made densely."""
-        return bisect_right(self.made, 0.0)
+        return bisect_right(self.made, STEPPED)
 
     def known(self, prompt: Sequence[int], sparsity: float) -> int:
         """How many of the prompt's first tokens a request at that sparsity need not compute."""
@@ -60,7 +60,7 @@ class Held:
 
     def reuse(self, request: Request) -> int:
         """Makes the cache hold what is known of the request's prompt, and nothing else; how many tokens that is."""
-        prompt, sparsity = request.prompt, request.sparsity
+        prompt, sparsity = request.prompt, request.reuses
         usable = request.cache and not request.sparse_prompt  # a sparse prompt is to be sparse as a whole
         start = self.known(prompt, sparsity) if usable else 0
         if len(self.ids) > start:

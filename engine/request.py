@@ -9,6 +9,9 @@ from torch import Tensor
 from teal_fast.engine.sampling import Sampling
 
 LOSSLESS_IS_DENSE = "lossless text is the dense model's"
+# As made at which sparsity keys and values count that a dense step wrote whose bits are not those of lossless
+# decoding's, which does not go on from them: below any sparsity that can be asked for.
+STEPPED = 1e-9
 
 
 class Constraint(Protocol):
@@ -71,6 +74,11 @@ class Request:
             raise ValueError(f"seed {self.seed}: expected a whole number of at most 64 bits")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
+
+    @property
+    def reuses(self) -> float:
+        """The highest sparsity at which keys and values that it may take from a cache were made."""
+        return 0.0 if self.lossless else max(self.sparsity, STEPPED)
 
     @property
     def dense_tokens(self) -> int:

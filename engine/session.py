@@ -131,7 +131,7 @@ class Session:
         An interrupted answer does not become part of the chat.
         """
         prompt, messages = self._fit(text)
-        known = self.engine.held.known(prompt, self.sparsity)
+        known = self.engine.held.known(prompt, Request(prompt, sparsity=self.sparsity, **self.lossless).reuses)
         print(f"reading {len(prompt) - known} of {len(prompt)} tokens …", file=sys.stderr, flush=True)
         sample = Sample(len(prompt))
         try:

@@ -1,7 +1,7 @@
-"""teal::few_token_gemm: up to 16 tokens times a weight in int8 or four-bit groups, in CUDA C++ from Hopper GPUs on.
+"""teal::few_token_gemm: up to 16 tokens times a weight of any format but blocks, in CUDA C++ from Hopper GPUs on.
 
-x [M, K] in bf16 or fp16; the weight [K, N] and its scale [N] fp32 are as in quantized_gemm.py, whose result it gives;
-bias [N] in x's dtype, or none; y [M, N] in x's dtype.
+x [M, K] in bf16 or fp16; the weight [K, N] is in x's dtype, or it and its scale [N] fp32 are as in quantized_gemm.py,
+whose result it gives; bias [N] in x's dtype, or none; y [M, N] in x's dtype.
 
 Weights are read once, at nearly the memory's speed (csrc/few_token_gemm.cu): to verify drafted tokens, and for short
 prompts. A token has the same bits whatever tokens are computed beside it and however many: K and N alone decide the
@@ -13,6 +13,7 @@ import sys
 from ctypes import Structure, c_int, c_int64, c_void_p
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.kernels.backend import INTERPRETED, register
@@ -75,22 +76,24 @@ def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int, words: i
         shared = module.size("shared_bytes")
         return module, module.kernel("few_token_gemm", shared), shared
     except CudaError as error:
-        print(f"{error}: products of few tokens take Triton's kernel, some times slower", file=sys.stderr)
+        print(f"{error}: products of few tokens take other kernels, some times slower", file=sys.stderr)
         return None
 
 
 def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     (M, K), N, device = x.shape, weight.N, x.device.index
     tiles, found = -(-M // TILE), None
-    if not INTERPRETED and x.element_size() == 2 and K % ROWS == 0:
+    if not INTERPRETED and x.element_size() == 2 and K % ROWS == 0 and N % ROWS == 0:
         words, splits, ctas = cut(K, N, weight.bits, tiles, _processors(device))
         found = _kernel(device, weight.bits, weight.group, x.dtype == torch.float16, tiles, words, splits)
-    if found is None:
+    if found is None and weight.scale is not None:
         return quantized_gemm(x, weight, bias)
+    if found is None:
+        return F.linear(x, weight.packed.t(), bias)
     module, kernel, shared = found
     y, packed = x.new_empty(M, N), weight.packed
-    operand = Weight(pointer(packed), pointer(weight.scale), packed.stride(0), K, N)
-    config = launch_config(ctas, 32 * WARPS, shared, dependent=False, cluster=splits)
+    operand = Weight(pointer(packed), pointer(weight.scale), packed.stride(0) * packed.element_size(), K, N)
+    config = launch_config(ctas, 32 * WARPS, shared, dependent=True, cluster=splits)
     module.launch(kernel, config, pointer(x), operand, pointer(bias), pointer(y), c_int(M))
     return y
 
@@ -107,7 +110,7 @@ _few_token_gemm = register(
 
 def few_token_gemm(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """y [M, N], as above. Raises ValueError on what does not fit."""
-    _check(x, *weight[:2], bias, N=check_weight("few_token_gemm", weight, None))
+    _check(x, *weight[:2], bias, N=check_weight("few_token_gemm", weight, x.dtype))
     if not 0 < len(x) <= MOST_TOKENS:
         raise ValueError(f"few_token_gemm takes 1 to {MOST_TOKENS} tokens, got {len(x)}")
     return _few_token_gemm(x, *weight, bias)

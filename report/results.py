@@ -28,16 +28,19 @@ from teal_fast.report.results_quality import (
     tradeoff_section,
 )
 from teal_fast.report.results_section import Record, Section, by, read_text, unique
+from teal_fast.report.results_several import (
+    batch_section,
+    few_tokens_section,
+    ranks_section,
+    speculate_section,
+    verify_section,
+)
 from teal_fast.report.results_speed import (
     alternate_section,
-    batch_section,
     decode_section,
-    few_tokens_section,
     kernels_section,
     prompts_section,
-    ranks_section,
     serve_section,
-    speculate_section,
     table_section,
 )
 from teal_fast.report.tradeoff import tradeoff_figures
@@ -66,6 +69,7 @@ SECTIONS = {
     "few_tokens": Kind(("file", "run", "model"), few_tokens_section),
     "batch": Kind(("file", "run", "model"), batch_section),
     "speculate": Kind(("file", "model"), speculate_section),
+    "verify": Kind(("file", "run", "model"), verify_section),
     "quality": Kind(("file", "run", "model", "texts", "protocol"), quality_section),
     "perplexity": Kind(("texts", "protocol"), perplexity_section),
     "tradeoff": Kind(("file", "run", "model"), tradeoff_section),

@@ -22,8 +22,8 @@ def accept(
     if draft is None or draft.chances is None or sampling.greedy:
         return sampling.draw(logits, generator)
     p, q, largest = sampling.probabilities(logits), draft.chances, logits.amax(-1, keepdim=True)
-    if torch.rand((), generator=generator) * q[draft.id] < p[draft.id]:
-        return torch.tensor([draft.id]), largest
+    if torch.rand((), generator=generator, device=logits.device) * q[draft.id] < p[draft.id]:
+        return torch.tensor([draft.id], device=logits.device), largest
     rest = (p - q).clamp(min=0)
     if rest.sum() == 0:  # p and q are the same up to rounding
         rest = p

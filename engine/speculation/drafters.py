@@ -10,21 +10,30 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from teal_fast.engine.prefill import AT_ONCE
+from teal_fast.engine.prefill import AT_ONCE, prefill
 from teal_fast.engine.scoring import parts
+from teal_fast.engine.staged_step import StagedStep
 from teal_fast.engine.steps import Step
 from teal_fast.files.calibration import Calibration, set_sparsity
 from teal_fast.model import Transformer
 
 
 class Draft(NamedTuple):
-    """A guessed token. chances [vocab] fp32: the distribution that it was drawn from, None where it was not drawn."""
+    """A guessed token. chances [vocab] fp32: the distribution that it was drawn from, None where it was not drawn.
 
-    id: int
+    Its id may be a tensor, int64 [1], that the host has not waited for: the verifier computes from it, and tells it.
+    """
+
+    id: int | Tensor
     chances: Tensor | None = None
 
 
 Draw = Callable[[Tensor], Draft]  # from a draft's logits [vocab], given the drafts before it
+
+
+def likeliest(logits: Tensor) -> Draft:
+    """The draw of greedy sampling without penalties, of which a step may find the token itself."""
+    return Draft(int(logits.argmax(-1)))
 
 
 class Drafter(Protocol):
@@ -74,6 +83,8 @@ class ModelDrafter:
             return []
         if not self.draft.shared:
             self._read(text)
+        if draw is likeliest and isinstance(self.step, StagedStep):
+            return self._chain(text, count)
         drafts, token = [], text[-1]
         for position in range(len(text) - 1, len(text) - 1 + count):
             drafts.append(draw(self.step(torch.tensor([[token]]), torch.tensor([position]))))
@@ -81,10 +92,24 @@ class ModelDrafter:
         self.held = [*text, *(draft.id for draft in drafts[:-1])]
         return drafts
 
+    def _chain(self, text: Sequence[int], count: int) -> list[Draft]:
+        """The likeliest tokens, each step taking what the one before found, so that the host waits for none."""
+        drafts, token = [], torch.tensor([[text[-1]]])
+        for position in range(len(text) - 1, len(text) - 1 + count):
+            self.step(token, torch.tensor([position]))
+            token = self.step.best[0].view(1, 1)
+            drafts.append(Draft(token.flatten().clone()))
+        self.held = list(text)
+        return drafts
+
     def _read(self, text: Sequence[int]) -> None:
         """Brings the cache up to the text without its last token, densely."""
         pairs, end = enumerate(zip(self.held, text, strict=False)), len(text) - 1
         known = min(next((i for i, (a, b) in pairs if a != b), len(self.held)), end)
+        if known < end and not hasattr(self.step, "dense"):
+            tokens = torch.tensor([text[known:end]], device=self.step.cache.k[0].device)
+            prefill(self.draft.model, self.step.cache, tokens, known)
+            return
         for first, last in parts(known, end, AT_ONCE) if known < end else ():
             self.step.dense(text[first:last], first, 0)
 

@@ -2,10 +2,11 @@
 
 One key/value cache serves both. Drafts at positions behind the text are written by the drafter first, and written again
 by the verifier, densely; those of drafts that did not stand lie behind the text, where they are written before they are
-read. The verifier gives each token the bits of a dense step (engine/cpu_step.py), so that greedy text is the dense one.
+read. The verifier gives each token the bits of a dense step, so that greedy text is the dense one: on the CPU the step
+itself (engine/cpu_step.py), on CUDA a pass in a graph of its own (engine/verify_step.py), of which a dense step is one
+over a single token.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +15,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from teal_fast.engine.accounting import bytes_per_token
-from teal_fast.engine.cache import new_cache
+from teal_fast.engine.cache import first_row_kept, new_cache
 from teal_fast.engine.drawn import Drawing, Drawn
-from teal_fast.engine.request import Request
+from teal_fast.engine.request import STEPPED, Request
 from teal_fast.engine.speculation.controller import Arm, Controller
-from teal_fast.engine.speculation.drafters import Draft, Drafter, DraftModel, ModelDrafter, NGram
+from teal_fast.engine.speculation.drafters import Draft, Drafter, DraftModel, Draw, ModelDrafter, NGram, likeliest
+from teal_fast.engine.speculation.marks import mark, seconds
 from teal_fast.engine.speculation.statistics import Statistics
 from teal_fast.engine.steps import Step
+from teal_fast.engine.verify_step import VerifyStep, check_verifiable
 from teal_fast.files.calibration import Calibration
 from teal_fast.files.paths import command
 from teal_fast.model import KVCache, Transformer
@@ -73,11 +76,24 @@ class Lossless:
         own = DraftModel(SELF, with_own_thresholds(self.model), self.calibration, shared=True)
         return {draft.name: draft for draft in (own, *self.others)}
 
+    @cached_property
+    def verifier(self) -> Step | VerifyStep:
+        """What computes several tokens at once; on demand, since on CUDA it takes seconds and memory of its own."""
+        return self.step if hasattr(self.step, "dense") else VerifyStep(self.model, self.cache)
+
+    @property
+    def stepped(self) -> float:
+        """As made at which sparsity the keys and values of the engine's own dense steps count."""
+        return 0.0 if hasattr(self.step, "dense") else STEPPED
+
     def check(self, request: Request) -> None:
         """Raises ValueError on a lossless request that can't be served."""
         if not hasattr(self.step, "dense"):
-            said = "verifies several tokens at once, which the C++ step on a CPU does alone so far"
-            raise ValueError(f"lossless {said}: leave it out, or take --device cpu without --eager")
+            if self.model.norm.weight.is_cuda:
+                check_verifiable(self.model)
+            if self.step.mode == "plain":
+                said = "verifies several tokens at once, which a plain step does not"
+                raise ValueError(f"lossless {said}: leave it out, or decode without --eager")
         if self.model.args.longest_plain is not None:  # its keys may have to be made again
             raise ValueError("lossless does not serve longrope and dynamic rotary embeddings: leave it out")
         known = (AUTO, NGRAM, *self.models)
@@ -108,17 +124,17 @@ class Lossless:
 
     def offers(self, request: Request, text: Sequence[int]) -> list[Offer]:
         """Ways to draft now."""
-        found = []
+        found, most = [], min(MOST_DRAFTS, getattr(self.verifier, "most", MOST_DRAFTS + 1) - 1)
         if request.draft in (AUTO, NGRAM) and (n := self.ngram.match(text)[0]):
             arm = self.arms.setdefault((NGRAM, n), Arm(NGRAM, MATCHES[n], 0.0))
-            found.append(Offer(arm, MOST_DRAFTS, NGRAM, 0.0))
+            found.append(Offer(arm, most, NGRAM, 0.0))
         for name in self._names(request):
             draft, wanted = self.models[name], request.draft_sparsity
             for sparsity in SPARSITIES if wanted is None else (wanted,):
                 if draft.calibration is not None if sparsity else name != SELF:
                     if (name, sparsity) not in self.arms:
                         self.arms[name, sparsity] = self._arm(draft, sparsity)
-                    longest = MOST_CHOSEN if request.draft_tokens is None else MOST_DRAFTS
+                    longest = MOST_CHOSEN if request.draft_tokens is None else most
                     found.append(Offer(self.arms[name, sparsity], longest, name, sparsity))
         return found
 
@@ -138,7 +154,8 @@ class Lossless:
             draft = self.models[offer.name]
             length = min(self.cache.length, draft.model.args.max_position)
             cache = self.cache if draft.shared else new_cache(draft.model, length)
-            self.drafters[offer.name] = ModelDrafter(draft, self.make_step(draft.model, cache), length)
+            with first_row_kept(cache):  # which a step's capture writes
+                self.drafters[offer.name] = ModelDrafter(draft, self.make_step(draft.model, cache), length)
         drafter = self.drafters[offer.name]
         drafter.set_sparsity(offer.sparsity)
         return drafter
@@ -160,37 +177,42 @@ class Cycles:
     def run(self, room: int) -> list[Drawn]:
         """The next tokens, at most `room`."""
         text = self.text
-        lossless, request = self.lossless, self.request
+        lossless, request, device = self.lossless, self.request, self.lossless.model.norm.weight.device
         offers = lossless.offers(request, text)
         limits = [(offer.arm, min(offer.longest, room - 1)) for offer in offers]
         arm, count = lossless.controller.choose(limits, request.draft_tokens)
-        began = time.perf_counter()
+        began = mark(device)
         drafts: list[Draft] = []
         if arm is not None:
             taken = next(offer for offer in offers if offer.arm is arm)
             drafts = lossless.drafter(taken).propose(text, count, self._draw())
-        drafted = time.perf_counter()
+        drafted = mark(device)
         ids = [text[-1], *(draft.id for draft in drafts)]
-        rows = lossless.step.dense(ids, len(text) - 1, len(ids))
+        rows, best = lossless.verifier.dense(ids, len(text) - 1, len(ids)), [None] * len(ids)
+        if isinstance(lossless.verifier, VerifyStep):
+            known, best = lossless.verifier.read()
+            drafts = [draft._replace(id=id) for id, draft in zip(known[1:], drafts, strict=False)]
         found: list[Drawn] = []
-        for logits, draft in zip(rows, [*drafts, None], strict=True):
-            found.append(self.drawing(logits, 0.0, None, draft=draft))
+        for logits, draft, told in zip(rows, [*drafts, None], best, strict=False):
+            found.append(self.drawing(logits, 0.0, None, told, draft))
             id, sound, *_ = found[-1].wait()
             text.append(id)
             if draft is None or id != draft.id or id in self.stop or not sound:
                 break
         stood = len(found) - 1
-        verified = time.perf_counter()
-        cost = lossless.controller.learn(arm, len(drafts), stood, drafted - began, verified - drafted)
+        draft_s, verify_s = seconds(began, drafted), seconds(drafted, mark(device))
+        cost = lossless.controller.learn(arm, len(drafts), stood, draft_s, verify_s)
         for offer in offers:
             if offer.arm is not arm:
                 offer.arm.fade()
         lossless.statistics.add(arm.name if drafts else "none", len(drafts), stood, cost)
         return found
 
-    def _draw(self) -> Callable[[Tensor], Draft]:
+    def _draw(self) -> Draw:
         """How a draft is drawn: as a token is, with what the drafts before it change; a constraint is not asked."""
         sampling, fork = self.request.sampling, self.drawing.adjust.fork()
+        if sampling.greedy and fork.idle:
+            return likeliest
 
         def draw(logits: Tensor) -> Draft:
             logits = fork(logits)

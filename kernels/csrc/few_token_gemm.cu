@@ -1,24 +1,26 @@
-// y [M, N] = x [M, K] times a weight [K, N] in int8 or four bits, of up to 8 TILES tokens: see kernels/few_token_gemm.py, which
-// defines BITS, GROUP (of four bits), HALF_IS_FP16, TILES, WORDS and SPLITS.
+// y [M, N] = x [M, K] times a weight [K, N] in x's type, int8 or four bits, of up to 8 TILES tokens: see
+// kernels/few_token_gemm.py, which defines BITS, GROUP (of four bits), HALF_IS_FP16, TILES, WORDS and SPLITS.
 //
 // Matrix instructions of 16 outputs, 16 channels and 8 tokens. A lane loads 4 WORDS bytes of four rows, that is, values of
 // outputs of its own, so that no value has to cross lanes: which outputs and channels an instruction means is arbitrary, if
 // x is loaded alike. A CTA has a run of columns; its warps, and the SPLITS CTAs of its cluster, share the channels at fixed
 // places. A token's sums are its own, so that it has the same bits among others as alone.
+//
+// Under dependent launch the first weights are on their way while the launch before still writes x.
 #include "halves.cuh"
 
 constexpr int WARPS = 8, ROWS = 16;                   // channels of a step
 constexpr int BYTES = 4 * WORDS;                      // of a row that a lane loads
-constexpr int PAIRS = BITS == 8 ? BYTES / 2 : BYTES;  // instructions a step: each takes two outputs of a lane
+constexpr int PAIRS = 4 * BYTES / BITS;               // instructions a step: each takes two outputs of a lane
 constexpr int COLUMNS = 8 * 2 * PAIRS;                // outputs of a CTA
 
-constexpr int DEPTH = 2;                              // steps that are read ahead; 3 and 4 are slower
+constexpr int DEPTH = BITS == 16 ? 4 : 2;             // steps that are read ahead; of quantized weights 3 and 4 are slower
 constexpr int FOURS = TILES * PAIRS * 32;             // float4s that a CTA's sums are
 extern "C" { __device__ char shared_bytes[16 * WARPS * FOURS]; }  // for its size, which the host asks for
 
 struct Weight {
     const u8* packed;
-    const float* scale;  // [N]
+    const float* scale;  // [N], null for 1
     i64 row;             // bytes
     int K, N;
 };
@@ -81,10 +83,10 @@ struct Source {
     const i64 row, stride;  // bytes from row to row and step to step
     const int K, tokens;    // tokens: from the lane's on
     const bool inside;      // whether it has columns at all
-    int left;               // steps
+    int left, x_left;       // steps
 
-    __device__ __forceinline__ void read(Step& to) {
-        const bool is_there = left > 0, reads = inside && is_there;
+    __device__ __forceinline__ void read_weights(Step& to) {
+        const bool reads = inside && left > 0;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             if constexpr (WORDS == 4) {
@@ -98,11 +100,14 @@ struct Source {
             }
             if (BITS == 4) to.scale[r] = reads ? __ldg((const u16*)(scales + r * row)) : 0;
         }
+        packed += stride, left--;
+        if (BITS == 4) scales += stride;
+    }
+    __device__ __forceinline__ void read_x(Step& to) {
 #pragma unroll
         for (int t = 0; t < TILES; t++)
-            to.x[t] = is_there && 8 * t < tokens ? __ldg((const uint2*)(x + (i64)8 * t * K)) : make_uint2(0, 0);
-        packed += stride, x += WARPS * ROWS, left--;
-        if (BITS == 4) scales += stride;
+            to.x[t] = x_left > 0 && 8 * t < tokens ? __ldcg((const uint2*)(x + (i64)8 * t * K)) : make_uint2(0, 0);
+        x += WARPS * ROWS, x_left--;
     }
 };
 
@@ -110,7 +115,15 @@ __device__ __forceinline__ void add(float total[TILES][PAIRS][4], const Step& s)
     u32 by[2];
     if (BITS == 4) by[0] = scales_as_halves(s.scale[0], s.scale[1]), by[1] = scales_as_halves(s.scale[2], s.scale[3]);
 #pragma unroll
-    for (int q = 0; q < 2 * WORDS; q++) {  // two bytes of each row at once
+    for (int q = 0; q < 2 * WORDS; q++) {  // two bytes of each row at once, or all four
+        if constexpr (BITS == 16) {
+            if (q >= WORDS) break;
+            const u32 a0 = __byte_perm(s.word[0][q], s.word[1][q], 0x5410), a1 = __byte_perm(s.word[0][q], s.word[1][q], 0x7632);
+            const u32 b0 = __byte_perm(s.word[2][q], s.word[3][q], 0x5410), b1 = __byte_perm(s.word[2][q], s.word[3][q], 0x7632);
+#pragma unroll
+            for (int t = 0; t < TILES; t++) multiply(total[t][q], a0, a1, b0, b1, s.x[t].x, s.x[t].y);
+            continue;
+        }
         const u32 select = q % 2 ? 0x7632 : 0x5410;
         const u32 a = __byte_perm(s.word[0][q / 2], s.word[1][q / 2], select);
         const u32 b = __byte_perm(s.word[2][q / 2], s.word[3][q / 2], select);
@@ -141,17 +154,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) few_token_gemm(
     const int count = cdiv(end - begin - warp, WARPS), channel = (begin + warp) * ROWS + 4 * quarter;  // of this warp
     const u8* from = w.packed + channel * w.row;
     Source source{from + byte, from + w.N / 2 + byte / 16 * 32 / most(GROUP, 1) * 2, x + (i64)group * w.K + channel,
-                  w.row, WARPS * ROWS * w.row, w.K, M - group, inside, count};
+                  w.row, WARPS * ROWS * w.row, w.K, M - group, inside, count, count};
     float total[TILES][PAIRS][4] = {};
     Step ahead[DEPTH];
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) source.read(ahead[d]);
+    for (int d = 0; d < DEPTH; d++) source.read_weights(ahead[d]);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) source.read_x(ahead[d]);
 #pragma unroll 1
     for (int step = 0; step < count; step += DEPTH)
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             add(total, ahead[d]);  // zeros beyond the last
-            source.read(ahead[d]);
+            source.read_weights(ahead[d]);
+            source.read_x(ahead[d]);
         }
     __syncthreads();
     float4* const sums = memory;  // [WARPS][TILES][PAIRS][32]
@@ -176,11 +194,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) few_token_gemm(
         float4 sum = part[0];
 #pragma unroll
         for (int s = 1; s < SPLITS; s++) sum = plus(sum, part[s]);
-        // Of eight bits: outputs 2 p and 2 p + 1 of a lane. Of four: a byte's halves, which are 16 outputs apart.
+        // Outputs 2 p and 2 p + 1 of a lane. Of four bits: a byte's halves, which are 16 outputs apart.
         const int p = i / 32 % PAIRS, token = i / 32 / PAIRS * 8 + i % 4 * 2, at = i % 32 / 4 * BYTES + p;
-        const int n = tile * COLUMNS + (BITS == 8 ? i % 32 / 4 * BYTES + 2 * p : at / 16 * 32 + at % 16), next = BITS == 8 ? 1 : 16;
+        const int n = tile * COLUMNS + (BITS == 4 ? at / 16 * 32 + at % 16 : i % 32 / 4 * 2 * PAIRS + 2 * p), next = BITS == 4 ? 16 : 1;
         if (n >= w.N) continue;
-        const float a = __ldg(w.scale + n) / (BITS == 4 ? UNIT : 1), b = __ldg(w.scale + n + next) / (BITS == 4 ? UNIT : 1);
+        const float unit = BITS == 4 ? UNIT : 1, a = BITS == 16 ? 1 : __ldg(w.scale + n) / unit, b = BITS == 16 ? 1 : __ldg(w.scale + n + next) / unit;
         const float c = bias ? half_at(bias, n) : 0, d = bias ? half_at(bias, n + next) : 0;
         u16* to = y + (i64)token * w.N + n;
         if (token < M) to[0] = half_bits(sum.x * a + c), to[next] = half_bits(sum.z * b + d);

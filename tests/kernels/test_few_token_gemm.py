@@ -5,6 +5,7 @@ import torch
 
 from teal_fast.kernels.few_token_gemm import MOST_TOKENS, _few_token_gemm_cuda, constants, cut, few_token_gemm
 from teal_fast.kernels.nvrtc import compile_cuda
+from teal_fast.kernels.packed import PackedWeight
 from teal_fast.kernels.quantized_gemm import quantized_gemm_reference
 from teal_fast.tests.kernels.compacted import DEVICE, normal
 from teal_fast.tests.kernels.quantized import quantized
@@ -14,7 +15,7 @@ from teal_fast.tests.kernels.test_stage_shape import has_nvrtc
 SHAPES = [(4096, 6144), (4096, 4096), (14336, 4096), (4096, 28672), (2048, 3072), (576, 960), (64, 64)]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("K, N", SHAPES)
 def test_how_channels_are_shared_does_not_depend_on_the_number_of_tokens(K, N, bits):
     words, splits, ctas = cut(K, N, bits, 1, 132)
@@ -26,7 +27,8 @@ def test_how_channels_are_shared_does_not_depend_on_the_number_of_tokens(K, N, b
 
 @pytest.mark.skipif(not has_nvrtc(), reason="no NVRTC here (nvidia-cuda-nvrtc)")
 @pytest.mark.parametrize(
-    "bits, group, fp16, tiles, words", [(8, 0, False, 1, 4), (8, 0, True, 2, 2), (4, 64, False, 1, 4)]
+    "bits, group, fp16, tiles, words",
+    [(16, 0, False, 1, 4), (16, 0, True, 2, 2), (8, 0, False, 1, 4), (8, 0, True, 2, 2), (4, 64, False, 1, 4)],
 )
 def test_the_source_compiles(bits, group, fp16, tiles, words, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -42,14 +44,32 @@ def test_matches_reference_everywhere(tokens, K, N, group):
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[torch.bfloat16] / 8, atol=TOLERANCE[torch.bfloat16])
 
 
+def test_floats_everywhere():
+    x, weight, bias = (
+        normal(5, 96, dtype=torch.bfloat16),
+        normal(96, 64, dtype=torch.bfloat16, seed=1),
+        normal(64, seed=2),
+    )
+    bias = bias.bfloat16()
+    expected = x.float() @ weight.float() + bias.float()
+    torch.testing.assert_close(few_token_gemm(x, PackedWeight(weight), bias).float(), expected, rtol=0.01, atol=0.1)
+    with pytest.raises(ValueError, match=r"^few_token_gemm takes a weight \[K, N\] in torch.bfloat16, or in int8 or"):
+        few_token_gemm(x, PackedWeight(weight.float()))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("group", [0, 64, "N"])
+@pytest.mark.parametrize("group", [None, 0, 64, "N"])
 @pytest.mark.parametrize("K, N", [*SHAPES, (976, 1088), (1536, 576)])
 def test_a_token_has_the_same_bits_among_others_as_alone(K, N, group, dtype):
     x, bias = normal(MOST_TOKENS, K, dtype=dtype), normal(N, dtype=dtype, seed=1)
-    weight = quantized(K, N, N if group == "N" else group).weight
-    whole, expected = few_token_gemm(x, weight, bias), quantized_gemm_reference(x, weight, bias)
+    if group is None:
+        weight = PackedWeight(normal(K, N, dtype=dtype, seed=2))
+        expected = (x.float() @ weight.packed.float() + bias.float()).to(dtype)
+    else:
+        weight = quantized(K, N, N if group == "N" else group).weight
+        expected = quantized_gemm_reference(x, weight, bias)
+    whole = few_token_gemm(x, weight, bias)
     # Row scales and what they are multiplied by are rounded to the type, as in quantized_gemm; then sums are.
     allowed = 2 * torch.finfo(dtype).eps * (expected.float().abs() + expected.float().std())
     assert ((whole.float() - expected.float()).abs() <= allowed).all()

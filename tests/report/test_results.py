@@ -7,6 +7,7 @@ import pytest
 
 from teal_fast.files.paths import ROOT
 from teal_fast.report.results import PAGE, RESULTS, SECTIONS, TEMPLATE, main, make_page, read_results
+from teal_fast.report.results_speed import verify_section
 
 MARKERS = "".join(f"<!-- {name} -->\n" for name in SECTIONS)
 OURS = {
@@ -166,3 +167,15 @@ def test_the_readme_repeats_what_the_page_says():
 def test_every_results_file_has_its_command():
     reproduce = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     assert [path.name for path in RESULTS.glob("*.json") if path.name not in reproduce] == []
+
+
+def test_cycles_stand_by_drafts_and_shares():
+    shared = {"model": "llama-3-8b", "device": "H200", "format": "bf16", "context": 1000}
+    records = [shared | {"mode": "verify", "tokens": 8, "ms": 4.5, "of_dense": 1.14}]
+    cycle = shared | {"mode": "cycle", "draft_format": "int4", "draft_sparsity": 0.5, "ms": 8.0, "draft_ms": 4.0}
+    records += [cycle | {"drafts": n, "acceptance": a, "speedup": n * a} for n in (2, 3) for a in (0.7, 0.8)]
+    passes, said, cycles = verify_section(records).tables
+    assert passes.splitlines()[-1] == "| bf16 | 1,000 | verify | 8 | 4.50 | 1.14 |"
+    assert "int4 at 50 %, verified in bf16" in said
+    assert cycles.splitlines()[0] == "| after | drafts | ms | drafting | 70 % | 80 % |"
+    assert cycles.splitlines()[-1] == "| 1,000 | 3 | 8.00 | 4.00 | 2.10 | 2.40 |"

@@ -20,7 +20,7 @@ from teal_fast.tests.models import TINY
 
 pytestmark = [
     pytest.mark.skipif(library() is None, reason="needs the C++ step"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="lossless is of the CPU's step so far"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's; CUDA's is in test_verify_step.py"),
 ]
 PROMPT = list(range(5, 40))
 LENGTH = 160
