@@ -7,7 +7,7 @@ import pytest
 
 from teal_fast.files.paths import ROOT
 from teal_fast.report.results import PAGE, RESULTS, SECTIONS, TEMPLATE, main, make_page, read_results
-from teal_fast.report.results_speed import verify_section
+from teal_fast.report.results_several import verify_section
 
 MARKERS = "".join(f"<!-- {name} -->\n" for name in SECTIONS)
 OURS = {
