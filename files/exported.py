@@ -2,6 +2,7 @@
 
     config.json                    a Hugging Face config.json whose `quantization_config` is a `TealConfig`
     model.safetensors, …           dense weights in Hugging Face's names and order
+    model.safetensors.index.json   which files have weights: vLLM takes every other .safetensors for one without it
     teal_thresholds.safetensors    fp32 [K] by module name, at the block's sparsity; for programs without this project
     teal_calibration.safetensors   the calibration, which gives thresholds at any other sparsity
 
@@ -20,10 +21,11 @@ from torch import Tensor
 from teal_fast.families.config import is_teal, model_args
 from teal_fast.families.tensors import Tensors
 from teal_fast.files.calibration import Calibration, layer_inputs
-from teal_fast.files.checkpoint import CONFIG, read_config, sizes
+from teal_fast.files.checkpoint import CONFIG, WEIGHTS, read_config, sizes
 from teal_fast.files.store import new_file, open_safetensors, short, write_safetensors
 
 METHOD, VERSION = "teal", 1
+INDEX = f"{WEIGHTS}.index.json"
 MODES = ("decode", "mask")
 AGAIN = "make the folder again with `python -m teal_fast.scripts.export_hf`"
 
