@@ -57,11 +57,11 @@ def run(main: Callable[[], None], in_ranks: bool = False) -> NoReturn:
     except (ValueError, OSError, OutOfMemoryError) as error:
         fail(str(error))
     except (RuntimeError, MemoryError) as error:
-        if (said := explain_lost(error)) is not None:
-            fail(said)
-        if (said := explain_memory(error)) is None:
+        if (said := explain_memory(error)) is not None:
+            fail(f"out of memory ({said}): take shorter texts, a narrower type (--dtype) or another --device")
+        if (said := explain_lost(error)) is None:
             raise
-        fail(f"out of memory ({said}): take shorter texts, a narrower type (--dtype) or another --device")
+        fail(said)
     sys.exit(0)
 
 

@@ -97,7 +97,7 @@ def generate(session: Session, shown: str, ids: list[int], texts: int, profile: 
     """Prints so many texts after a prompt, of which `shown` is; of interrupted ones what they cost so far."""
     samples: list[Sample] = []
     try:
-        if texts > 1 and session.batches(ids):
+        if texts > 1 and session.batches(ids, texts):
             samples += [Sample(len(ids), batch=texts) for _ in range(texts)]
             with profiler(profile):
                 session.answer_together(ids, samples, shown)

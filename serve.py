@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.prefix_file import identity, load_prefixes, save_prefixes
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
+from teal_fast.engine.speculation.drafters import DraftModel
 from teal_fast.engine.speculation.find import find_drafts
 from teal_fast.files.calibration import MissingCalibrationError
 from teal_fast.files.store import check_writable
@@ -107,9 +109,13 @@ def load(options: argparse.Namespace, choice: ModelChoice) -> "Loaded":
     context = min(options.max_seq_length or LONGEST, longest)
     if longest < (options.max_seq_length or 0):
         print(f"the context is {longest} tokens: the model has no more", file=sys.stderr)
-    store, drafts = PrefixStore(options.cache_bytes), find_drafts(opened.folder, model, opened.tokenizer)
+    store = PrefixStore(options.cache_bytes)
+
+    def drafts() -> Iterator[DraftModel]:  # loaded by the first lossless request
+        yield from find_drafts(opened.folder, model, opened.tokenizer)
+
     engine = Engine(
-        model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store, drafts=drafts
+        model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store, drafts=drafts()
     )
     list(engine.stream(Request([0], sparsity=options.sparsity, max_new_tokens=2, stop=())))  # kernels start here
     engine.forget()

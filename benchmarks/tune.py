@@ -66,6 +66,10 @@ def tune(model: Transformer, processors: int) -> tuple[dict[str, int], float, fl
     """The best constants for a model at the thresholds now set; microseconds of a step without them and with them."""
     shape = stage_shape(model)
     chosen = {name: cut(shape, processors)[name.upper()] for name in TUNED}
+    try:
+        build_stages(model, **chosen)
+    except CudaError as error:
+        raise ValueError(str(error)) from error
     microseconds(model, chosen)  # warms up
     default = best = microseconds(model, chosen)
     wanted = dict(chosen)

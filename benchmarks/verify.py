@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from teal_fast.benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_tokens, random_model
-from teal_fast.cli import run
+from teal_fast.cli import pick_device, run
 from teal_fast.engine.speculation.drafters import DraftModel, ModelDrafter, likeliest
 from teal_fast.engine.staged_step import StagedStep, build_stages
 from teal_fast.engine.verify_step import TOKENS, VerifyStep, product
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON records to this file")
     options = parser.parse_args()
     check_records_path(options.out)
-    device, config = torch.device("cuda"), COMMON | SHAPES[options.shapes]
+    device, config = pick_device("cuda"), COMMON | SHAPES[options.shapes]
     common = describe(options.shapes, device, "bf16") | {"benchmark": "verify"}
     records, length = [], max(options.contexts) + 1024
     with torch.no_grad():

@@ -24,6 +24,8 @@ def first_row_kept(cache: KVCache) -> Iterator[None]:
     """In the block, position 0 may be overwritten, as a step does that is captured; afterwards it is as it was."""
     tensors = [*cache.k, *cache.v]
     rows = [tensor[:, :, :1].clone() for tensor in tensors]
-    yield
-    for tensor, row in zip(tensors, rows, strict=True):
-        tensor[:, :, :1] = row
+    try:
+        yield
+    finally:
+        for tensor, row in zip(tensors, rows, strict=True):
+            tensor[:, :, :1] = row

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.engine.adjust import Adjustment
+from teal_fast.engine.ranks.launch import LOST_RANK
 from teal_fast.engine.ranks.layers import agreed_seed
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import new_generator
@@ -87,8 +88,10 @@ class Drawing:
         return drawn
 
 
-def unsound(tokens: int) -> ValueError:
-    """The error of logits that are not finite, after so many tokens."""
+def unsound(tokens: int, lost: bool = False) -> ValueError:
+    """The error of logits that are not finite, after so many tokens. lost: since another rank's did not come."""
+    if lost:
+        return ValueError(LOST_RANK)
     return ValueError(
         f"the logits after {tokens} tokens hold NaN or inf: the checkpoint is damaged, or its values are too large for "
         "fp16 (then use bf16 or fp32)"

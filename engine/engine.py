@@ -286,7 +286,7 @@ class Engine:
             id, sound, logprob, top = found.wait()
             if not sound:
                 self._clear()  # its keys and values may hold NaN as well
-                raise unsound(len(prompt) + count - 1)
+                raise unsound(len(prompt) + count - 1, getattr(self.step, "lost", False))
             if previous is not None:  # the step that gave this token has put that one into the cache
                 self.held.add(previous, 0.0 if request.lossless else max(found.sparsity, self.lossless.stepped))
                 self._decoded.append(found.sparsity)

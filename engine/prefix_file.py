@@ -29,7 +29,7 @@ from teal_fast.files.store import (
 )
 from teal_fast.model import KVCache, Transformer
 
-VERSION = "1"
+VERSION = "2"  # 1 did not tell keys of dense graph steps on CUDA from those of passes
 
 
 def identity(folder: Path, model: Transformer, calibration: Calibration | None) -> dict[str, str]:

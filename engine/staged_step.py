@@ -125,8 +125,8 @@ class StagedStep:
             length=cache.length,
             eps=args.norm_eps,
         )
+        self.words = words
         if words is not None:
-            self._kept(words)
             self.step.words[: words.ranks], self.step.rank = words.addresses, words.rank
             self.step.calls, self.step.lost = words.calls.data_ptr(), words.lost.data_ptr()
         grids = measure_grids(model, addends(stages))
@@ -136,6 +136,11 @@ class StagedStep:
         )  # attended over
         self.graphs = {long: self._capture(long) for long in {False, self.longest > SHORT}}
         print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+    @property
+    def lost(self) -> bool:
+        """Whether another rank's values were waited for in vain."""
+        return self.words is not None and bool(self.words.lost)
 
     @property
     def best(self) -> tuple[Tensor, list[Tensor]]:
@@ -195,12 +200,20 @@ class StagedStep:
 
 def staged_step(model: Transformer, cache: KVCache) -> StagedStep | None:
     """The step in three stages, or None, saying why in a line, where the GPU or the model is not for it."""
+    ranks, stages, words, why = ranks_of(model), None, None, ""
     try:
-        stages, words = build_stages(model), rank_words(model)
+        stages = build_stages(model)
     except (ValueError, CudaError) as error:
-        instead = (
-            "by eight kernels a layer, some 15 % slower" if ranks_of(model) is None else "in plain PyTorch, slowly"
-        )
-        print(f"{error}: decoding {instead}", file=sys.stderr)
+        why = str(error)
+    if ranks is not None and ranks.mean({"built": float(stages is not None)})["built"] < 1:  # all of them, or none
+        stages, why = None, why or "no kernels for another rank"
+    if stages is not None:
+        try:
+            words = rank_words(model)
+        except ValueError as error:
+            stages, why = None, str(error)
+    if stages is None:
+        instead = "by eight kernels a layer, some 15 % slower" if ranks is None else "in plain PyTorch, slowly"
+        print(f"{why}: decoding {instead}", file=sys.stderr)
         return None
     return StagedStep(model, cache, stages, words)

@@ -5,7 +5,7 @@
 
 With device=cuda each replica has a GPU, on whichever node Ray finds one; the checkpoint lies in the same place on all.
 A replica keeps the prefixes of conversations that it answered, so a conversation may meet one that computes its prompt
-again. /metrics and PATCH /v1/requests/{id} reach one replica, of Ray's choice.
+again. An answer can't be changed while it runs (PATCH), and /metrics, of one of them, waits while all answer.
 """
 
 from argparse import ArgumentTypeError

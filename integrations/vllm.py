@@ -16,7 +16,7 @@ ADAPTER = "teal_fast.integrations.vllm_linear"
 
 
 def register() -> None:
-    """Entry point of vllm.general_plugins. Raises RuntimeError on a version of vLLM that was not tested."""
+    """Entry point of vllm.general_plugins. Raises RuntimeError on a version of vLLM outside the window."""
     check_version(installed_version())
     importlib.import_module(ADAPTER).register()
 
@@ -31,7 +31,7 @@ def installed_version() -> str:
 
 
 def check_version(found: str) -> None:
-    """Raises RuntimeError unless the version is in the tested window, whatever its last number."""
+    """Raises RuntimeError unless the version is in the window, whatever its last number."""
     if not minor(OLDEST) <= minor(found) <= minor(NEWEST):
         raise RuntimeError(
             f"teal-fast runs with vLLM {OLDEST} to {NEWEST}, found {found}: install one of these, "

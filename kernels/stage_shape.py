@@ -11,14 +11,8 @@ MOST_RANKS = 8
 MOST_ROWS = 512  # of whole numbers that a thread adds up: 512 · 128 · 32767 < 2^31
 GRANULES = {16: 32, 8: 64, 4: 128}  # channels: 64 bytes, which the GPU's memory reads at once
 UNROLL = {(16, 16): (4, 4), (8, 8): (2, 2), (8, 4): (2, 2)}  # steps a batch, by bits: the best on an H200
-
-
-TUNED = {
-    "unroll_a": 16,
-    "unroll_m": 16,
-    "channels": THREADS,
-    "sharers": 32,
-}  # what a sweep may set, and to at most what
+# What a sweep may set, and to at most what.
+TUNED = {"unroll_a": 16, "unroll_m": 16, "channels": THREADS, "sharers": 32}
 
 
 @dataclass(frozen=True)

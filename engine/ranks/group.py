@@ -54,7 +54,7 @@ class Ranks:
 
     def sum(self, partial: Tensor) -> Tensor:
         """The sum of every rank's tensor, in fp32."""
-        return self.all(partial.float()).sum(0)
+        return self.all(partial).float().sum(0)
 
     def gather(self, x: Tensor, size: int) -> Tensor:
         """[…, size]: every rank's share of it, x […, n], beside each other, as `Shard.of` deals them out."""

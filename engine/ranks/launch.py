@@ -16,12 +16,13 @@ TIMEOUT = timedelta(minutes=10)  # of a rank that hangs; loading may keep others
 A_MOMENT = 1.0  # second
 ENDED = "teal-fast/ended"  # the store's key that the first rank takes that fails
 LOST = re.compile(r"/gloo/|Connection (closed|reset)|NCCL")
+LOST_RANK = "another rank has ended or hangs: start all of them again"
 _store: dist.Store | None = None
 
 
 def launched() -> int:
     """How many processes torchrun started, or one."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1  # others set WORLD_SIZE too
 
 
 def meet(served: bool) -> None:
@@ -78,10 +79,10 @@ def wait_for_rank_0() -> None:
 
 def explain_lost(error: BaseException) -> str | None:
     """What an error says of ranks that ended; None when it is about something else."""
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and LOST.search(str(error))):
-        rank = os.environ.get("RANK")
-        return f"rank {rank} of {launched()} waits for another that has ended or hangs: start all of them again"
-    return None
+    if _store is None or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+        return None
+    said, _, _ = str(error).strip().partition("\n")
+    return f"{LOST_RANK} (rank {os.environ['RANK']} of {launched()} was told: {said})"
 
 
 def _show_mistake(*error) -> None:

@@ -99,11 +99,12 @@ class ModelDrafter:
             self.step(token, torch.tensor([position]))
             token = self.step.best[0].view(1, 1)
             drafts.append(Draft(token.flatten().clone()))
-        self.held = list(text)
+        self.held = [*text, *(draft.id for draft in drafts[:-1])]
         return drafts
 
     def _read(self, text: Sequence[int]) -> None:
         """Brings the cache up to the text without its last token, densely."""
+        self.held = [int(id) for id in self.held]  # by now they are known
         pairs, end = enumerate(zip(self.held, text, strict=False)), len(text) - 1
         known = min(next((i for i, (a, b) in pairs if a != b), len(self.held)), end)
         if known < end and not hasattr(self.step, "dense"):

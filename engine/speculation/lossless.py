@@ -65,7 +65,7 @@ class Lossless:
         models: Iterable[DraftModel] = (),
     ):
         self.step, self.cache, self.make_step = step, cache, make_step
-        self.model, self.calibration, self.others = model, calibration, tuple(models)
+        self.model, self.calibration, self.others = model, calibration, models
         self.controller, self.ngram, self.statistics = Controller(), NGram(), Statistics()
         self.drafters: dict[str, ModelDrafter] = {}
         self.arms: dict[tuple[str, float], Arm] = {}

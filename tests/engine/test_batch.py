@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teal_fast.engine.batch import Batch, BatchCache, batch_logits
+from teal_fast.engine.batch import BatchCache, batch_logits
 from teal_fast.engine.cpu_step import CpuStep
 from teal_fast.engine.cuda_step import plain_step
 from teal_fast.engine.engine import Engine
@@ -303,7 +303,3 @@ def test_damaged_logits_end_the_batch():
     model.output.weight[3] = torch.nan
     with pytest.raises(ValueError, match="the logits after 1 tokens hold NaN or inf"):
         Engine(model, context=32).generate([Request([5], GREEDY), Request([6], GREEDY)])
-
-
-def test_a_batch_is_an_iterator_of_its_own():
-    assert isinstance(engine().batch(requests(1, 0.0)), Batch)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from teal_fast.benchmarks.shapes import calibrate_on_random_tokens, random_model
-from teal_fast.engine import verify_step
 from teal_fast.engine.engine import Engine
 from teal_fast.engine.prefill import prefill
 from teal_fast.engine.request import Request
@@ -278,4 +277,3 @@ def test_models_that_it_does_not_serve():
     with pytest.raises(ValueError, match="does not serve heads of 48"):
         check_verifiable(tiny(EVEN | {"head_dim": 48}))
     check_verifiable(tiny(EVEN))
-    assert verify_step.TOKENS in (8, 16)

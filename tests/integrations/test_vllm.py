@@ -4,7 +4,7 @@ from teal_fast.integrations.vllm import DISTRIBUTIONS, check_version, installed_
 
 
 @pytest.mark.parametrize("found", ["0.28.0", "0.32.1", "0.33.0rc1", "0.33.0+cu130"])
-def test_tested_versions_of_vllm_are_taken(found):
+def test_versions_in_the_window_are_taken(found):
     check_version(found)
 
 
