@@ -371,7 +371,8 @@ def test_calibration_of_another_model_is_refused(tiny, biased, tmp_path, calibra
     tensors["layers.1.attention.wo.weight"][0] += 1
     save_file(tensors, finetuned / WEIGHTS, metadata={"format": "teal-fast"})
     with pytest.raises(
-        ValueError, match=rf"has weights '\w+' \(checkpoint: '\w+'\); run `python calibrate\.py` on {finetuned}"
+        ValueError,
+        match=rf"has weights '\w+' \(checkpoint: '\w+'\); run `python calibrate\.py --checkpoint {finetuned}`",
     ):
         calibration.check(finetuned)
 
