@@ -81,7 +81,7 @@ def explain_lost(error: BaseException) -> str | None:
     """What an error says of ranks that ended; None when it is about something else."""
     if _store is None or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
         return None
-    said, _, _ = str(error).strip().partition("\n")
+    said = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0][:100]  # without the library's source file
     return f"{LOST_RANK} (rank {os.environ['RANK']} of {launched()} was told: {said})"
 
 
