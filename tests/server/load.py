@@ -74,7 +74,7 @@ def crowd(load: Load, server: Server, expected: list[str], seed: int) -> tuple[d
 
 def endure(load: Load, server: Server, expected: list[str]) -> tuple[dict, list[str]]:
     """Many requests, over which memory and threads stay as they are."""
-    steady(load, server.port, load.requests // 2)  # warms up: what is kept of the last requests is kept from then on
+    steady(load, server.port, load.requests)  # warms up: what is kept of the last requests is kept from then on
     time.sleep(1)
     memory, threads = server.memory(), server.threads()
     outcomes = steady(load, server.port, load.requests)
