@@ -13,7 +13,6 @@ so it stands beside every number. `--baseline` zeroes weights instead (evaluatio
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from teal_fast.cli import (
 from teal_fast.evaluation.models import models_at, pruned_models, wanda_batch
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, WindowProtocol, evaluate_text
 from teal_fast.evaluation.pruning import BASELINES
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.evaluation.tasks import PREFILLS, evaluate_tasks, read_task
 from teal_fast.files.load import load_model
 from teal_fast.files.paths import DATA
@@ -133,9 +132,7 @@ def main() -> None:
         "calibration": opened.calibration.origin if opened.calibration else None,
     }
     records = [common | record for record in records]
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

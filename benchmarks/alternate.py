@@ -8,7 +8,6 @@ of each; the record holds each round's ratio of this checkout's tokens/s to the 
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from teal_fast.cli import positive_int, run
-from teal_fast.evaluation.record import check_records_path, write_records
+from teal_fast.evaluation.record import check_records_path, put_out
 from teal_fast.files.paths import IN_A_CLONE, ROOT
 from teal_fast.files.store import parse_json
 
@@ -86,9 +85,7 @@ def main() -> None:
         print(
             f"{record['sparsity']:.0%} after {record['prompt_tokens']}: {record['ratio']:.4f} times as fast as before"
         )
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

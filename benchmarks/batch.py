@@ -14,7 +14,6 @@ same.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.measure import cache_length
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.families.config import model_args
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.kernels.sparse_gemm import sparse_gemm
@@ -276,9 +275,7 @@ def main() -> None:
         records += [common | found for found in product_records(args, formats, device, options.rounds)]
     for record in records:
         print_record(record)
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

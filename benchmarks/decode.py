@@ -18,7 +18,6 @@ and come after our model is gone. A row's host share is what a token costs outsi
 """
 
 import argparse
-import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from teal_fast.benchmarks.rows import Task, first_token_ratios, measure, random_
 from teal_fast.benchmarks.shapes import COMMON, SHAPES
 from teal_fast.cli import open_checkpoint, pick_device, positive_int, run, sparsity
 from teal_fast.engine.measure import profiler
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.files.demo import find_gguf
 from teal_fast.sparse_model import dtype_name, format_of
 from teal_fast.weights.formats import DTYPES, FORMATS
@@ -190,9 +189,7 @@ def main() -> None:
             print_record(record)
         print("\n".join(ratios(found) + first_token_ratios(found)), flush=True)
         records += found
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ there for its time alone: its weights are 2 and 4 times the bytes. Prints one JS
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,7 @@ from teal_fast.benchmarks.bandwidth import bandwidth_meter
 from teal_fast.benchmarks.kernels import COLD_BYTES, layer_products, time_passes
 from teal_fast.benchmarks.shapes import COMMON, SHAPES
 from teal_fast.cli import run
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.families.config import model_args
 from teal_fast.kernels.few_token_gemm import few_token_gemm
 from teal_fast.kernels.packed import PackedWeight
@@ -82,9 +81,7 @@ def main() -> None:
                     print(f"{name:<8} {format:<5} {kernel:<15} {tokens:>3} tokens {time:>7.1f} us  "
                           f"{records[-1]['bandwidth_share']:.0%} of read bandwidth")  # fmt: skip
             del weights
-    if options.out:
-        write_records(options.out, records)
-    print(json.dumps(records))
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

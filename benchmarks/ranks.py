@@ -8,7 +8,6 @@ rank's thresholds are calibrated on random tokens. Rank 0 prints one JSON line o
 
 import argparse
 import gc
-import json
 import uuid
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from teal_fast.benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_toke
 from teal_fast.cli import positive_int, run, sparsity
 from teal_fast.engine.ranks.group import Ranks
 from teal_fast.engine.ranks.layers import connect
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.families.config import model_args
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import format_of
@@ -94,9 +93,7 @@ def main() -> None:
     for record in records:
         print(f"{record['ranks']} ranks", end=" ")
         print_record(record)
-    print(json.dumps(records))
-    if options.out and ranks.shard.rank == 0:
-        write_records(options.out, records)
+    put_out(records, options.out if ranks.shard.rank == 0 else None)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Prints the records as one JSON line; --out writes the same.
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from teal_fast.calibration.corpus import encode_corpus
 from teal_fast.cli import ModelChoice, add_model_arguments, open_model, run, sparsity
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.files.calibration import Calibration
 from teal_fast.kernels import compact_gemv, gate_up
 from teal_fast.kernels.backend import INTERPRETED
@@ -146,9 +145,7 @@ def main() -> None:
             f"{found['error_percent']:9.4f} %, at most {found['error_percent_most']:.4f} %",
             flush=True,
         )
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ demo's weights as bf16, and as many threads; --gguf names the weights of other c
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from teal_fast.benchmarks.rows import take_turns
 from teal_fast.benchmarks.served import Client, Generated, Plan, Row, Served, make_plan
 from teal_fast.benchmarks.servers import Server, ours
 from teal_fast.cli import ModelChoice, open_model, positive_int, run, sparsity
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.files.demo import find_gguf
 from teal_fast.sparse_model import format_of
 
@@ -153,9 +152,7 @@ def main() -> None:
     records = to_records(rows, [rounds for rounds, _ in results])
     for record in records:
         print_record(record)
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

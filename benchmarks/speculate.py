@@ -10,7 +10,6 @@ losslessly by turns; `ratio` is that of their times, without the prompts'. Texts
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.speculation.find import find_drafts
 from teal_fast.engine.speculation.lossless import AUTO, MOST_CHOSEN, NGRAM, SELF, SPARSITIES
 from teal_fast.engine.speculation.statistics import Statistics
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.sparse_model import format_of
 
 PROMPTS = {
@@ -158,9 +157,7 @@ def main() -> None:
         shown = record.get("predicted") or {"measured": record.get("ratio")}
         best = max(shown, key=shown.get)
         print(f"{record['draft']} {record.get('draft_sparsity', '')}: {shown[best]:.2f}x dense ({best})")
-    if options.out:
-        write_records(options.out, records)
-    print(json.dumps(records))
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

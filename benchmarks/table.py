@@ -8,7 +8,6 @@ Prints the table as Markdown and one JSON line of records; --out writes the reco
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from teal_fast.benchmarks.rows import measure
 from teal_fast.calibration.corpus import read_ids
 from teal_fast.cli import open_calibration, open_checkpoint, pick_device, positive_int, run, sparsity
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, cut_windows, evaluate
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.families.config import model_args
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.checkpoint import read_config
@@ -106,9 +105,7 @@ def main() -> None:
         speed["decode_achieved_sparsity"] = speed.pop("achieved_sparsity")
         records.append(about | speed | quality | {"bits": bits})
     print(markdown(records))
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

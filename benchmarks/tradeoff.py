@@ -9,7 +9,6 @@ report/results.py draws them.
 """
 
 import argparse
-import json
 import statistics
 import uuid
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from teal_fast.benchmarks.rows import Row, Task, measure
 from teal_fast.calibration.corpus import read_ids
 from teal_fast.cli import ModelChoice, Opened, open_model, positive_int, run, sparsity
 from teal_fast.evaluation.perplexity import DEFAULT_TEXT, window_loss
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.demo import find_gguf
 from teal_fast.sparse_model import Phase, format_of
@@ -130,9 +129,7 @@ def main() -> None:
     records = compare(opened, gguf, options.text, options.windows, plan)
     for record in records:
         print_record(record)
-    print(json.dumps(records))
-    if options.out:
-        write_records(options.out, records)
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ had each draft stood with a probability (`acceptance`) if those before it did.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from teal_fast.cli import pick_device, run
 from teal_fast.engine.speculation.drafters import DraftModel, ModelDrafter, likeliest
 from teal_fast.engine.staged_step import StagedStep, build_stages
 from teal_fast.engine.verify_step import TOKENS, VerifyStep, product
-from teal_fast.evaluation.record import check_records_path, describe, write_records
+from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.kernels.decode_stages import SHORT
 from teal_fast.model import KVCache, Transformer
@@ -141,9 +140,7 @@ def main() -> None:
             cycles = time_cycles(drafter, verify, context, dense, [*ACCEPTANCES, *options.acceptance])
             records += [about | record for record in cycles]
     records = [common | record for record in records]
-    if options.out:
-        write_records(options.out, records)
-    print(json.dumps(records))
+    put_out(records, options.out)
 
 
 if __name__ == "__main__":

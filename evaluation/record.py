@@ -61,6 +61,13 @@ def write_records(path: Path, records: list[dict]) -> None:
         temporary.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 
+def put_out(records: list[dict], path: Path | None) -> None:
+    """Prints records as one JSON line, a program's last, and writes them to a file if there is one to write."""
+    print(json.dumps(records))
+    if path:
+        write_records(path, records)
+
+
 def check_records_path(path: Path | None) -> None:
     """Raises ValueError when no records can be written to `path`: a command calls it before its work. None passes.
 
