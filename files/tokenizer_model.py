@@ -3,7 +3,6 @@
 import base64
 import re
 from collections.abc import Callable, Iterable
-from os.path import commonprefix
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -129,7 +128,8 @@ def _longest(ends: dict[str, str]) -> str:
             rests.setdefault(name[0], {})[name] = end
     parts = []
     for names in rests.values():
-        shared = commonprefix([*names])
+        first, last = min(names), max(names)  # what these share at their beginning, all share
+        shared = first[: next((i for i, char in enumerate(first) if char != last[i]), len(first))]
         parts.append(re.escape(shared) + _longest({name[len(shared) :]: end for name, end in names.items()}))
     parts += [ends[""]] if "" in ends else []
     return f"(?:{'|'.join(parts)})" if len(parts) > 1 else parts[0]

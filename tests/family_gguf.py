@@ -12,6 +12,7 @@ from teal_fast.tests.gguf_models import MERGES, VOCABULARY, permute
 
 WITHOUT_GGUF = ("granite 4",)
 ARCHITECTURES = {"gemma3_text": "gemma3", "ministral3": "mistral3", "mistral": "llama", "olmo3": "olmo2"}
+ARCHITECTURES |= {"hunyuan_v1_dense": "hunyuan-dense"}
 PERMUTED = ("llama", "mistral3", "granite", "smollm3")  # q and k: pairs that turn together stand side by side
 
 
@@ -38,6 +39,9 @@ def write_family_gguf(path: Path, model: torch.nn.Module) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(VOCABULARY)
@@ -63,7 +67,7 @@ def write_rope(writer: gguf.GGUFWriter, config, head_dim: int) -> None:
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"] * rope.get("alpha", 1.0) ** (head_dim / (head_dim - 2)))
     if "sliding_attention" in config.rope_parameters:
         local = config.rope_parameters["sliding_attention"]["rope_theta"]
         writer.add_float32(f"{writer.arch}.rope.freq_base_swa", local)

@@ -30,8 +30,9 @@ from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
 
 TOKENS, HALF = 80, 40
-# llama.cpp's architecture llama has no window, and it scales Gemma 3's queries by their own size.
-LOST_IN_GGUF = {"mistral": {"sliding_window": None}, "gemma 3": {"query_pre_attn_scalar": 16}}
+# llama.cpp's architecture llama has no window, and it scales Gemma's queries by their own size.
+LOST_IN_GGUF = {"mistral": {"sliding_window": None}, "gemma 2": {"query_pre_attn_scalar": 16}}
+LOST_IN_GGUF["gemma 3"] = LOST_IN_GGUF["gemma 2"]
 TOLERANCE = 1e-4  # fp32 sums in another order, of logits of a unit
 TOLERANCE_QUANTIZED = {"int8": 1e-3, "int4": 0.05}  # inputs rounded to 16 bits, rows' factors to 8: test_cpu_step.py
 
