@@ -24,7 +24,7 @@ from teal_fast.files.load import load_model
 from teal_fast.files.paths import ROOT
 from teal_fast.model import Transformer
 from teal_fast.sparse_model import sparse_layers, sparsify
-from teal_fast.tests.family_gguf import WITHOUT_GGUF, write_family_gguf
+from teal_fast.tests.family_gguf import write_family_gguf
 from teal_fast.tests.family_models import FAMILIES, make_family, write_family
 from teal_fast.weights.formats import Format
 from teal_fast.weights.output import Int8Output
@@ -145,9 +145,6 @@ def test_quantized_weights(family, model, text, format, documented):
 
 
 def test_gguf(family, theirs, text, tmp_path, documented):
-    if family in WITHOUT_GGUF:
-        assert documented[family]["GGUF"] == "no"
-        return
     written = make_family(family, **LOST_IN_GGUF.get(family, {}))
     write_family_gguf(tmp_path / "model.gguf", written)
     convert_gguf(tmp_path / "model.gguf", tmp_path / "ours", torch.float32)
