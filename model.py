@@ -26,6 +26,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """x kept within -cap … cap; x itself where cap is 0."""
+    return cap * (x / cap).tanh() if cap else x
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float) -> Tensor:
+    """scaled_dot_product_attention with scores kept within a cap, which that has no argument for (Gemma 2)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = soft_cap(q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, torch.float32).to(v.dtype) @ v
+
+
 class Linear(nn.Linear):
     def forward(self, x: Tensor, phase: Any = None) -> Tensor:
         """A dense layer computes the same in every phase of a call."""
@@ -91,18 +106,21 @@ class Attention(nn.Module):
         self.sizes = (query, key, key)
         self.wqkv = Linear(args.dim, sum(self.sizes), bias=args.qkv_bias)
         self.wo = Linear(query, args.dim, bias=args.o_bias)
-        self.scale = args.attention_scale
+        self.scale, self.cap = args.attention_scale, args.attention_cap
         widths = (query, key) if args.qk_norm == "whole" else (args.head_dim, args.head_dim)
         self.q_norm, self.k_norm = (norm(width, args, bool(args.qk_norm)) for width in widths)
         self.widths = (*widths, args.head_dim)  # of what a norm sees at once
+        self.norm_turned = args.qk_norm == "turned"
 
     def forward(self, x: Tensor, call: Call, mask: Tensor | None, layer: int) -> Tensor:
         batch, tokens, _ = x.shape
         parts = self.wqkv(x, call.phase).split(self.sizes, dim=-1)
         q, k, v = (part.view(batch, tokens, -1, width) for part, width in zip(parts, self.widths, strict=True))
-        normed = (self.q_norm(q), self.k_norm(k), v)
+        normed = (q, k, v) if self.norm_turned else (self.q_norm(q), self.k_norm(k), v)
         q, k, v = (part.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for part in normed)
         q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
+        if self.norm_turned:  # Hunyuan; weights of a norm that comes before would be turned as well
+            q, k = self.q_norm(q), self.k_norm(k)
         if call.growth is not None:
             q = q * call.growth
         if call.cache is not None:
@@ -112,7 +130,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
             enable_gqa=self.n_heads != self.n_kv_heads,
-        )  # fmt: skip
+        ) if not self.cap else capped_attention(q, k, v, mask, self.scale, self.cap)  # fmt: skip
         return self.wo(y.transpose(1, 2).reshape(batch, tokens, -1), call.phase)
 
 
@@ -214,7 +232,11 @@ class Transformer(nn.Module):
         self, tokens: Tensor, input_pos: Tensor | None = None, cache: KVCache | None = None, phase: Any = None
     ) -> Tensor:
         """Logits [B, T, vocab] of tokens [B, T]; see `hidden`."""
-        return self.output(self.hidden(tokens, input_pos, cache, phase))
+        return self.logits(self.hidden(tokens, input_pos, cache, phase))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of final normed hidden states [..., dim]."""
+        return soft_cap(self.output(hidden), self.args.output_cap)
 
     def calls(
         self,

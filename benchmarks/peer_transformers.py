@@ -7,6 +7,7 @@ prompt that is computed every time. On CUDA it is `generate` with a static cache
 import copy
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,8 +40,6 @@ def rows(task: Task) -> Iterator[Row]:
 def _load(task: Task) -> nn.Module:
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     dtype = DTYPES[task.format]
     if isinstance(task.weights, dict):
         options = {name: value for name, value in task.weights.items() if name != "model_type"}
@@ -49,9 +48,17 @@ def _load(task: Task) -> nn.Module:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options, eos_token_id=None))
             torch.set_default_dtype(torch.float32)
         return model.eval()
-    folder, file = str(task.weights.parent), task.weights.name
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
-    return model.to(task.device).eval()
+    return load_gguf(task.weights, dtype).to(task.device)
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
+    """transformers' model of a GGUF file, its weights dequantized, on the CPU."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    return model.eval()
 
 
 @torch.no_grad()

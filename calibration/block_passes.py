@@ -78,24 +78,31 @@ def _gradient(compute: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) 
 
 @torch.no_grad()
 def loss_gradient(
-    hidden: Tensor, output: torch.nn.Module, tokens: Tensor, dense: Tensor | None, done: Done = lambda work: None
+    hidden: Tensor,
+    output: torch.nn.Module,
+    tokens: Tensor,
+    dense: Tensor | None,
+    cap: float,
+    done: Done = lambda work: None,
 ) -> Tensor:
     """The gradient of a loss, summed over tokens, by the final hidden states [T, dim]: in their dtype.
 
     The loss is the KL divergence from the dense model's predictions if `dense` is given, else the cross-entropy of the
-    tokens. hidden, dense: final hidden states [T, dim]; output: the output layer, for both; tokens: [T]. done: is told
-    how many of the tokens are.
+    tokens. hidden, dense: final hidden states [T, dim]; output: the output layer, for both; tokens: [T]; cap: what its
+    logits are kept within, or 0. done: is told how many of the tokens are.
     """
     found = torch.zeros_like(hidden)  # the last token has no successor to predict
     last, vocab = len(tokens) - 1, sum(len(piece) for piece in output_pieces(output))
     step = max(LOGITS_AT_ONCE // vocab, 1)
     for start in range(0, last, step):
         rows = slice(start, min(start + step, last))
-        by_logits = probabilities(hidden[rows], output, vocab)
+        by_logits, slope = probabilities(hidden[rows], output, vocab, cap)
         if dense is None:
             by_logits.scatter_add_(1, tokens[1:][rows, None], by_logits.new_full((len(by_logits), 1), -1))
         else:
-            by_logits -= probabilities(dense[rows], output, vocab)
+            by_logits -= probabilities(dense[rows], output, vocab, cap)[0]
+        if slope is not None:
+            by_logits *= slope
         begin, total = 0, 0
         for piece in output_pieces(output):
             total = total + by_logits[:, begin : (begin := begin + len(piece))] @ piece
@@ -104,11 +111,15 @@ def loss_gradient(
     return found
 
 
-def probabilities(hidden: Tensor, output: torch.nn.Module, vocab: int) -> Tensor:
-    """The predictions fp32 [T, vocab] from final hidden states [T, dim]."""
+def probabilities(hidden: Tensor, output: torch.nn.Module, vocab: int, cap: float) -> tuple[Tensor, Tensor | None]:
+    """The predictions fp32 [T, vocab] from final hidden states [T, dim], and the slope of the cap, if there is one."""
     found, begin = hidden.new_empty(len(hidden), vocab, dtype=torch.float32), 0
     for piece in output_pieces(output):
         found[:, begin : (begin := begin + len(piece))] = F.linear(hidden.float(), piece)
+    slope = None
+    if cap:
+        slope = 1 - found.div_(cap).tanh_().square()
+        found *= cap
     for rows in found.split(ROWS_AT_ONCE):
         rows.copy_(rows.softmax(-1))
-    return found
+    return found, slope

@@ -161,6 +161,7 @@ def _observe(
                 model.output,
                 tokens[0],
                 None if dense is None else dense[0],
+                model.args.output_cap,
                 lambda count: progress.add(per_token * count),
             )
             backpropagate(model, states, gradient[None], progress.add)

@@ -62,7 +62,7 @@ def batch_logits(model: Transformer, cache: BatchCache, tokens: Tensor, position
     masks = {window: of_each(model.mask(positions, cache.length, window)) for window in set(windows)}
     for number, (layer, window) in enumerate(zip(model.layers, windows, strict=True)):
         x = layer(x, calls[number], masks[window], number)
-    return model.output(model.norm(x))[:, 0]
+    return model.logits(model.norm(x))[:, 0]
 
 
 class CapturedBatch:

@@ -45,7 +45,7 @@ def prompt_logits(
     model: Transformer, cache: KVCache, tokens: Tensor, input_pos: Tensor | None, last: Tensor, phase: Phase
 ) -> Tensor:
     """Fills the cache with tokens [1, T]; logits [n, vocab] after their numbers `last` [n]. See Transformer.hidden."""
-    return model.output(model.hidden(tokens, input_pos, cache, phase)[0, last])
+    return model.logits(model.hidden(tokens, input_pos, cache, phase)[0, last])
 
 
 def fewest_rows(model: Transformer) -> int:

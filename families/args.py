@@ -46,7 +46,8 @@ class ModelArgs:
 
     ropes: the rotary embeddings that its layers have; rope_of: which of them each has. sliding_windows: each layer's
     window in tokens, None for full attention. turned: channels of a head that rotary embedding turns, in the files that
-    weights come from. qk_norm: of q and k, "head" by head or "whole", "" for none.
+    weights come from. qk_norm: of q and k, "head" by head or "whole", "turned" head by head after the rotary
+    embedding, "" for none. attention_cap, output_cap: scores and logits become cap * tanh(x / cap); 0 for as they are.
     attention_scale: of the scores, None for 1 / sqrt(head_dim). query_growth: beta and tokens: from each so many tokens
     to the next, queries grow as 1 + beta * ln(1 + position // tokens).
     """
@@ -76,6 +77,8 @@ class ModelArgs:
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     query_growth: tuple[float, int] | None = None
+    attention_cap: float = 0.0
+    output_cap: float = 0.0
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
@@ -96,12 +99,14 @@ class ModelArgs:
         found = {
             "qk_norm": ("norms of q and k", self.qk_norm),
             "whole_norm": ("norms over all of q and of k", self.qk_norm == "whole"),
+            "turned_norm": ("norms behind the rotary embedding", self.qk_norm == "turned"),
             "norm_behind": ("norms behind attention and MLP", self.norm_behind),
             "norm_before": ("no norms before them", not self.norm_before),
             "activation": (f"an MLP with {self.activation}", self.activation != "silu"),
             "embedding_scale": ("scaled embeddings", self.embedding_scale != 1),
             "attention_scale": ("scores scaled otherwise", self.attention_scale is not None),
             "query_growth": ("queries that grow with their position", self.query_growth),
+            "caps": ("soft caps", self.attention_cap or self.output_cap),
             "ropes": ("several rotary embeddings", len(self.ropes) > 1),
             "sizes": ("rotary embedding that scales", any(size != 1 for rope in self.ropes for size in rope.sizes)),
         }

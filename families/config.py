@@ -200,7 +200,13 @@ def _granite(config: dict[str, Any], args: ModelArgs) -> ModelArgs:
 
 def _gemma(config: dict[str, Any], args: ModelArgs) -> ModelArgs:
     scalar = positive("query_pre_attn_scalar", _or(config, "query_pre_attn_scalar", 256))
-    return replace(args, embedding_scale=args.dim**0.5, attention_scale=scalar**-0.5)
+    args = replace(args, embedding_scale=args.dim**0.5, attention_scale=scalar**-0.5)
+    if config["model_type"] != "gemma2":
+        return args
+    # Here null is no cap, not the default.
+    caps = [config.get(name, default) for name, default in SOFT_CAPS.items()]
+    caps = [0.0 if cap is None else positive(name, cap) for name, cap in zip(SOFT_CAPS, caps, strict=True)]
+    return replace(args, attention_cap=caps[0], output_cap=caps[1])
 
 
 def _llama4(config: dict[str, Any], args: ModelArgs) -> ModelArgs:
@@ -219,4 +225,5 @@ def _or(config: dict[str, Any], name: str, default: float) -> Any:
 
 
 GRANITE_SCALES = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 SCALES = {"granite": _granite, "gemma": _gemma, "llama4": _llama4}

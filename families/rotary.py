@@ -23,6 +23,7 @@ ROPE_FIELDS = {  # what each kind needs besides its theta
     "yarn": ("factor", ORIGINAL),
     "longrope": (ORIGINAL,),
     "proportional": (),
+    "ntk_alpha": ("alpha",),  # ours: Hunyuan calls it dynamic, but its theta is the same for all texts
     "factors": (),  # ours, not Hugging Face's: a GGUF file holds the divisors of the rotary frequencies themselves
 }
 MAY_STAND = {  # what else may; null is as if it did not
@@ -89,6 +90,8 @@ def read_block(config: dict[str, Any], block: dict[str, Any], family: Family) ->
     kind = block.get("rope_type", block.get("type", "default"))
     phi3 = config["model_type"] == "phi3"
     kind = PHI3_KINDS.get(kind, kind) if phi3 and isinstance(kind, str) else kind
+    if config["model_type"] == "hunyuan_v1_dense" and kind == "dynamic" and block.get("alpha"):
+        kind = "ntk_alpha"
     known = {"default", "longrope"} if phi3 else ROPE_FIELDS.keys()
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"config.json: rope_type {brief(kind)} is not supported, expected one of {sorted(known)}")
@@ -148,7 +151,8 @@ def make_rope(settings: dict[str, Any], head_dim: int) -> Rope:
     dim = turned(settings, head_dim)
     pairs = int(settings["share"] * head_dim // 2) if kind == "proportional" else dim // 2
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")[:pairs] / dim
-    frequency, size = 1.0 / settings["rope_theta"] ** exponent, 1.0
+    stretched = settings["alpha"] ** (dim / (dim - 2)) if kind == "ntk_alpha" else 1.0
+    frequency, size = 1.0 / (settings["rope_theta"] * stretched) ** exponent, 1.0
     for name in LISTS.get(kind, ()):
         if len(settings[name]) != pairs:
             raise ValueError(f"config.json: {len(settings[name])} rope factors ({name}), expected {pairs}")

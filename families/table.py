@@ -41,7 +41,7 @@ FOUR_NORMS = {
     "ffn_norm_behind": ("post_feedforward_layernorm",),
 }
 ATTENTION_BIAS = ("attention_bias", False)
-GELU = "gelu_pytorch_tanh"
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False}
 
 
 @dataclass(frozen=True)
@@ -166,18 +166,14 @@ FAMILIES = {
     ),
     "olmo2": Family(**OLMO),
     "olmo3": Family(**OLMO, theta=5e5, windows="layers", full_every=4, local_rope=5e5),
+    "gemma2": gemma(gguf="gemma2", full_every=2, fixed=GEMMA),
     "gemma3_text": gemma(
         gguf="gemma3",
         theta=1e6,
         qk_norm="head",
         full_every=6,
         local_rope=1e4,
-        fixed={
-            "hidden_activation": GELU,
-            "final_logit_softcapping": None,
-            "attn_logit_softcapping": None,
-            "use_bidirectional_attention": False,
-        },
+        fixed=GEMMA | {"final_logit_softcapping": None, "attn_logit_softcapping": None},
     ),
     "glm4": Family(
         gguf="glm4",
@@ -211,13 +207,27 @@ FAMILIES = {
         mlp_bias=("mlp_bias", False),
         gguf_names={"ffn_norm": ("post_attention_norm",)},
     ),
+    "hunyuan_v1_dense": Family(
+        gguf="hunyuan-dense",
+        qkv_bias=ATTENTION_BIAS,
+        o_bias=ATTENTION_BIAS,
+        qk_norm="turned",
+        names={"attention.q_norm": ("self_attn.query_layernorm",), "attention.k_norm": ("self_attn.key_layernorm",)},
+    ),
 }
 # The start of the class's name in transformers, which others go by; it ends in ForCausalLM.
 CLASSES = {
     **{"llama": "Llama", "mistral": "Mistral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3"},
     **{"granite": "Granite", "granitemoehybrid": "GraniteMoeHybrid", "phi3": "Phi3", "smollm3": "SmolLM3"},
-    **{"olmo2": "Olmo2", "olmo3": "Olmo3", "gemma3_text": "Gemma3", "glm4": "Glm4", "ernie4_5": "Ernie4_5"},
-    "seed_oss": "SeedOss",
+    **{
+        "olmo2": "Olmo2",
+        "olmo3": "Olmo3",
+        "gemma2": "Gemma2",
+        "gemma3_text": "Gemma3",
+        "glm4": "Glm4",
+        "ernie4_5": "Ernie4_5",
+    },
+    **{"seed_oss": "SeedOss", "hunyuan_v1_dense": "HunYuanDenseV1"},
 }
 # Models with a vision tower around text, which is `text_config`: its model_type where it says none.
 WRAPPERS = {"mistral3": "mistral", "gemma3": "gemma3_text"}

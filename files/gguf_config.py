@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import torch
 
+from teal_fast.families.config import SOFT_CAPS
 from teal_fast.families.table import FAMILIES, Family
 from teal_fast.files.gguf_reader import dequantize, find_value
 from teal_fast.files.pre_tokenizers import well_known
@@ -25,7 +26,8 @@ FIXED_KEYS = {"attention.causal": True}  # what llama.cpp reads for every model
 TOKENS = "tokenizer.ggml.tokens"
 # The family of an architecture's files, where it has another name or several: the others have the same.
 MODEL_TYPES = {family.gguf: name for name, family in reversed(FAMILIES.items()) if family.gguf}
-GEMMA3_27B = 62  # layers; its queries are scaled by dim / heads, as llama.cpp tells it from the others
+# Layers of Gemma 2's and 3's 27B; their queries are scaled by dim / heads, as llama.cpp tells them from the others.
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def to_config(
@@ -112,14 +114,16 @@ def granite_keys(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, A
     }
 
 
-def gemma3_keys(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, Any]:
-    large = config["num_hidden_layers"] == GEMMA3_27B
-    scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+def gemma_keys(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, Any]:
+    architecture = find_value(reader, "general.architecture", str)
+    large = config["num_hidden_layers"] == GEMMA_27B[architecture]
+    caps = SOFT_CAPS if architecture == "gemma2" else dict.fromkeys(SOFT_CAPS, 0.0)
     return {
-        "sliding_window": find_value(reader, "gemma3.attention.sliding_window", int),
-        "query_pre_attn_scalar": scalar,
-        "final_logit_softcapping": find_value(reader, "gemma3.final_logit_softcapping", float, 0.0) or None,
-    }
+        "sliding_window": find_value(reader, f"{architecture}.attention.sliding_window", int),
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if large
+        else config["head_dim"],
+    } | {name: find_value(reader, f"{architecture}.{name}", float, default) or None for name, default in caps.items()}
 
 
 def mistral3_keys(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +138,8 @@ def window_key(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, Any
 # What files of a family say besides.
 OWN_KEYS = {
     "granite": granite_keys,
-    "gemma3_text": gemma3_keys,
+    "gemma2": gemma_keys,
+    "gemma3_text": gemma_keys,
     "ministral3": mistral3_keys,
     "olmo3": window_key,
     "phi3": window_key,

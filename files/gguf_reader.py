@@ -85,6 +85,8 @@ def find_value(reader: gguf.GGUFReader, key: str, kind: type, default: Any = Non
     """The metadata at `key`. Raises ValueError when it is missing without a default, or not of type `kind`."""
     field = reader.get_field(key)
     found = default if field is None else field.contents()
+    if kind is int and isinstance(found, list) and len({*map(str, found)}) == 1:
+        found = found[0]  # some converters give one for each layer, as Granite 4's
     if found is None:
         raise ValueError(f"the GGUF metadata lacks {key[:80]}: cannot tell the model's shape")
     if not isinstance(found, kind):

@@ -32,6 +32,19 @@ LLAMA3, QWEN2 = _modern(r"\p{N}{1,3}"), _modern(DIGIT)
 # Mistral's own pattern, where llama.cpp's only comes near: that cuts words at the vowel signs of Hindi, say, and after
 # capitals that are not ASCII ("É|COLE").
 TEKKEN = _modern(DIGIT, CASED_WORD, contraction="", ends=r"[\r\n/]*")
+# OpenAI's o200k, which llama.cpp comes near in the same way; contractions belong to the word before them.
+GPT4O = _modern(
+    r"\p{N}{1,3}",
+    "|".join(f"{word}{CONTRACTION.removesuffix('|')}?" for word in CASED_WORD.split("|")),
+    contraction="",
+    ends=r"[\r\n/]*",
+)
+HUNYUAN = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",  # noqa: RUF001
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,12 @@ SPLITTINGS = {
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0", "pixtral"),
         Splitting((LLAMA3,), whole_words=True, add_bos=True),
     ),
-    "smaug-bpe": Splitting((LLAMA3,)),
+    "dbrx": Splitting((LLAMA3,)),  # Phi 4, OLMo 2 and 3, Granite 4
+    **dict.fromkeys(("glm4", "chatglm-bpe"), Splitting((LLAMA3,), whole_words=True)),
+    # As in SmolLM3's own file; llama.cpp cuts 588 of its words by their merges.
+    "smaug-bpe": Splitting((LLAMA3,), whole_words=True),
+    "gpt-4o": Splitting((GPT4O,)),  # Phi 4 mini
+    **dict.fromkeys(("hunyuan-dense", "deepseek-v3"), Splitting(HUNYUAN)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "f2llmv2"), Splitting((QWEN2,), nfc=True)),
     **dict.fromkeys(("megrez", "stablelm2"), Splitting((QWEN2,))),
     "qwen35": Splitting((_modern(DIGIT, MARKED_WORD, letter=r"\p{L}\p{M}"),), nfc=True),

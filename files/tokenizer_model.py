@@ -102,11 +102,9 @@ def _no_control(added: dict[int, AddedToken]) -> dict[int, AddedToken]:
 def _splitter(declared: dict[int, AddedToken]) -> Callable[[str], list[str | int]]:
     """Cuts a text into ids of added tokens and the texts between them, which lose the spaces that a token claims."""
     added = {token.content: (i, token) for i, token in declared.items()}
-    longest = sorted(added, key=len, reverse=True)
-    patterns = (
-        rf"(?<!\w){re.escape(name)}(?!\w)" if added[name][1].single_word else re.escape(name) for name in longest
-    )
-    pattern = re.compile("(" + ("|".join(patterns) or "(?!)") + ")")
+    whole = r"(?<!\w{name})(?!\w)"
+    ends = {name: whole.format(name=re.escape(name)) if token.single_word else "" for name, (_, token) in added.items()}
+    pattern = re.compile(f"({_longest(ends) if ends else '(?!)'})")
 
     def split(text: str) -> list[str | int]:
         parts: list[str | int] = pattern.split(text)  # text and added token take turns
@@ -117,3 +115,21 @@ def _splitter(declared: dict[int, AddedToken]) -> Callable[[str], list[str | int
         return parts
 
     return split
+
+
+def _longest(ends: dict[str, str]) -> str:
+    """A pattern of the longest of the names, each with what has to follow it.
+
+    Names that begin alike are written once: one after the other, Gemma's 6400 take a second for 60 kB of text.
+    """
+    rests: dict[str, dict[str, str]] = {}
+    for name, end in ends.items():
+        if name:
+            rests.setdefault(name[0], {})[name] = end
+    parts = []
+    for names in rests.values():
+        first, last = min(names), max(names)  # what these share at their beginning, all share
+        shared = first[: next((i for i, char in enumerate(first) if char != last[i]), len(first))]
+        parts.append(re.escape(shared) + _longest({name[len(shared) :]: end for name, end in names.items()}))
+    parts += [ends[""]] if "" in ends else []
+    return f"(?:{'|'.join(parts)})" if len(parts) > 1 else parts[0]

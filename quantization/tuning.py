@@ -100,4 +100,4 @@ def add_gradients(model: Transformer, calibration: Calibration, tokens: Tensor, 
         hidden = model.hidden(tokens, phase=Phase(1))[0]
         if not hidden.isfinite().all():
             raise ValueError("hidden states hold NaN or inf on this corpus: is the checkpoint sound?")
-        hidden.backward(loss_gradient(hidden, model.output, tokens[0], dense))
+        hidden.backward(loss_gradient(hidden, model.output, tokens[0], dense, model.args.output_cap))

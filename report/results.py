@@ -21,6 +21,7 @@ from teal_fast.files.store import check_writable, new_file
 from teal_fast.report.figures import save
 from teal_fast.report.results_quality import (
     agree_section,
+    agree_transformers_section,
     perplexity_section,
     quality_section,
     rounding_section,
@@ -74,6 +75,7 @@ SECTIONS = {
     "perplexity": Kind(("texts", "protocol"), perplexity_section),
     "tradeoff": Kind(("file", "run", "model"), tradeoff_section),
     "agree": Kind(("file",), agree_section),
+    "agree_transformers": Kind(("file",), agree_transformers_section),
     "rounding": Kind(("file", "run", "model"), rounding_section),
     "tasks": Kind(("file", "model", "format", "protocol"), tasks_section),
     "table": Kind(("file", "run"), table_section),

@@ -158,3 +158,15 @@ def agree_section(records: list[Record]) -> Section:
         rows.append([what, r["peer"], r["protocol"], *scores, equal, ", ".join(parted)])
     head = ["", "beside", "windows", "perplexity", "llama.cpp's", "apart, %", "greedy texts equal"]
     return Section(records[0]["device"], [markdown([*head, "others part at token (margin, nats)"], rows)])
+
+
+def agree_transformers_section(records: list[Record]) -> Section:
+    rows = []
+    for r in records:
+        scores = [f"{r['perplexity']:.4f}", f"{r['transformers_perplexity']:.4f}", f"{100 * r['apart']:+.4f}"]
+        steps = r["by_token"]
+        steps = f"{100 * steps['apart']:+.4f} ({steps['windows']} windows, {steps['mode']})" if steps else ""
+        rows.append([f"{r['model']}, {r['format']} in {r['dtype']}", f"{r['texts']}, {r['protocol']}", *scores, steps])
+    head = ["", "windows", "perplexity", "transformers'", "apart, %", "token by token apart, %"]
+    versions = listed(f"transformers {r['peer_version']}" for r in records)
+    return Section(records[0]["device"], [markdown(head, rows)], [versions])

@@ -38,6 +38,7 @@ GRANITE = {
     "attention_multiplier": 0.1,
     "attention_bias": True,
 }
+ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
 LLAMA4 = YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
 GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}
 FAMILIES = {
@@ -70,11 +71,13 @@ FAMILIES = {
             },
         },
     ),
+    "gemma 2": ("gemma2", GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
     "gemma 3": ("gemma3_text", GEMMA | {"num_hidden_layers": 7}),
     "ministral 3": ("ministral3", {"head_dim": 16, "rope_parameters": LLAMA4}),
     "glm 4": ("glm4", {"head_dim": 16}),
     "ernie 4.5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
     "seed-oss": ("seed_oss", {"head_dim": 24}),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": ALPHA, "attention_bias": True}),
 }
 
 

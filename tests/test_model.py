@@ -189,7 +189,7 @@ def test_rope_of_former_spelling_is_the_same():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported, the nearest that are: gemma3"),
+        ({"model_type": "gemma3n_text"}, "model_type 'gemma3n_text' is not supported, the nearest that are: gemma3"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_size": None}, "hidden_size is missing"),

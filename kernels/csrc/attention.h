@@ -26,18 +26,34 @@ struct Found {
     }
 };
 
-// A head's RMSNorm, if it has one, and its rotary embedding by cos, sin [size / 2], in place. scale: of a norm that sees
-// more than the head, else 0.
+// A head's RMSNorm, if it has one, and its rotary embedding by cos, sin [size / 2], in place. behind: the norm comes after
+// the rotary embedding; scale: of a norm that sees more than the head, else 0.
 template <class T>
-inline void turn(float* x, const T* norm, float eps, float scale, const float* cos, const float* sin, int64_t size) {
-    if (norm) {
+inline void turn(float* x, const T* norm, bool behind, float eps, float scale, const float* cos, const float* sin,
+                 int64_t size) {
+    auto normalise = [&] {
         if (!scale) scale = 1 / std::sqrt(sum_of_squares(x, size) / size + eps);
         for (int64_t d = 0; d < size; d++) x[d] = x[d] * scale * to_float(norm[d]);
-    }
+    };
+    if (norm && !behind) normalise();
     for (int64_t d = 0, half = size / 2; d < half; d++) {
         float low = x[d], high = x[d + half];
         x[d] = low * cos[d] - high * sin[d], x[d + half] = high * cos[d] + low * sin[d];
     }
+    if (norm && behind) normalise();
+}
+
+// Keeps x [rows, n] within -cap … cap, if there is one: cap * tanh(x / cap). The rest of a row is no whole vector.
+inline void soft_cap(float* x, int64_t rows, int64_t n, float cap) {
+    if (!cap) return;
+    for (; rows--; x += n)
+        for (int64_t i = 0; i < n; i += LANES) {
+            vf some = {};
+            size_t bytes = std::min<int64_t>(LANES, n - i) * sizeof(float);
+            std::memcpy(&some, x + i, bytes);
+            some = cap - 2 * cap / (1.0f + exp(some * (2 / cap)));
+            std::memcpy(x + i, &some, bytes);
+        }
 }
 
 // exp(score - the largest) in place, with its sum and the largest; `scores` has room for whole vectors.
@@ -57,11 +73,13 @@ inline float soften(float* scores, int64_t count, float& peak) {
     return sum(sums);
 }
 
-// H query heads q [H, size], turned, scaled and arranged, over the keys and values [count, size] that they share.
+// H query heads q [H, size], turned, scaled and arranged, over the keys and values [count, size] that they share. cap: of
+// the scores, 0 for none.
 template <class T, int H>
-inline void attend(const float* q, const T* keys, const T* values, int64_t count, int64_t size, Found found) {
+inline void attend(const float* q, const T* keys, const T* values, int64_t count, int64_t size, float cap, Found found) {
     float scores[H * CHUNK];
     dot_rows<T, H>(keys, q, size, count, scores, CHUNK, values);
+    for (int h = 0; h < H; h++) soft_cap(scores + h * CHUNK, 1, count, cap);
     for (int h = 0; h < H; h++)
         found.total[h * found.chunks] = soften(scores + h * CHUNK, count, found.peak[h * found.chunks]);
     blend_rows<T, H>(values, scores, size, count, CHUNK, found.values, found.chunks * size);

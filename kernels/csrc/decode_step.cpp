@@ -62,10 +62,9 @@ template <class T> class Step {
     float* sin(int64_t t, int64_t rope = 0) { return now.sin + (t * m.ropes + rope) * (m.head_dim / 2); }
 
     void embed(int64_t id, float* y) {
-        const T* row = (const T*)m.embeddings.data + id * m.dim;
         if (m.embeddings.parts) blocks::look_up_output<T>(*m.embeddings.part, id, y);
         else
-            for (int64_t k = 0; k < m.dim; k++) y[k] = to_float(row[k]);
+            for (int64_t k = 0; k < m.dim; k++) y[k] = to_float(((const T*)m.embeddings.data)[id * m.dim + k]);
         if (m.embedding_scale != 1)
             for (int64_t k = 0; k < m.dim; k++) y[k] *= float(m.embedding_scale);
     }
@@ -140,9 +139,8 @@ template <class T> class Step {
     void norm(int64_t t, const T* weight) {
         const float* from = residual(t);
         float* to = x(t);
-        if (weight) normalise(from, weight, to);
-        else
-            for (int64_t k = 0; k < m.dim; k++) to[k] = rounded<T>(from[k]);
+        if (weight) return normalise(from, weight, to);
+        for (int64_t k = 0; k < m.dim; k++) to[k] = rounded<T>(from[k]);
     }
     void normalise(const float* from, const T* weight, float* to) {
         float scale = 1 / std::sqrt(sum_of_squares(from, m.dim) / m.dim + float(m.eps));
@@ -167,8 +165,8 @@ template <class T> class Step {
     void project(const Layer& layer, int64_t t, int64_t head, const void* norm, float scale, float* y) {
         project(layer, t, head, y);
         int64_t place = scale ? (head < m.heads ? head : head - m.heads) * m.head_dim : 0;
-        turn(y, norm ? (const T*)norm + place : nullptr, float(m.eps), scale, cos(t, layer.rope), sin(t, layer.rope),
-             m.head_dim);
+        turn(y, norm ? (const T*)norm + place : nullptr, m.norm_behind, float(m.eps), scale, cos(t, layer.rope),
+             sin(t, layer.rope), m.head_dim);
     }
     // What a norm over `count` heads together scales them by (OLMo); 0 where each has its own or there is none.
     float norm_scale(const Layer& layer, int64_t t, int64_t head, int64_t count) {
@@ -238,7 +236,8 @@ template <class T> class Step {
         if (tokens.count == 1 && chunk == span.chunks - 1) remember(layer, t, kv);
         auto attend_some = [&](auto heads) {
             for (constexpr int H = decltype(heads)::value; head + H <= last; head += H)
-                attend<T, H>(q(t) + head * size, keys, values, count, size, found.at(t * m.heads + head, chunk, size));
+                attend<T, H>(q(t) + head * size, keys, values, count, size, float(m.attention_cap),
+                             found.at(t * m.heads + head, chunk, size));
         };
         attend_some(std::integral_constant<int, 4>());
         attend_some(std::integral_constant<int, 3>());
@@ -272,6 +271,7 @@ void run(int type, const Model& model, const Tokens& tokens, float* logits, int 
         Worker worker{omp_get_thread_num(), omp_get_num_threads()};
         with_type(type, [&](auto zero) { Step<decltype(zero)>(model, tokens, all, own, worker).run(logits); });
     }
+    soft_cap(logits, tokens.wanted, model.vocab_size, float(model.output_cap));
 }
 
 }  // namespace

@@ -27,8 +27,9 @@ struct Layer {  // CpuLayer in engine/cpu_step.py; absent tensors are null
 
 struct Model {  // CpuModel in engine/cpu_step.py
     int64_t dim, heads, kv_heads, head_dim, ffn_dim, vocab_size, max_seq_length, layers;
-    int64_t ropes, q_norm_width, tanh_gate;  // 0: norms see all of q, of k; GELU by tanh, not SiLU
-    double eps, embedding_scale, attention_scale, query_beta;
+    int64_t ropes, q_norm_width, norm_behind, tanh_gate;  // 0: norms see all of q, of k; those come after the rotary
+                                                          // embedding; GELU by tanh, not SiLU
+    double eps, embedding_scale, attention_scale, attention_cap, output_cap, query_beta;
     int64_t query_step;  // from each so many positions to the next, queries grow by query_beta
     Weight embeddings, output;
     const void* norm;

@@ -1,10 +1,10 @@
-"""The comparison with llama.cpp on a small file, where it is installed, and what counts as apart."""
+"""Comparisons on a small file with llama.cpp, where it is installed, and transformers, and what counts as apart."""
 
 import json
 
 import pytest
 
-from teal_fast.benchmarks import agree, peer_llama
+from teal_fast.benchmarks import agree, agree_tokens, agree_transformers, peer_llama
 from teal_fast.files import gguf_cache
 from teal_fast.tests.files.test_gguf_kept import WIDE, q4_k_m
 from teal_fast.tests.gguf_models import make_model, write_gguf
@@ -42,3 +42,36 @@ def test_both_programs_score_and_continue_the_same_file(tmp_path, monkeypatch, r
     assert record["tokens"] == 2 * 255 and len(record["texts"]) == 2
     pairs = zip(record["losses"], record["llama_cpp_losses"], strict=True)
     assert all(abs(ours - theirs) < 0.03 for ours, theirs in pairs), errors  # random weights: 0.014 seen
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_cache, "cache_folder", lambda: tmp_path / "cache")
+    write_gguf(tmp_path / "small.gguf", make_model(**WIDE), q4_k_m, metadata={"general.file_type": 15})
+    (tmp_path / "text.txt").write_text("the thin inn in the thing " * 40)
+    return ("--gguf", tmp_path / "small.gguf", "--text", tmp_path / "text.txt")
+
+
+def test_transformers_scores_the_same_file_alike(small, run_main, monkeypatch):
+    monkeypatch.setattr(agree_transformers, "MOST_BY_TOKEN", 0.2)  # of random weights, where the step rounds inputs
+    _, out, errors = run_main(agree_transformers.main, *small, "--windows", 2, "--context", 32)
+    (record,) = json.loads(out.splitlines()[-1])
+    assert record["peer"] == "transformers" and record["dtype"] == "fp32"
+    assert record["largest_apart"] < 1e-3 and 0 < abs(record["by_token"]["apart"]) < 0.2, errors
+
+
+def test_what_is_apart_from_transformers_is_an_error():
+    agree_transformers.check({"apart": 0.004, "by_token": {"apart": -0.009}})
+    with pytest.raises(ValueError, match=r"\+0.600% apart"):
+        agree_transformers.check({"apart": 0.006, "by_token": None})
+    with pytest.raises(ValueError, match=r"-1.100% apart"):
+        agree_transformers.check({"apart": 0.0, "by_token": {"apart": -0.011}})
+
+
+def test_ids_are_compared_with_llama_cpp(small, run_main, monkeypatch):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    _, out, _ = run_main(agree_tokens.main, *small)
+    assert json.loads(out.splitlines()[-1]) == [] and f"of {len(agree_tokens.TEXTS) + 1} texts" in out
+    monkeypatch.setattr(agree_tokens, "their_ids", lambda vocabulary, text: [1, 2, 3])
+    (parted,) = agree_tokens.compare(small[1], ["the thing"])
+    assert parted["llama_cpp"] == [1, 2, 3] != parted["ours"] and parted["after"] == ""

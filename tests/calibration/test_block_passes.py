@@ -8,7 +8,7 @@ from teal_fast.calibration import block_passes
 from teal_fast.calibration.block_passes import backpropagate, hidden_states, loss_gradient, work
 from teal_fast.files.load import load_model
 from teal_fast.kernels.blocks import BLOCK_TYPES
-from teal_fast.model import Linear
+from teal_fast.model import Linear, soft_cap
 from teal_fast.tests.memory import peak_bytes
 from teal_fast.weights import output as output_module
 from teal_fast.weights.blocks import BlockOutput, BlockWeight
@@ -34,16 +34,16 @@ def make_output(kind):
 
 @pytest.mark.parametrize("loss", ["text", "divergence"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "int8", "Q8_0"], ids=str)
-@pytest.mark.parametrize("rows", [1, 8, 1000])  # tokens at once: 20 count, so that 8 leave a rest
-def test_loss_gradient_is_that_of_autograd(kind, loss, rows, monkeypatch):
+@pytest.mark.parametrize("rows, cap", [(1, 0), (8, 0), (1000, 0), (8, 2.0)])  # tokens at once: 20 count, 8 leave a rest
+def test_loss_gradient_is_that_of_autograd(kind, loss, rows, cap, monkeypatch):
     monkeypatch.setattr(block_passes, "LOGITS_AT_ONCE", rows * VOCAB)
     monkeypatch.setattr(output_module, "PIECE", 130 * DIM)  # of the vocabulary, with a rest
     output, generator = make_output(kind), torch.Generator().manual_seed(3)
     hidden, dense = (torch.randn(T, DIM, generator=generator) / 4 for _ in range(2))
     tokens, done = torch.randint(VOCAB, (T,), generator=generator), []
-    found = loss_gradient(hidden, output, tokens, dense if loss == "divergence" else None, done.append)
+    found = loss_gradient(hidden, output, tokens, dense if loss == "divergence" else None, cap, done.append)
     leaf, weight = hidden.clone().requires_grad_(), output_weight(output).detach()
-    logits, expected = (F.linear(x[:-1], weight).log_softmax(-1) for x in (leaf, dense))
+    logits, expected = (soft_cap(F.linear(x[:-1], weight), cap).log_softmax(-1) for x in (leaf, dense))
     value = F.kl_div(logits, expected, log_target=True, reduction="sum") if loss == "divergence" else None
     (F.nll_loss(logits, tokens[1:], reduction="sum") if value is None else value).backward()
     torch.testing.assert_close(found, leaf.grad, rtol=1e-4, atol=1e-4 * leaf.grad.abs().max().item())

@@ -276,7 +276,7 @@ def test_unwritable_output_and_full_disk(command, run_main, tiny_gguf, tmp_path)
     [
         ({"block_count": None}, "lacks llama.block_count"),
         ({"embedding_length": "64"}, "llama.embedding_length '64', expected int"),
-        ({"attention.head_count": [4, 4]}, "llama.attention.head_count '[4, 4]', expected int"),
+        ({"attention.head_count": [4, 2]}, "llama.attention.head_count '[4, 2]', expected int"),
         ({"attention.head_count": 0, "attention.key_length": None, "rope.dimension_count": None}, "heads is 0"),
         ({"attention.layer_norm_rms_epsilon": 0.0}, "rms_norm_eps is 0.0"),
         ({"rope.dimension_count": 8}, "rotates 8 of 16 dimensions"),

@@ -33,6 +33,8 @@ WORDS = {  # of "Don't'LL 12345 iPhone x!/\n\n  y"
     "llama-bpe": ["Don", "'t", "'LL", "Ġ", "123", "45", "ĠiPhone", "Ġx", "!/ĊĊ", "Ġ", "Ġy"],
     "qwen2": ["Don", "'t", "'LL", "Ġ", *"12345", "ĠiPhone", "Ġx", "!/ĊĊ", "Ġ", "Ġy"],
     "tekken": ["Don", "'t", "'LL", "Ġ", *"12345", "Ġi", "Phone", "Ġx", "!/ĊĊ", "Ġ", "Ġy"],
+    "gpt-4o": ["Don't", "'LL", "Ġ", "123", "45", "Ġi", "Phone", "Ġx", "!/ĊĊ", "Ġ", "Ġy"],
+    "hunyuan-dense": ["Don", "'t", "'LL", "Ġ", "123", "45", "ĠiPhone", "Ġx", "!/ĊĊ", "Ġ", "Ġy"],
     "seed-coder": ["Don", "'t", "'LL", "Ġ", *"12345", "ĠiPhone", "Ġx", "!/", "ĊĊ", "Ġ", "Ġy"],
     "deepseek-coder": ["Don", "'", "t", "'", "LL", "Ġ", *"12345", "ĠiPhone", "Ġx", "!/", "Ċ", "Ċ", "Ġ", "Ġy"],
     "viking": ["Don't'LL", "Ġ", *"12345", "ĠiPhone", "Ġx", "!", "/", "ĊĊĠ", "Ġy"],
@@ -76,7 +78,7 @@ def test_ids_are_those_of_llama_cpp(vocabulary, name, tmp_path):
     write_tokenizer(write_gguf(path, "gpt2", pre=name, **vocabulary), tmp_path)
     ours, theirs = Ours.load(tmp_path), llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     for text in TEXTS:
-        if name != "tekken" or all(unicodedata.category(c)[0] != "M" for c in text):  # see TEKKEN
+        if name not in ("tekken", "gpt-4o") or all(unicodedata.category(c)[0] != "M" for c in text):  # see TEKKEN
             assert ours.encode(text) == theirs.tokenize(text.encode(), add_bos=True, special=True), text
 
 

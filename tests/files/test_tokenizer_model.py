@@ -5,11 +5,13 @@ import shutil
 import pytest
 import sentencepiece
 import tiktoken
+from tokenizers import AddedToken
 from transformers import LlamaTokenizer
 
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.pre_tokenizers import LLAMA3
 from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.files.tokenizer_model import _splitter
 from teal_fast.tests.files.made_tokenizers import train_sentencepiece, write
 
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
@@ -99,6 +101,18 @@ def test_spaces_that_an_added_token_claims(tmp_path, sentencepiece_model):
 
 
 # --- added tokens beside tiktoken's ranks, whose special tokens are the 256 behind them
+
+
+def test_the_longest_of_names_that_begin_alike_wins():
+    names = ["  ", "   ", "<u>", "<ul>", "<unused1>", "<unused12>", "<u", "ab", "abc.", "a"]
+    split = _splitter({name: AddedToken(name, single_word=name == "ab") for name in names})
+    cases = {
+        "x     y<unused12><unused3>": ["x", "   ", "  ", "y", "<unused12>", "<u", "nused3>"],
+        "<unused1><ul><u><u<": ["<unused1>", "<ul>", "<u>", "<u", "<"],
+        "ab abc.abd xab ab": ["ab", " ", "abc.", "a", "bd x", "a", "b ", "ab"],
+    }
+    for text, parts in cases.items():
+        assert [part for part in split(text) if part] == parts
 
 
 def test_added_tokens_around_tiktoken_ranks(tmp_path, tiktoken_ranks, tiktoken_model):
