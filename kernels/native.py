@@ -1,7 +1,7 @@
 """The C++ kernels of csrc/: compiled on first use for this machine's instruction set, cached, and loaded.
 
 They are plain functions on pointers, without PyTorch's headers: they build in seconds, once for all its versions.
-TEAL_CPU forces an instruction set that the processor has: avx512_vnni, avx512, avx2, neon or portable;
+TEAL_CPU forces an instruction set that the processor has: amx, avx512_vnni, avx512, avx2, neon or portable;
 `torch` does without C++.
 """
 
@@ -25,6 +25,7 @@ SOURCES = ("sparse_gemv", "decode_step", "blocks")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 INSTRUCTIONS = {
+    "amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
     "avx512_vnni": (*AVX512, "-mavx512vnni"),
     "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -58,7 +59,13 @@ def supported() -> tuple[str, ...]:
     wide = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(torch.backends.cpu.get_cpu_capability(), ())
     # Some processors have the instructions on 256 bits alone, which count too: they have no AVX-512.
     vnni = ("avx512_vnni",) if "avx512" in wide and torch.cpu._is_vnni_supported() else ()
-    return *vnni, *wide, "portable"
+    return *(("amx",) if vnni and _has_tiles() else ()), *vnni, *wide, "portable"
+
+
+def _has_tiles() -> bool:
+    """Whether this process may use AMX's tiles. Linux grants them to one that asks for them, which _init_amx does."""
+    supported, ask = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_init_amx"))
+    return bool(supported and ask and supported() and ask())
 
 
 def find_compiler() -> str | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from teal_fast.engine.prefill import AT_ONCE, prefill
+from teal_fast.engine.prefill import prefill, tokens_at_once
 from teal_fast.engine.scoring import parts
 from teal_fast.engine.staged_step import StagedStep
 from teal_fast.engine.steps import Step
@@ -111,7 +111,7 @@ class ModelDrafter:
             tokens = torch.tensor([text[known:end]], device=self.step.cache.k[0].device)
             prefill(self.draft.model, self.step.cache, tokens, known)
             return
-        for first, last in parts(known, end, AT_ONCE) if known < end else ():
+        for first, last in parts(known, end, tokens_at_once()) if known < end else ():
             self.step.dense(text[first:last], first, 0)
 
 

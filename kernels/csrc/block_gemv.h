@@ -82,6 +82,17 @@ struct Partial {
 // to `last`. Several tokens keep all channels. It is compiled in blocks.cpp.
 void multiply(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, int first, int last, Partial to);
 
+// Whether so many tokens' products are multiplied by tiles (block_tiles.h): as soon as that is faster than one by one.
+inline bool by_tiles(int64_t tokens) {
+#if defined(__AMX_INT8__)
+    return tokens > 4;
+#else
+    return tokens < 0;
+#endif
+}
+// y [tokens, stride] = the same products, summed over the splits.
+void multiply_tiles(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, float* y, int64_t stride);
+
 // A weight as parts beside each other, N outputs in all.
 struct Weight {
     const Part* part;
@@ -99,8 +110,8 @@ inline void multiply(const Kept* x, int64_t tokens, const Weight& weight, float*
     }
 }
 
-// This worker's share of y [tokens, N], the same products to the last bit: for the many outputs of an output layer, whose
-// partial sums would be far from the core.
+// This worker's share of y [tokens, N], the same products to the last bit: for tiles and for the many outputs of an output
+// layer, whose partial sums would be far from the core.
 inline void multiply_many(const Kept* x, int64_t tokens, const Weight& weight, float* y, Worker worker) {
     constexpr int64_t MANY = 32 * STRIP;
     static thread_local Floats partial;
@@ -109,6 +120,10 @@ inline void multiply_many(const Kept* x, int64_t tokens, const Weight& weight, f
     for (const Part* w = weight.part; w < weight.part + weight.count; y += w++->N) {
         int64_t begin = part(w->padded(), worker.id, worker.count, STRIP);
         int64_t end = part(w->padded(), worker.id + 1, worker.count, STRIP);
+        if (by_tiles(tokens)) {
+            multiply_tiles(x, tokens, *w, begin, end, y, weight.N);
+            continue;
+        }
         for (int64_t n = begin; n < end; n += many) {
             multiply(x, tokens, *w, n, std::min(n + many, end), 0, SPLITS, {partial - n, SPLITS * many, many});
             int64_t count = std::min(std::min(n + many, end), w->N) - n;

@@ -2,6 +2,7 @@
 // kernels/block_values.py.
 #include <omp.h>
 
+#include "block_tiles.h"
 #include "block_tokens.h"
 #include "block_values.h"
 
@@ -22,6 +23,18 @@ void blocks::multiply(const Kept* x, int64_t tokens, const Part& w, int64_t begi
                         .run(from, until);
         }
     });
+}
+
+void blocks::multiply_tiles(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, float* y,
+                            int64_t stride) {
+#if defined(__AMX_INT8__)
+    with_kind(w.type, [&](auto kind) {
+        for (int64_t t = 0; t < tokens; t += MOST_TILE_TOKENS)
+            TileProducts<decltype(kind)>(w, x + t * (w.K / BLOCK), std::min(MOST_TILE_TOKENS, tokens - t), begin, end,
+                                         y + t * stride, stride)
+                .run();
+    });
+#endif
 }
 
 struct BlockScratch {

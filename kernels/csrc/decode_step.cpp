@@ -105,12 +105,12 @@ template <class T> class Step {
         product(now.x, now.widest, layer.wqkv_threshold, layer.wqkv, m.dim, width, all.qkv);
         attention(layer);
         product(now.x, now.widest, layer.wo_threshold, layer.wo, m.heads * m.head_dim, m.dim, all.update);
-        add(layer.wo.scale, layer.wo_bias, (const T*)layer.attention_norm_behind);
+        add(layer.wo, layer.wo_bias, (const T*)layer.attention_norm_behind);
         each([&](int64_t t) { norm(t, (const T*)layer.ffn_norm); });
         product(now.x, now.widest, layer.w13_threshold, layer.w13, m.dim, 2 * m.ffn_dim, all.gate_up);
-        activate(layer.w13.scale, layer.w13_bias);
+        activate(layer.w13, layer.w13_bias);
         product(all.h, m.ffn_dim, layer.w2_threshold, layer.w2, m.ffn_dim, m.dim, all.update);
-        add(layer.w2.scale, layer.w2_bias, (const T*)layer.ffn_norm_behind);
+        add(layer.w2, layer.w2_bias, (const T*)layer.ffn_norm_behind);
     }
 
     // partial [tokens, SPLITS, N] = input [tokens, stride], of which K each, times a weight.
@@ -127,7 +127,8 @@ template <class T> class Step {
         each([&](int64_t t) { count = now.keep(t, input + t * stride, threshold, K, w.parts, together); });
         meet();
         auto multiply_rows = [&](const auto& rows) { multiply(now.list.data(), tokens.count, rows, partial, worker); };
-        if (w.parts) blocks::multiply(now.kept.data(), tokens.count, {w.part, w.parts, N}, partial, worker);
+        if (summed(w, tokens.count)) blocks::multiply_many(now.kept.data(), tokens.count, {w.part, w.parts, N}, partial, worker);
+        else if (w.parts) blocks::multiply(now.kept.data(), tokens.count, {w.part, w.parts, N}, partial, worker);
         else if (w.bits == 4) multiply_rows(Int4Rows((const uint8_t*)w.data, N, w.group));
         else if (w.bits == 8) multiply_rows(Rows<int8_t>{(const int8_t*)w.data, N});
         else multiply_rows(Rows<T>{(const T*)w.data, N});
@@ -147,10 +148,10 @@ template <class T> class Step {
         for (int64_t k = 0; k < m.dim; k++) to[k] = rounded<T>(from[k] * scale * to_float(weight[k]));
     }
 
-    void add(const float* scale, const void* bias, const T* norm_behind) {
+    void add(const Weight& w, const void* bias, const T* norm_behind) {
         each([&](int64_t t) {
             float *update = x(t), *to = residual(t);
-            collect(all.update + t * SPLITS * m.dim, m.dim, scale, (const T*)bias, 0, m.dim, update);
+            take<T>(w, tokens.count, all.update, t, m.dim, bias, 0, m.dim, update);
             if (norm_behind) normalise(update, norm_behind, update);
             for (int64_t k = 0; k < m.dim; k++) to[k] += update[k];
         });
@@ -158,8 +159,7 @@ template <class T> class Step {
 
     // Head `head` of a token's q/k/v product into y [head_dim].
     void project(const Layer& layer, int64_t t, int64_t head, float* y) {
-        collect(all.qkv + t * SPLITS * width, width, layer.wqkv.scale, (const T*)layer.wqkv_bias, head * m.head_dim,
-                m.head_dim, y);
+        take<T>(layer.wqkv, tokens.count, all.qkv, t, width, layer.wqkv_bias, head * m.head_dim, m.head_dim, y);
     }
     // A query's or a key's, normalised and turned. scale: see `turn`.
     void project(const Layer& layer, int64_t t, int64_t head, const void* norm, float scale, float* y) {
@@ -245,14 +245,13 @@ template <class T> class Step {
     }
 
     // This thread's share of h, the input of w2.
-    void activate(const float* scale, const void* bias) {
+    void activate(const Weight& w, const void* bias) {
         int64_t F = m.ffn_dim, begin = share(F, 0, GRAIN), count = share(F, 1, GRAIN) - begin;
         float *gate = own.gate, *up = own.up;
         for (int64_t t = 0; t < tokens.count; t++) {
-            const float* partial = all.gate_up + t * SPLITS * 2 * F;
             float* h = all.h + t * F + begin;
-            collect(partial, 2 * F, scale, (const T*)bias, begin, count, gate);
-            collect(partial, 2 * F, scale, (const T*)bias, F + begin, count, up);
+            take<T>(w, tokens.count, all.gate_up, t, 2 * F, bias, begin, count, gate);
+            take<T>(w, tokens.count, all.gate_up, t, 2 * F, bias, F + begin, count, up);
             for (int64_t n = 0; n < count; n += LANES) store(gate + n, gated(load(gate + n), load(up + n), m.tanh_gate));
             for (int64_t n = 0; n < count; n++) h[n] = rounded<T>(gate[n]);
         }

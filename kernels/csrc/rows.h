@@ -194,13 +194,15 @@ inline void multiply(const CompactVector* x, int64_t tokens, const Weight& weigh
         multiply<MOST_TOKENS>(x + t, std::min(MOST_TOKENS, tokens - t), weight, partial + t * SPLITS * weight.N, worker);
 }
 
-// y [count]: elements from `begin` on of the product whose parts are partial [SPLITS, N], times scale [N] and plus bias
-// [N] unless null.
+// y [count]: elements from `begin` on of the product whose parts are partial [SPLITS, N], or, if it is `summed`, [N], times
+// scale [N] and plus bias [N] unless null.
 template <class T>
 inline void collect(const float* partial, int64_t N, const float* scale, const T* bias, int64_t begin, int64_t count,
-                    float* __restrict y) {
+                    float* __restrict y, bool summed = false) {
     const float* p = partial + begin;
-    for (int64_t i = 0; i < count; i++) y[i] = p[i] + p[N + i] + p[2 * N + i] + p[3 * N + i];
+    if (summed) std::copy_n(p, count, y);
+    else
+        for (int64_t i = 0; i < count; i++) y[i] = p[i] + p[N + i] + p[2 * N + i] + p[3 * N + i];
     if (scale)
         for (int64_t i = 0; i < count; i++) y[i] *= scale[begin + i];
     if (bias)

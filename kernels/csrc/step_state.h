@@ -39,6 +39,17 @@ struct Model {  // CpuModel in engine/cpu_step.py
 };
 }
 
+// Whether a weight's products for so many tokens come as sums [tokens, N], not as partial ones [tokens, SPLITS, N].
+inline bool summed(const Weight& w, int64_t tokens) { return w.parts && blocks::by_tiles(tokens); }
+
+// y [count] = elements of token t's product, from `begin` on, plus the bias.
+template <class T>
+inline void take(const Weight& w, int64_t tokens, const float* product, int64_t t, int64_t N, const void* bias,
+                 int64_t begin, int64_t count, float* y) {
+    bool sums = summed(w, tokens);
+    collect(product + t * (sums ? 1 : SPLITS) * N, N, w.scale, (const T*)bias, begin, count, y, sums);
+}
+
 // What a step is to compute. dense: tokens of one sequence, for which thresholds count for nothing; else each is of a
 // sequence of its own, and cached there.
 struct Tokens {

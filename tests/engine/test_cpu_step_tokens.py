@@ -112,7 +112,7 @@ def test_logits_of_the_last_tokens_alone(make_step):  # noqa: F811
     assert step.dense(tokens, 20, 0).shape == (0, 500)
 
 
-@pytest.mark.parametrize("count", [1, 2, 17, 40])
+@pytest.mark.parametrize("count", [1, 2, 17, 40, 70])
 @widest
 def test_a_prompt_through_the_engine_is_single_dense_steps(make_step, count):  # noqa: F811
     model = make("llama", 0, torch.bfloat16)

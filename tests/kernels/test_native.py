@@ -54,7 +54,9 @@ def pretended(monkeypatch) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize(
     "machine, capability, vnni, can",
     [
+        ("x86_64", "AVX512", "tiles", ["amx", "avx512_vnni", "avx512", "avx2", "portable"]),
         ("x86_64", "AVX512", True, ["avx512_vnni", "avx512", "avx2", "portable"]),
+        ("x86_64", "AVX512", "tiles, refused", ["avx512_vnni", "avx512", "avx2", "portable"]),
         ("x86_64", "AVX512", False, ["avx512", "avx2", "portable"]),
         ("x86_64", "AVX2", True, ["avx2", "portable"]),
         ("x86_64", "DEFAULT", False, ["portable"]),
@@ -68,6 +70,8 @@ def test_instruction_set_of_a_machine(monkeypatch, machine, capability, vnni, ca
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: str(vnni).startswith("tiles"), raising=False)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: vnni == "tiles", raising=False)
     assert instruction_set() == can[0]
     for name in [*INSTRUCTIONS, "torch"]:
         monkeypatch.setenv("TEAL_CPU", name)
