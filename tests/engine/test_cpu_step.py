@@ -305,6 +305,8 @@ def greedy(model: Transformer, make_step, prompt: list[int], tokens: int) -> lis
 @pytest.mark.parametrize("prompt", [1, 7, 30])
 @widest
 def test_same_tokens_for_any_number_of_threads(make_step, dtype, prompt, set_threads):
+    if dtype == torch.bfloat16 and prompt > 16 and "amx" in RUNNABLE:
+        pytest.skip("a longer prompt's products are oneDNN's, whose bits depend on threads where it has AMX")
     model, found = make("llama", 0.5, dtype), []
     for threads in (1, 2, 4):
         set_threads(threads)
