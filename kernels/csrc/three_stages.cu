@@ -1,11 +1,13 @@
 // A decode step's layer as three launches, each of one CTA a multiprocessor, on Hopper and later GPUs: q/k/v of the normed
 // residual; attention and o; norm, gate, up and down. Attention over more than SHORT positions gets a launch of its own
-// before o. At the end stage_output: logits, and the likeliest token. Of a model that is cut over several GPUs, each has
-// its share of heads and of the MLP; stage_sum adds up their updates, stage_gather brings their logits together.
+// before o. At the end stage_output: logits, and the likeliest token, in whose place stage_draw draws one where that is
+// asked for. Of a model that is cut over several GPUs, each has its share of heads and of the MLP; stage_sum adds up their
+// updates, stage_gather brings their logits together.
 //
 // Sums over CTAs are exact (add_on_grid), so that a step has the same bits whatever the order of its additions. What a
 // kernel reads before wait_for_producers was made before the step: weights, thresholds, grids, the cache's past.
 #include "stages_attention.cuh"
+#include "stages_draw.cuh"
 #include "stages_ranks.cuh"
 #include "stages_sums.cuh"
 
