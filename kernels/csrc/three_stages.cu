@@ -50,8 +50,8 @@ STAGE stage_qkv(const __grid_constant__ Step S, const __grid_constant__ Layer L,
     walk<UNROLL_A, ROW_QKV>(y, s.list, rows, turn, EACH, L.wqkv + byte);
     store(y, s.part + warp * PITCH + lane, 33, norm.fixed.unit);
     if constexpr (BITS_A <= 8)
-        if (norm.fixed.outliers && turn == 0)
-            add_outliers<BITS_A, ROW_QKV>(s.part + warp * PITCH + lane, 33, s.list, rows, L.wqkv + byte);
+        if (turn == 0 && byte < ROW_QKV)
+            add_outliers<BITS_A, ROW_QKV>(s.part + warp * PITCH + lane, 33, s.list + n + 1, norm.fixed.apart, L.wqkv + byte);
     __syncthreads();
     if (t >= 8 * C) return;
 #pragma unroll
@@ -171,7 +171,8 @@ STAGE stage_mlp(const __grid_constant__ Step S, const __grid_constant__ Layer L,
         float4* sums = s.part + slot * BOTH + t % WIDTH;
         if (slot < SLOTS) store(y, sums, WIDTH, norm.fixed.unit);
         if constexpr (BITS_M <= 8)
-            if (norm.fixed.outliers && slot == 0) add_outliers<BITS_M, ROW_MLP, 1>(sums, WIDTH, s.list, rows, base, scales);
+            if (slot == 0 && column < FFN)
+                add_outliers<BITS_M, ROW_MLP, 1>(sums, WIDTH, s.list + n + 1, norm.fixed.apart, base, scales);
     }
     __syncthreads();
     constexpr int TEAMS = least(THREADS / BOTH, SLOTS);
