@@ -17,7 +17,16 @@ from teal_fast.engine.cuda_step import capture
 from teal_fast.engine.grids import Grids, measure_grids
 from teal_fast.engine.ranks.layers import adds_bias, own_output, ranks_of
 from teal_fast.engine.sampling import Sampling
-from teal_fast.kernels.decode_stages import SHORT, TOLD, DecodeStages, StageLayer, StageSampling, StageStep, defines
+from teal_fast.kernels.decode_stages import (
+    SHORT,
+    TOLD,
+    DecodeStages,
+    StageLayer,
+    StageSampling,
+    StageStep,
+    added,
+    defines,
+)
 from teal_fast.kernels.int4 import row_scales
 from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError
@@ -103,7 +112,7 @@ class StagedStep:
         zeros = lambda *size, dtype=torch.float32: self._kept(torch.zeros(size, dtype=dtype, device=self.device))  # noqa: E731
         self.token, self.input_pos = zeros(1, 1, dtype=torch.int64), zeros(1, dtype=torch.int64)
         self.logits, self.largest = zeros(args.vocab_size), zeros(1)
-        self.beyond = zeros(1, dtype=torch.int32)  # how many addends left their grid so far
+        self.beyond, self.calls = zeros(1, dtype=torch.int32), 0  # how many addends left their grid in so many calls
         self.sampling, self.drawn = zeros(ctypes.sizeof(StageSampling), dtype=torch.uint8), False
         self.told = self._kept(torch.zeros(TOLD, 2, dtype=torch.int64, pin_memory=True))
         self.at: int | None = None  # the position in input_pos, where the host knows it
@@ -143,7 +152,16 @@ class StagedStep:
         )  # attended over
         ways = itertools.product({False, self.longest > SHORT}, (False, True))
         self.graphs = {way: self._capture(*way) for way in ways}
+        self.beyond.zero_()  # captures count too
         print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+    @property
+    def beyond_grids(self) -> float:
+        """The share of addends that left their columns' grids so far, so that sums need not have the same bits again.
+
+        Of four columns next to each other, which count together. The GPU is waited for.
+        """
+        return self.beyond.item() / max(1, self.calls * len(self.layers) * added(self.stages.constants))
 
     @property
     def lost(self) -> bool:
@@ -163,7 +181,7 @@ class StagedStep:
         if token.data_ptr() != self.token.data_ptr():
             self.token.copy_(token)
         self.graphs[min(position + 1, self.longest) > SHORT, self.drawn].replay()
-        self.at = position + 1
+        self.at, self.calls = position + 1, self.calls + 1
         return self.logits
 
     def draw(self, sampling: Sampling, seed: int) -> None:

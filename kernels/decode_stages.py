@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from teal_fast.kernels.cuda_driver import CudaModule, launch_config
 from teal_fast.kernels.nvrtc import compile_cuda
-from teal_fast.kernels.stage_shape import MOST_RANKS, THREADS, StageShape
+from teal_fast.kernels.stage_shape import MOST_RANKS, THREADS, WARPS, StageShape
 
 SOURCE = "three_stages.cu"
 SHORT, TOLD = 512, 8  # as stages_base.cuh has them
@@ -59,6 +59,19 @@ def defines(shape: StageShape, launches: dict[str, int], delay: int = 0) -> dict
     sizes = {name.upper(): int(value) for name, value in asdict(shape).items()}
     structures = {"LAYER_BYTES": ctypes.sizeof(StageLayer), "STEP_BYTES": ctypes.sizeof(StageStep)}
     return sizes | launches | structures | {"DELAY": delay}
+
+
+def added(constants: dict[str, int]) -> int:
+    """How often a layer adds four columns at once to sums over CTAs, each time asking whether they are beyond grids."""
+    columns = (constants["HEADS"] + 2 * constants["KV_HEADS"]) * constants["HEAD_DIM"]
+    segment = 4096 // constants["BITS_A"]  # columns of a warp
+    last = (columns - 1) // segment
+    each = constants["CTAS_QKV"] * WARPS // (last + 1)  # warps
+    count = (constants["CTAS_O"] + constants["CTAS_MLP"]) * constants["DIM"] // 4
+    for cta in range(constants["CTAS_QKV"]):
+        touched = {min(warp // each, last) for warp in range(cta * WARPS, (cta + 1) * WARPS)}
+        count += sum(min(segment, columns - number * segment) // 4 for number in touched)
+    return count
 
 
 class DecodeStages:
