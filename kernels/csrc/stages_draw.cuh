@@ -31,6 +31,12 @@ __device__ __forceinline__ u64 mix(u64 h) {
     return h ^ h >> 31;
 }
 
+// -log(1 - uniform), with small ones by its series; log1pf has many instructions, and a thread many tokens.
+__device__ __forceinline__ float exponential(float uniform) {
+    const float series = uniform * (1 + uniform * (.5f + uniform * (1.f / 3)));
+    return uniform < 0x1p-8f ? series : -__logf(1 - uniform);
+}
+
 struct Found {  // of some tokens: how many, and what they weigh
     float weight;
     u32 count;
@@ -44,7 +50,11 @@ struct Drawers {
     int turn;
 
     static __device__ __forceinline__ int number(int j) { return (j * DRAWERS + blockIdx.x) * THREADS + threadIdx.x; }
-    __device__ __forceinline__ float weigh(float logit) const { return exp2f((logit - largest) * how.inverse); }
+    __device__ __forceinline__ float weigh(float logit) const {
+        float y;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"((logit - largest) * how.inverse));
+        return y;
+    }
     __device__ __forceinline__ bool before(int j, float logit, int token) const {
         return logits[j] > logit || (logits[j] == logit && number(j) < token);
     }
@@ -116,7 +126,7 @@ struct Drawers {
             const float weight = weigh(logits[j]);
             if (!before(j, logit, token) || weight < how.min_p) continue;
             const float uniform = (mix(mix(number(j) ^ low) + high) + .5f) * 0x1p-32f;
-            best = larger_key(best, (u64)bits_of(weight / -log1pf(-uniform)) << 32 | (u32)(~number(j)));
+            best = larger_key(best, (u64)bits_of(__fdividef(weight, exponential(uniform))) << 32 | (u32)(~number(j)));
         }
         return (int)~(u32)together(best, larger_key);
     }
