@@ -94,10 +94,11 @@ def main() -> None:
     options = parser.parse_args()
     check_records_path(options.out)
     device, records = pick_device("cuda"), []
+    common = describe(options.shapes, device, "") | {"benchmark": "massive"}
     for format in options.formats:
         ((model, calibration),) = Choice(device, shape=options.shapes, formats=(format,)).load()
-        common = describe(options.shapes, device, format_of(model)) | {"benchmark": "massive"}
         print(format_of(model), flush=True)
+        common["format"] = format_of(model)
         records += [common | record for record in measure(model, calibration, options.sparsity)]
         del model, calibration
         torch.cuda.empty_cache()

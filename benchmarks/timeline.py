@@ -84,12 +84,12 @@ def main() -> None:
     options = parser.parse_args()
     check_records_path(options.out)
     device, records = pick_device("cuda"), []
+    common = describe(options.shapes, device, "")
+    common |= {"benchmark": "timeline", "sparsity": options.sparsity, "context": START}
     for format in options.formats:
         ((model, calibration),) = Choice(device, shape=options.shapes, formats=(format,)).load()
         set_sparsity(model, calibration, options.sparsity)
-        common = describe(options.shapes, device, format_of(model))
-        common |= {"benchmark": "timeline", "sparsity": options.sparsity, "context": START}
-        records += [common | record for record in measure(model)]
+        records += [common | {"format": format_of(model)} | record for record in measure(model)]
         del model, calibration
         torch.cuda.empty_cache()
     put_out(records, options.out)
