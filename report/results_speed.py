@@ -138,7 +138,7 @@ def massive_section(records: list[Record]) -> Section:
             errors = (each([r], name, lambda value: percent(value, 1)) for name in ("error", "rounding"))
             size = f"{r['size']:,}" if r["size"] > 1 else "none"
             times = f"{r['us'] / row[0]['us']:.3f}"
-            rows.append([r["format"], percent(r["sparsity"]), size, f"{r['us']:,.0f}", times, *errors])
+            rows.append([r["format"], percent(r["sparsity"]), size, f"{r['us']:,.1f}", times, *errors])
     head = ["weights", "sparsity", "times the rest", "us a token", "of none", "logits differ", "rounding alone"]
     return Section(
         f"Massive activations in {records[0]['model']}'s shapes on {records[0]['device']}", [markdown(head, rows)]

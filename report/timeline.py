@@ -59,7 +59,7 @@ def timeline_section(records: list[Record]) -> Section:
             parts[span.part] += (span.end - span.works) / (LAYERS[1] - LAYERS[0])
         layer = found[-1].end / (LAYERS[1] - LAYERS[0])
         shown = " · ".join(f"{part} {time:.1f}" for part, time in parts.items())
-        times = (each([record], name, lambda value: f"{value:,.0f}") for name in ("us", "drawn_us"))
+        times = (each([record], name, lambda value: f"{value:,.1f}") for name in ("us", "drawn_us"))
         rows.append([record["format"], STEPS[record["step"]], *times, f"{layer:.1f}", shown])
     head = ["weights", "a layer in", "us a token", "drawn", "us a layer", "of which, waits for the one before left out"]
     first = records[0]

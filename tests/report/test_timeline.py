@@ -38,7 +38,7 @@ def test_the_picture_and_its_table():
     picture, table = timeline_section([TRITON, STAGES]).tables
     assert "(small.svg)" in picture
     parts = "norm, q/k/v 8.0 · attention, o 8.0 · norm, gate, up, down 8.0"
-    assert table.splitlines()[-1] == f"| bf16 | three launches | 1,234 | 1,300 | 24.0 | {parts} |"
+    assert table.splitlines()[-1] == f"| bf16 | three launches | 1,234.5 | 1,300.0 | 24.0 | {parts} |"
 
 
 @pytest.mark.parametrize("figure", timeline_figures(read_results(RESULTS)), ids=lambda figure: figure.name)
