@@ -13,6 +13,7 @@ import torch
 
 from teal_fast.calibration.make import QUICK, Settings, make_calibration
 from teal_fast.engine.device import pick_device
+from teal_fast.engine.fixed_text import with_fixed_text
 from teal_fast.engine.ranks.group import Ranks
 from teal_fast.engine.ranks.launch import explain_lost, first_to_end, leave, meet, wait_for_rank_0
 from teal_fast.engine.ranks.layers import connect
@@ -280,8 +281,7 @@ def open_model(choice: ModelChoice, calibrated: bool | None = True, ranks: Ranks
 
     calibrated None: if there is one. ranks: that share the model, each of which opens its part.
 
-    What is missing is made first, with a line on stderr, unless no_prepare is set or the model is shared. Small files
-    are read before weights.
+    What is missing is made first, saying so, unless no_prepare is set or the model is shared. Small files come first.
     """
     prepare = not choice.no_prepare and ranks is None
     folder = open_checkpoint(choice.checkpoint, prepare)
@@ -297,4 +297,4 @@ def open_model(choice: ModelChoice, calibrated: bool | None = True, ranks: Ranks
     model = load_model(folder, device, DTYPES.get(choice.dtype), shard=ranks and ranks.shard)
     if ranks is not None:
         model, found = connect(model, ranks), found and found.part(ranks.shard)
-    return Opened(folder, device, tokenizer, model, found)
+    return Opened(folder, device, tokenizer, with_fixed_text(model, folder, tokenizer), found)

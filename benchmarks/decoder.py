@@ -89,6 +89,8 @@ class Decoder:
         contexts = range(len(self.prompt), len(self.prompt) + self.new_tokens - 1)  # of the steps after the first token
         read = bytes_per_token(self.engine.model, self.achieved, contexts)
         fields = {"achieved_sparsity": self.achieved, "bytes_per_token": read}
+        if isinstance(self.engine.step, StagedStep):
+            fields["beyond_grids"] = self.engine.step.beyond_grids  # of all rows of this engine
         return fields | ({"host_share": statistics.median(self.host_shares[1:])} if self.host_shares else {})
 
 

@@ -22,6 +22,7 @@ from teal_fast.benchmarks.shapes import SHAPES
 from teal_fast.cli import MAX_SPARSITY, pick_device, run
 from teal_fast.cli import sparsity as fraction
 from teal_fast.engine.cache import new_cache
+from teal_fast.engine.cuda_step import CapturedStep
 from teal_fast.engine.staged_step import StagedStep, build_stages, stage_shape
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.files.store import check_writable, new_file
@@ -45,12 +46,16 @@ def candidates(shape: StageShape, processors: int) -> dict[str, list[int]]:
 
 
 def microseconds(model: Transformer, wanted: dict[str, int]) -> float:
-    """Of a captured step, the median of rounds; infinite where no kernel can be built so."""
+    """Of a step with its launches cut so; infinite where no kernel can be built so."""
     try:
         stages = build_stages(model, **wanted)
     except (ValueError, CudaError):
         return float("inf")
-    step = StagedStep(model, new_cache(model, CONTEXT), stages)
+    return step_microseconds(StagedStep(model, new_cache(model, CONTEXT), stages))
+
+
+def step_microseconds(step: StagedStep | CapturedStep) -> float:
+    """Of a captured step over a cache of CONTEXT, the median of rounds."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 2)]
     position = START
     for event in events:

@@ -8,6 +8,7 @@ gate/up, down. The residual stream stays in fp32.
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DECODE, KEEP_ALL, sparse_layers
 
 SERVED = ("ropes", "embedding_scale")  # of what ModelArgs.beyond_llama knows
+Made = TypeVar("Made")
 Compute = Callable[
     [Transformer, KVCache, Tensor, Tensor], Tensor
 ]  # model, cache, token [1, 1], input_pos [1] -> logits
@@ -72,16 +74,16 @@ def plain_step(model: Transformer, cache: KVCache, token: Tensor, input_pos: Ten
     return model(token, input_pos, cache, DECODE)[0, -1]
 
 
-def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(compute: Callable[[], Made], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Made]:
     """What `compute` does as a graph, and what it returned, which each replay fills. Run once before, it compiles."""
-    stream = torch.cuda.Stream(device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        compute()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = compute()
+    with torch.cuda.device(device):
+        with torch.cuda.stream(stream):
+            compute()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(graph):
+            found = compute()
     return graph, found
 
 

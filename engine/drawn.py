@@ -7,9 +7,10 @@ from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.ranks.launch import LOST_RANK
 from teal_fast.engine.ranks.layers import agreed_seed
 from teal_fast.engine.request import Request
-from teal_fast.engine.sampling import new_generator
+from teal_fast.engine.sampling import GREEDY, new_generator
 from teal_fast.engine.speculation.accept import accept
 from teal_fast.engine.speculation.drafters import Draft
+from teal_fast.engine.steps import Step
 from teal_fast.model import Transformer
 
 
@@ -56,14 +57,19 @@ class Drawn:
 class Drawing:
     """What draws one answer's tokens: a generator, what changes the logits before, a constraint if there is one.
 
-    Ranks that share the model draw alike.
+    step: that computes their logits, and draws them itself if it can and nothing changes the logits. Ranks that share
+    the model draw alike.
     """
 
-    def __init__(self, request: Request, model: Transformer):
+    def __init__(self, request: Request, model: Transformer, step: Step | None = None):
         device = model.norm.weight.device
         self.request, self.generator = request, new_generator(device, agreed_seed(model, request.seed))
         self.constraint = request.constraint() if request.constraint else None
         self.adjust = Adjustment(request.sampling, request.prompt, model.args.vocab_size, device, self.constraint)
+        self.told = self.adjust.idle and request.sampling.greedy  # whether what a step finds is the token
+        if hasattr(step, "draw"):
+            step.draw(request.sampling if self.adjust.idle else GREEDY, self.generator.initial_seed())
+            self.told = self.adjust.idle
 
     def __call__(
         self,
@@ -73,12 +79,11 @@ class Drawing:
         best: tuple[Tensor, list[Tensor]] | None = None,
         draft: Draft | None = None,
     ) -> Drawn:
-        """The next token, from the model's logits [vocab]; best: the likeliest one, where the step tells it."""
-        sampling, adjusted = self.request.sampling, self.adjust(logits)
-        if best is not None and adjusted is logits and sampling.greedy:
+        """The next token, from the model's logits [vocab]; best: what the step found, where it tells it."""
+        if best is not None and self.told:
             (token, told), largest = best, None
         else:
-            (token, largest), told = accept(sampling, adjusted, draft, self.generator), None
+            (token, largest), told = accept(self.request.sampling, self.adjust(logits), draft, self.generator), None
         self.adjust.add(token)
         drawn = Drawn(self.request, token, largest, logits, sparsity, achieved, told)
         if self.constraint is not None:

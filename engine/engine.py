@@ -254,7 +254,7 @@ class Engine:
     def _decode(self, request: Request, new_tokens: int, between: Callable[[], None] | None) -> Iterator[Token]:
         """The loop. A GPU is given the next step before its last token is read, so that it never waits for the host."""
         device, prompt = self._device, request.prompt
-        draw = Drawing(request, self.model)
+        draw = Drawing(request, self.model, None if request.lossless else self.step)
         stop = self.stop if request.stop is None else request.stop
         ahead = 1 if device.type == "cuda" and draw.constraint is None and not request.lossless else 0
 

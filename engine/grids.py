@@ -2,19 +2,17 @@
 
 Addends that are whole multiples of a column's grid have the same sum in any order, as long as all partial sums are
 below 2^24 grids. So a grid is a power of two, as fine as leaves room for addends, as many as there may be, that are
-each as large as twice what the column's sum was at most on a fixed text. What is larger is added rightly all the same,
-but the promise is lost then: it is counted (kernels/csrc/stages_base.cuh).
+each as large as twice what the column's sum was at most on a fixed text (fixed_text.py). What is larger is added
+rightly all the same, but the promise is lost then: it is counted (kernels/csrc/stages_base.cuh).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from teal_fast.engine.fixed_text import largest_sums
 from teal_fast.model import Transformer
-
-TEXT = 8, 32  # sequences and tokens of the fixed text: ids at even distances over the vocabulary
 
 
 class Grids(NamedTuple):
@@ -25,28 +23,9 @@ class Grids(NamedTuple):
     down: Tensor
 
 
-@torch.no_grad()
 def measure_grids(model: Transformer, addends: tuple[int, int, int]) -> list[Grids]:
-    """Each layer's grids for sums of at most so many addends, from a dense pass over the fixed text."""
-    device, vocab = model.norm.weight.device, model.args.vocab_size
-    found: list[list[Tensor]] = [[] for _ in model.layers]
-
-    def watch(bias: Tensor | None, number: int, module: nn.Module, given: tuple, made: Tensor) -> None:
-        made = made if bias is None else made - bias
-        found[number].append(made.flatten(0, 1).abs().amax(0).float())
-
-    hooks = []
-    for number, layer in enumerate(model.layers):
-        wqkv = layer.attention.wqkv  # to which the kernels add the bias later
-        for module, bias in ((wqkv, wqkv.bias), (layer.attention.wo, None), (layer.feed_forward.w2, None)):
-            hooks.append(module.register_forward_hook(partial(watch, bias, number)))
-    try:
-        count = TEXT[0] * TEXT[1]
-        model.hidden((torch.arange(count, device=device) * vocab // count).view(TEXT))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [Grids(*map(grid_constant, largest, addends)) for largest in found]
+    """Each layer's grids for sums of at most so many addends."""
+    return [Grids(*map(grid_constant, largest, addends)) for largest in largest_sums(model)]
 
 
 def grid_constant(largest: Tensor, addends: int) -> Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from teal_fast.engine.device import find_device
 from teal_fast.engine.engine import DEFAULT_CONTEXT, Engine
+from teal_fast.engine.fixed_text import with_fixed_text
 from teal_fast.files.calibration import MissingCalibrationError, load_calibration
 from teal_fast.files.checkpoint import find_checkpoint
 from teal_fast.files.load import load_model
@@ -35,4 +36,5 @@ def load(
         found = load_calibration(folder, calibration)
     except MissingCalibrationError:
         found = None
-    return Engine(load_model(folder, where, DTYPES.get(dtype)), found, tokenizer.eos_ids, context), tokenizer
+    model = with_fixed_text(load_model(folder, where, DTYPES.get(dtype)), folder, tokenizer)
+    return Engine(model, found, tokenizer.eos_ids, context), tokenizer

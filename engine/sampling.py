@@ -96,6 +96,9 @@ class Sampling:
         return probabilities, candidates, largest
 
 
+GREEDY = Sampling(0.0)
+
+
 def draw_index(weights: Tensor, generator: torch.Generator) -> Tensor:
     """An index, int64 [1], drawn in proportion to weights [n], which need not add up to 1."""
     # As torch.multinomial draws one, which on CUDA also asserts that there is no NaN: that would end the process.

@@ -241,6 +241,7 @@ def summarize(engine: Engine, samples: list[Sample]) -> dict:
         "bytes_per_token": bytes_per_token(engine.model, achieved.get("all", 0.0)) if batch == 1 else None,
         "gb_per_s": statistics.median(reads or [0.0]) / 1e9 if known else None,
         "lossless": None if drafted is None else drafted.record(),
+        "beyond_grids": getattr(engine.step, "beyond_grids", None),  # of all that the engine has decoded
         "batch": batch,
         "tokens_per_s_together": sum(len(s.decode_s) for s in samples) / together if batch > 1 and together else None,
     }
@@ -275,6 +276,9 @@ def describe_cost(record: dict) -> str:
         kinds = " · ".join(f"{kind} {value:.1%}" for kind, value in record["achieved_by_kind"].items())
         achieved, nominal = record["achieved_sparsity"], record["sparsity"]
         lines.append(f"sparsity {achieved:.1%} achieved, {nominal:.0%} nominal ({kinds})")
+    if record["beyond_grids"]:
+        share = f"{1e6 * record['beyond_grids']:.3g} of a million parts of sums"
+        lines.append(f"{share} were beyond their grids: the same text again may have other bits")
     return "\n".join(lines)
 
 

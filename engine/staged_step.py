@@ -1,18 +1,32 @@
 """The decode step on Hopper and later GPUs: three launches a layer (kernels/decode_stages.py) in a CUDA graph.
 
-A graph's replay is a token: it takes the token that the replay before found likeliest, at the position behind, unless
-the caller says otherwise. Sums have the same bits in any order (grids.py).
+A graph's replay is a token: it takes the token that the replay before found likeliest, or has drawn, at the position
+behind, unless the caller says otherwise. Sums have the same bits in any order (grids.py).
 """
 
+import ctypes
+import itertools
+import math
 import sys
 import time
 
 import torch
 from torch import Tensor
 
+from teal_fast.engine.cuda_step import capture
 from teal_fast.engine.grids import Grids, measure_grids
 from teal_fast.engine.ranks.layers import adds_bias, own_output, ranks_of
-from teal_fast.kernels.decode_stages import SHORT, TOLD, DecodeStages, StageLayer, StageStep, defines
+from teal_fast.engine.sampling import Sampling
+from teal_fast.kernels.decode_stages import (
+    SHORT,
+    TOLD,
+    DecodeStages,
+    StageLayer,
+    StageSampling,
+    StageStep,
+    added,
+    defines,
+)
 from teal_fast.kernels.int4 import row_scales
 from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError
@@ -84,8 +98,8 @@ class StagedStep:
     """A decode step over one model and one cache as a CUDA graph; each replay fills the same logits [vocab] fp32.
 
     words: see `rank_words`.
-    best: the likeliest token after the last call, int64 [1], and on the host, once the GPU is done, the same and its
-    logit, fp32 [1], for as long as TOLD calls; with NaN among the logits, NaN.
+    best: the likeliest token after the last call, or the one that was drawn, int64 [1]; and on the host, once the GPU
+    is done, the same and the largest logit, fp32 [1], for as long as TOLD calls; with NaN among the logits, NaN.
     """
 
     mode = "captured"
@@ -98,7 +112,8 @@ class StagedStep:
         zeros = lambda *size, dtype=torch.float32: self._kept(torch.zeros(size, dtype=dtype, device=self.device))  # noqa: E731
         self.token, self.input_pos = zeros(1, 1, dtype=torch.int64), zeros(1, dtype=torch.int64)
         self.logits, self.largest = zeros(args.vocab_size), zeros(1)
-        self.beyond = zeros(1, dtype=torch.int32)  # how many addends left their grid so far
+        self.beyond, self.calls = zeros(1, dtype=torch.int32), 0  # how many addends left their grid in so many calls
+        self.sampling, self.drawn = zeros(ctypes.sizeof(StageSampling), dtype=torch.uint8), False
         self.told = self._kept(torch.zeros(TOLD, 2, dtype=torch.int64, pin_memory=True))
         self.at: int | None = None  # the position in input_pos, where the host knows it
         self.residual, self.o_update, self.mlp_update = zeros(2, args.dim), zeros(2, args.dim), zeros(args.dim)
@@ -122,6 +137,7 @@ class StagedStep:
             arrived=self._address(zeros(1, dtype=torch.int32)),
             beyond=self._address(self.beyond),
             told=self._address(self.told),
+            sampling=self._address(self.sampling),
             length=cache.length,
             eps=args.norm_eps,
         )
@@ -134,8 +150,18 @@ class StagedStep:
         self.longest = max(
             min(window or cache.length, cache.length) for window in args.sliding_windows
         )  # attended over
-        self.graphs = {long: self._capture(long) for long in {False, self.longest > SHORT}}
+        ways = itertools.product({False, self.longest > SHORT}, (False, True))
+        self.graphs = {way: self._capture(*way) for way in ways}
+        self.beyond.zero_()  # captures count too
         print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+    @property
+    def beyond_grids(self) -> float:
+        """The share of addends that left their columns' grids so far, so that sums need not have the same bits again.
+
+        Of four columns next to each other, which count together. The GPU is waited for.
+        """
+        return self.beyond.item() / max(1, self.calls * len(self.layers) * added(self.stages.constants))
 
     @property
     def lost(self) -> bool:
@@ -154,19 +180,26 @@ class StagedStep:
             self.input_pos.fill_(position)
         if token.data_ptr() != self.token.data_ptr():
             self.token.copy_(token)
-        self.graphs[min(position + 1, self.longest) > SHORT].replay()
-        self.at = position + 1
+        self.graphs[min(position + 1, self.longest) > SHORT, self.drawn].replay()
+        self.at, self.calls = position + 1, self.calls + 1
         return self.logits
 
-    def _capture(self, long: bool) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.device(self.device):
-            with torch.cuda.stream(stream):  # loads the kernels; the cache's first row is written and means nothing yet
-                self.stages.launch(self.step, self.layers, long)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            with torch.cuda.graph(graph):
-                self.stages.launch(self.step, self.layers, long)
+    def draw(self, sampling: Sampling, seed: int) -> None:
+        """From the next call on `best` is drawn so, the likeliest where that is greedy; of penalties nothing is known.
+
+        The same seed, of 64 bits, draws the same token from the same logits at the same position.
+        """
+        self.drawn = not sampling.greedy
+        if self.drawn:
+            vocab, top_p = self.logits.numel(), 1.0 if sampling.top_p is None else sampling.top_p
+            kept = top_p, sampling.min_p or 0.0, min(sampling.top_k or vocab, vocab)
+            how = StageSampling(math.log2(math.e) / sampling.temperature, *kept, seed % 2**64)
+            # From pageable memory, which is copied before the call returns, so that it need not be waited for.
+            self.sampling.copy_(torch.frombuffer(bytearray(how), dtype=torch.uint8), non_blocking=True)
+
+    def _capture(self, long: bool, drawn: bool) -> torch.cuda.CUDAGraph:
+        # The run before it loads the kernels; the cache's first row is written and means nothing yet.
+        graph, _ = capture(lambda: self.stages.launch(self.step, self.layers, long, drawn), self.device)
         self.token.zero_()
         self.input_pos.zero_()
         return graph

@@ -22,8 +22,9 @@ from teal_fast.weights.blocks import in_blocks
 
 class Step(Protocol):
     # `achieved`, where a step has it, is the share of the sparse layers' bytes that the last call skipped;
-    # `dense(tokens, position, wanted)` computes several tokens at once (cpu_step.py); `best` is the likeliest token,
-    # int64 [1], and what the host is told of it (staged_step.py). The position may be on the host.
+    # `dense(tokens, position, wanted)` computes several tokens at once (cpu_step.py); `best` is the next token, int64
+    # [1], and what the host is told of it: the likeliest, unless `draw` says how it is drawn (staged_step.py). The
+    # position may be on the host.
     mode: str  # how it runs, as a benchmark record says it: plain, compiled, captured
 
     def __call__(self, token: Tensor, input_pos: Tensor) -> Tensor: ...

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.engine.cache import first_row_kept
+from teal_fast.engine.cuda_step import capture
 from teal_fast.engine.scoring import parts
 from teal_fast.kernels.add_norm import add_norm
 from teal_fast.kernels.few_token_gemm import few_token_gemm
@@ -96,16 +97,14 @@ class VerifyStep:
         device = model.norm.weight.device
         self.cache, self.length = cache, cache.length
         self.inputs = torch.zeros(2, TOKENS, dtype=torch.int64, device=device)
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        with torch.cuda.device(device), first_row_kept(cache):
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):  # compiles the kernels, and writes the cache's first row
-                dense_tokens(model, cache, *self.inputs, product)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            with torch.cuda.graph(self.graph):
-                self.logits = dense_tokens(model, cache, *self.inputs, product)
-                largest, best = self.logits.max(-1)
-                self.found = torch.stack((self.inputs[0], best, largest.double().view(torch.int64)))
+
+        def compute() -> tuple[Tensor, Tensor]:
+            logits = dense_tokens(model, cache, *self.inputs, product)
+            largest, best = logits.max(-1)
+            return logits, torch.stack((self.inputs[0], best, largest.double().view(torch.int64)))
+
+        with first_row_kept(cache):
+            self.graph, (self.logits, self.found) = capture(compute, device)
         print(f"captured in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     def dense(self, tokens: Sequence[int | Tensor], position: int, wanted: int = 1) -> Tensor:

@@ -40,10 +40,12 @@ from teal_fast.report.results_speed import (
     alternate_section,
     decode_section,
     kernels_section,
+    massive_section,
     prompts_section,
     serve_section,
     table_section,
 )
+from teal_fast.report.timeline import timeline_figures, timeline_section
 from teal_fast.report.tradeoff import tradeoff_figures
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -66,6 +68,8 @@ SECTIONS = {
     "prompts": Kind(("file", "run", "model"), prompts_section),
     "ranks": Kind(("file", "run", "model"), ranks_section),
     "serve": Kind(("file", "run", "model"), serve_section),
+    "timeline": Kind(("file", "run", "model"), timeline_section),
+    "massive": Kind(("file", "run", "model"), massive_section),
     "kernels": Kind(("file", "run", "model"), kernels_section),
     "few_tokens": Kind(("file", "run", "model"), few_tokens_section),
     "batch": Kind(("file", "run", "model"), batch_section),
@@ -154,7 +158,8 @@ def main() -> None:
     check_writable(options.out)
     with reading_records(options.results):
         records = read_results(options.results)
-        page, figures = make_page(records, TEMPLATE.read_text(encoding="utf-8")), tradeoff_figures(records)
+        page = make_page(records, TEMPLATE.read_text(encoding="utf-8"))
+        figures = tradeoff_figures(records) + timeline_figures(records)
     with new_file(options.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     for figure in figures:

@@ -131,6 +131,20 @@ def kernels_section(records: list[Record]) -> Section:
     return Section(title, [markdown(head, rows)], [f"read bandwidth {bandwidth(records)}"])
 
 
+def massive_section(records: list[Record]) -> Section:
+    rows = []
+    for row in by(records, "format", "sparsity").values():
+        for r in row:
+            errors = (each([r], name, lambda value: percent(value, 1)) for name in ("error", "rounding"))
+            size = f"{r['size']:,}" if r["size"] > 1 else "none"
+            times = f"{r['us'] / row[0]['us']:.3f}"
+            rows.append([r["format"], percent(r["sparsity"]), size, f"{r['us']:,.1f}", times, *errors])
+    head = ["weights", "sparsity", "times the rest", "us a token", "of none", "logits differ", "rounding alone"]
+    return Section(
+        f"Massive activations in {records[0]['model']}'s shapes on {records[0]['device']}", [markdown(head, rows)]
+    )
+
+
 def serve_section(records: list[Record]) -> Section:
     names = {id(r): r["peer"] or f"{r['mode']}, {percent(r['sparsity'])}" for r in records}
     times = ("first_token_s", "first_turn_s", "second_turn_s")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teal_fast.engine.prefill import prefill, tokens_at_once
+from teal_fast.engine.sampling import GREEDY
 from teal_fast.engine.scoring import parts
 from teal_fast.engine.staged_step import StagedStep
 from teal_fast.engine.steps import Step
@@ -95,6 +96,7 @@ class ModelDrafter:
     def _chain(self, text: Sequence[int], count: int) -> list[Draft]:
         """The likeliest tokens, each step taking what the one before found, so that the host waits for none."""
         drafts, token = [], torch.tensor([[text[-1]]])
+        self.step.draw(GREEDY, 0)
         for position in range(len(text) - 1, len(text) - 1 + count):
             self.step(token, torch.tensor([position]))
             token = self.step.best[0].view(1, 1)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from teal_fast.engine.fixed_text import with_fixed_text
 from teal_fast.engine.speculation.drafters import DraftModel
 from teal_fast.engine.speculation.lossless import AUTO, NGRAM, SELF
 from teal_fast.families.config import model_args
@@ -50,4 +51,5 @@ def _open(draft: Path, name: str, folder: Path, model: Transformer, tokenizer: T
         calibration = load_calibration(draft)
     except MissingCalibrationError:
         calibration = None
-    return DraftModel(name, load_model(draft, device, dtype), calibration, shared)
+    drafting = with_fixed_text(load_model(draft, device, dtype), draft, tokenizer)
+    return DraftModel(name, drafting, calibration, shared)

@@ -47,6 +47,7 @@ struct Step {
     u64* best;
     u32 *arrived, *beyond;  // beyond: how many addends left their grid
     i64* told;              // in the host's memory: a token and its logit's bits, by turns of TOLD positions
+    const struct Sampling* sampling;  // how tokens are drawn (stages_draw.cuh)
     i64 length;
     u64* words[MOST_RANKS];  // in each rank's memory: what ranks send it (stages_ranks.cuh)
     u32 *calls, *lost;       // how often they have sent so far; whether one was waited for in vain

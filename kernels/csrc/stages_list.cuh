@@ -49,6 +49,7 @@ __device__ __forceinline__ Shared& shared() { return *(Shared*)shared_memory; }
 struct Fixed {
     float unit = 1, inverse = 1, most = 0;
     bool outliers = false;  // the same in all threads
+    int apart = 0;          // how many there are: they stand behind the list, after an empty entry
     __device__ void reach(float peak, float usual, float scale) {
         outliers = peak > BEYOND * usual;
         most = (outliers ? HELD * usual : peak) * scale;
@@ -56,12 +57,16 @@ struct Fixed {
     }
 };
 
+template <int BITS> __device__ __forceinline__ bool is_outlier(float x, const Fixed& fixed) {
+    return BITS <= 8 && fixed.outliers && fabsf(x) > fixed.most;
+}
 template <int BITS> __device__ __forceinline__ uint2 entry(int k, float x, const Fixed& fixed) {
-    if (BITS == 16) return make_uint2(k, bits_of(x));
-    if (fixed.outliers && fabsf(x) > fixed.most) return make_uint2(k | (u32)half_bits(x) << 16, 0);
+    if (BITS == 16 || is_outlier<BITS>(x, fixed)) return make_uint2(k, bits_of(x));
     const float z = x * fixed.inverse;
     return make_uint2(k, BITS == 8 ? bits_of(z + ROUNDING) & 0xffff : bits_of(z));
 }
+
+constexpr int OUTLIER = 1 << 16;  // what one counts: outliers have the upper half of a number
 
 // The number of set marks before this thread's, and of all, where a thread has `mine`; a barrier is in it.
 __device__ __forceinline__ int place(Shared& s, int mine, int& all) {
@@ -144,10 +149,10 @@ struct Norm {
             for (int i = 0; i < 8; i++) x[p][i] = rounded(x[p][i] * scale);
     }
 
-    // The list of the channels with |x| above their thresholds; returns its length.
-    template <int BITS> __device__ __forceinline__ int list(Shared& s) const {
+    // The list of the channels with |x| above their thresholds; returns its length, without outliers.
+    template <int BITS> __device__ __forceinline__ int list(Shared& s) {
         u32 kept[NORM];
-        int mine = 0, all;
+        int mine = 0, all;  // outliers are counted from bit 16 on
 #pragma unroll
         for (int p = 0; p < NORM; p++) {
             const float t[8] = {threshold[p][0].x, threshold[p][0].y, threshold[p][0].z, threshold[p][0].w,
@@ -157,20 +162,29 @@ struct Norm {
 #pragma unroll
                 for (int i = 0; i < 8; i++) kept[p] |= (fabsf(x[p][i]) <= t[i] ? 0u : 1u) << i;  // NaN is kept
             mine += __popc(kept[p]);
+            if (BITS <= 8 && fixed.outliers)
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    if (kept[p] >> i & 1 && is_outlier<BITS>(x[p][i], fixed)) mine += OUTLIER - 1;
         }
         int at = place(s, mine, all);
+        const int n = all % OUTLIER;
+        int behind = n + 1 + at / OUTLIER;
+        at %= OUTLIER, fixed.apart = all / OUTLIER;
 #pragma unroll
         for (int p = 0; p < NORM; p++)
 #pragma unroll
             for (int i = 0; i < 8; i++)
-                if (kept[p] >> i & 1) s.list[at++] = entry<BITS>(channel(p) + i, x[p][i], fixed);
-        if (threadIdx.x == 0) s.list[all] = make_uint2(0, 0);  // the other half of the last pair
+                if (kept[p] >> i & 1)
+                    s.list[is_outlier<BITS>(x[p][i], fixed) ? behind++ : at++] = entry<BITS>(channel(p) + i, x[p][i], fixed);
+        if (threadIdx.x == 0) s.list[n] = make_uint2(0, 0);  // the other half of the last pair
         __syncthreads();
-        return all;
+        return n;
     }
 };
 
-// The list of N values, of which threads below N have one each, rounded already: rows are numbered from 0. Two barriers.
+// The list of N values, of which threads below N have one each, rounded already: rows are numbered from 0. Two barriers, or
+// four where there are outliers.
 template <int BITS, int N> __device__ __forceinline__ int short_list(Shared& s, float x, float threshold, Fixed& fixed) {
     constexpr int FULL = cdiv(N, 32);  // warps with values
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -180,8 +194,8 @@ template <int BITS, int N> __device__ __forceinline__ int short_list(Shared& s, 
         const float peak = across(fabsf(mine), larger, 1, 32) + across(mine * 0, add, 1, 32);  // NaN and inf give NaN
         if (lane == 0) s.peaks[warp] = peak;
     }
-    int all;
-    const int at = place(s, kept, all);
+    int n;
+    int at = place(s, kept, n);
     if (BITS <= 8) {
         float peak = 0, usual = __int_as_float(0x7f800000);
 #pragma unroll
@@ -192,9 +206,16 @@ template <int BITS, int N> __device__ __forceinline__ int short_list(Shared& s, 
             if (p > 0) usual = fminf(usual, p);
         }
         fixed.reach(peak, usual, 1);
+        if (fixed.outliers) {
+            const bool far = kept && is_outlier<BITS>(x, fixed);
+            __syncthreads();  // all have read their places
+            at = place(s, far ? OUTLIER : kept, n);
+            fixed.apart = n / OUTLIER, n %= OUTLIER;
+            at = far ? n + 1 + at / OUTLIER : at % OUTLIER;
+        }
     }
     if (kept) s.list[at] = entry<BITS>(threadIdx.x, x, fixed);
-    if (threadIdx.x == 0) s.list[all] = make_uint2(0, 0);
+    if (threadIdx.x == 0) s.list[n] = make_uint2(0, 0);
     __syncthreads();
-    return all;
+    return n;
 }

@@ -114,14 +114,14 @@ template <int BITS> __device__ __forceinline__ void store(const Sum<BITS>& y, fl
         to[i / 4 * stride] = make_float4(y.value(i, unit), y.value(i + 1, unit), y.value(i + 2, unit), y.value(i + 3, unit));
 }
 
-// What fixed point lacks, added to a thread's stored sums; one thread a column does it, in the order of the list. Rare.
+// The list's outliers, which fixed point leaves out, added to a thread's stored sums; one thread a column does it. Rare.
 template <int BITS, int ROW, int STRIDE = 0>
 __device__ __forceinline__ void add_outliers(
-    float4* to, int stride, const uint2* list, int n, const u8* base, const u16* scales = nullptr) {
+    float4* to, int stride, const uint2* outliers, int n, const u8* base, const u16* scales = nullptr) {
     for (int p = 0; p < n; p++) {
-        const u32 mark = list[p].x >> 16, k = list[p].x & 0xffff;
-        if (mark == 0) continue;
-        const float x = BITS == 4 ? low(mark) * __uint_as_float((u32)scales[k * STRIDE] << 16) : low(mark);
+        const u32 k = outliers[p].x;
+        const float value = __uint_as_float(outliers[p].y);
+        const float x = BITS == 4 ? value * __uint_as_float((u32)scales[k * STRIDE] << 16) : value;
         const uint4 w = load_weights(base + (u64)k * ROW);
         const u32 word[4] = {w.x, w.y, w.z, w.w};
         for (int i = 0; i < Sum<BITS>::C / 4; i++) {

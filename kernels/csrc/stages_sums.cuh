@@ -44,7 +44,8 @@ __device__ __forceinline__ void add_rows(
         float4* sums = s.part + ((O::ROUNDS == 1 ? turn : 0) * O::SEGMENTS + segment) * O::PITCH + lane;
         store(y, sums, 33, fixed.unit);
         if constexpr (BITS <= 8)
-            if (fixed.outliers && first == 0) add_outliers<BITS, ROW, STRIDE>(sums, 33, s.list, rows, base + byte, own_scales);
+            if (first == 0 && byte < DIM * BITS / 8)
+                add_outliers<BITS, ROW, STRIDE>(sums, 33, s.list + n + 1, fixed.apart, base + byte, own_scales);
     }
     copies_arrive();
     __syncthreads();

@@ -1,11 +1,13 @@
 // A decode step's layer as three launches, each of one CTA a multiprocessor, on Hopper and later GPUs: q/k/v of the normed
 // residual; attention and o; norm, gate, up and down. Attention over more than SHORT positions gets a launch of its own
-// before o. At the end stage_output: logits, and the likeliest token. Of a model that is cut over several GPUs, each has
-// its share of heads and of the MLP; stage_sum adds up their updates, stage_gather brings their logits together.
+// before o. At the end stage_output: logits, and the likeliest token, in whose place stage_draw draws one where that is
+// asked for. Of a model that is cut over several GPUs, each has its share of heads and of the MLP; stage_sum adds up their
+// updates, stage_gather brings their logits together.
 //
 // Sums over CTAs are exact (add_on_grid), so that a step has the same bits whatever the order of its additions. What a
 // kernel reads before wait_for_producers was made before the step: weights, thresholds, grids, the cache's past.
 #include "stages_attention.cuh"
+#include "stages_draw.cuh"
 #include "stages_ranks.cuh"
 #include "stages_sums.cuh"
 
@@ -48,8 +50,8 @@ STAGE stage_qkv(const __grid_constant__ Step S, const __grid_constant__ Layer L,
     walk<UNROLL_A, ROW_QKV>(y, s.list, rows, turn, EACH, L.wqkv + byte);
     store(y, s.part + warp * PITCH + lane, 33, norm.fixed.unit);
     if constexpr (BITS_A <= 8)
-        if (norm.fixed.outliers && turn == 0)
-            add_outliers<BITS_A, ROW_QKV>(s.part + warp * PITCH + lane, 33, s.list, rows, L.wqkv + byte);
+        if (turn == 0 && byte < ROW_QKV)
+            add_outliers<BITS_A, ROW_QKV>(s.part + warp * PITCH + lane, 33, s.list + n + 1, norm.fixed.apart, L.wqkv + byte);
     __syncthreads();
     if (t >= 8 * C) return;
 #pragma unroll
@@ -169,7 +171,8 @@ STAGE stage_mlp(const __grid_constant__ Step S, const __grid_constant__ Layer L,
         float4* sums = s.part + slot * BOTH + t % WIDTH;
         if (slot < SLOTS) store(y, sums, WIDTH, norm.fixed.unit);
         if constexpr (BITS_M <= 8)
-            if (norm.fixed.outliers && slot == 0) add_outliers<BITS_M, ROW_MLP, 1>(sums, WIDTH, s.list, rows, base, scales);
+            if (slot == 0 && column < FFN)
+                add_outliers<BITS_M, ROW_MLP, 1>(sums, WIDTH, s.list + n + 1, norm.fixed.apart, base, scales);
     }
     __syncthreads();
     constexpr int TEAMS = least(THREADS / BOTH, SLOTS);

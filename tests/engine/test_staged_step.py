@@ -8,6 +8,7 @@ import torch
 from teal_fast.benchmarks.shapes import random_model
 from teal_fast.engine import staged_step
 from teal_fast.engine.engine import Engine
+from teal_fast.engine.fixed_text import EVEN as EVEN_IDS
 from teal_fast.engine.grids import measure_grids
 from teal_fast.engine.prefill import prefill
 from teal_fast.engine.request import Request
@@ -174,7 +175,19 @@ def test_what_leaves_its_grid_is_counted(monkeypatch):
     )
     _, _, step = staged(EVEN)
     call(step, 7, 9)
-    assert step.beyond.item() > 0
+    assert step.beyond.item() > 0 and 0 < step.beyond_grids <= 1
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("format", [None, INT8, INT4], ids=["bf16", "int8", "int4"])
+@pytest.mark.parametrize("half", [False, True], ids=["dense", "half"])
+def test_nothing_leaves_its_grid_on_the_text_that_grids_are_of(format, half):
+    model, _, step = staged(SMALL, format=format, half=half)
+    vocab, (sequences, tokens) = model.args.vocab_size, EVEN_IDS
+    for number in range(sequences * tokens):
+        call(step, number * vocab // (sequences * tokens), number % tokens)
+    assert step.calls == sequences * tokens and step.beyond_grids == 0
 
 
 @pytest.mark.gpu

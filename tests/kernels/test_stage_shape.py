@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from teal_fast.kernels.decode_stages import SOURCE, defines
+from teal_fast.kernels.decode_stages import SOURCE, added, defines
 from teal_fast.kernels.nvrtc import CudaError, compile_cuda, nvrtc
 from teal_fast.kernels.stage_shape import StageShape, cut
 
@@ -42,6 +42,12 @@ def test_every_channel_and_head_has_a_cta_at_once(name, processors):
     row = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.bits_a // 8
     warps = launches["CTAS_QKV"] * 16 // -(-row // 512)  # of a segment: their CTAs are those that add to its columns
     assert 16 <= warps <= 16 * (launches["ADDENDS_QKV"] - 1)
+
+
+def test_additions_are_counted():
+    # q/k/v: 24 segments of 64 times four columns, of 88 warps each: of 23 borders every other one is within a CTA.
+    constants = defines(LLAMA, cut(LLAMA, 132))
+    assert added(constants) == (128 + 112) * 1024 + (132 + 12) * 64
 
 
 def test_what_it_does_not_serve_is_named():
