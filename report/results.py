@@ -43,6 +43,7 @@ from teal_fast.report.results_speed import (
     serve_section,
     table_section,
 )
+from teal_fast.report.speculate import speculate_figures
 from teal_fast.report.tradeoff import tradeoff_figures
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -152,7 +153,8 @@ def main() -> None:
     check_writable(options.out)
     with reading_records(options.results):
         records = read_results(options.results)
-        page, figures = make_page(records, TEMPLATE.read_text(encoding="utf-8")), tradeoff_figures(records)
+        page = make_page(records, TEMPLATE.read_text(encoding="utf-8"))
+        figures = [*tradeoff_figures(records), *speculate_figures(records)]
     with new_file(options.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     for figure in figures:
