@@ -87,9 +87,9 @@ class Bench:
         }
 
 
-def ways(engine: Engine, draft: str, sparsities: Sequence[float]) -> list[Way]:
-    """The drafter of this name at each sparsity that it can have, or all of them for auto."""
-    names = [NGRAM, *engine.lossless.models] if draft == AUTO else [draft]
+def ways(engine: Engine, drafts: Sequence[str], sparsities: Sequence[float]) -> list[Way]:
+    """The drafters of these names at each sparsity that they can have; auto is all that there are."""
+    names = [NGRAM, *engine.lossless.models] if AUTO in drafts else drafts
     found = [Way(NGRAM)] if NGRAM in names else []
     for name in (name for name in names if name != NGRAM):
         sparse = engine.lossless.models[name].calibration is not None
@@ -191,7 +191,9 @@ def print_record(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
-    parser.add_argument("--draft", default=AUTO, metavar="auto|self|ngram|FOLDER", help="what drafts (default: all)")
+    parser.add_argument(
+        "--draft", nargs="+", default=[AUTO], metavar="auto|self|ngram|FOLDER", help="what drafts (default: auto)"
+    )
     parser.add_argument(
         "--draft_sparsity", type=sparsity, nargs="+", default=SPARSITIES, help="of the sweep (default: %(default)s)"
     )
@@ -207,20 +209,22 @@ def main() -> None:
     options, choice = parse_with_model(parser)
     check_records_path(options.out)
     opened = open_model(choice, None)
-    drafts = find_drafts(opened.folder, opened.model, opened.tokenizer, options.draft)
+    where = (opened.folder, opened.model, opened.tokenizer)
+    drafts = [found for draft in options.draft for found in find_drafts(*where, draft)]
     prompts = read_prompts(options.prompts, opened.tokenizer, opened.model.args)
     engine = Engine(opened.model, opened.calibration, context=max(map(len, prompts)) + options.tokens, drafts=drafts)
-    engine.check(Request([0], max_new_tokens=1, lossless=True, draft=options.draft))
+    for draft in options.draft:
+        engine.check(Request([0], max_new_tokens=1, lossless=True, draft=draft))
     bench = Bench(engine, prompts, options.tokens, Sampling(options.temperature))
     found = ways(engine, options.draft, options.draft_sparsity)
     common = describe(opened.name, opened.device, format_of(opened.model))
     common |= {"benchmark": "speculate", "mode": "lossless", "prompts": " ".join(options.prompts)}
     common |= {"new_tokens": options.tokens, "temperature": options.temperature}
     if options.check:
-        records = check(bench, [*found, Way(AUTO, count=None)] if options.draft == AUTO else found)
+        records = check(bench, [*found, Way(AUTO, count=None)] if AUTO in options.draft else found)
     else:
         records = [] if options.no_sweep else sweep(bench, found)
-        records.append(compare(bench, options.draft, options.rounds))
+        records += [compare(bench, draft, options.rounds) for draft in options.draft]
     records = [common | record for record in records]
     for record in records:
         print_record(record)

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from teal_fast.benchmarks import speculate
+from teal_fast.benchmarks.asked import read_prompts
 from teal_fast.benchmarks.speculate import Bench, predict, refuse_parted
 from teal_fast.calibration.make import Settings, make_calibration
+from teal_fast.families.config import model_args
 from teal_fast.files.calibration import CALIBRATION
+from teal_fast.files.checkpoint import read_config
+from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.kernels.native import library
 from teal_fast.quantization.checkpoint import make_quantized
 from teal_fast.weights.formats import Format
@@ -33,6 +37,15 @@ def speculated(run_main, folder, *words):
     """The records of the command, its exit code and its last line on stderr."""
     code, out, errors = run_main(speculate.main, "--checkpoint", folder, *WORDS, *words)
     return json.loads(out.splitlines()[-1]), code, errors.splitlines()[-1]
+
+
+def test_hard_prompts_begin_with_random_ids(even):
+    tokenizer, args = Tokenizer.load(even), model_args(read_config(even))
+    prompts = read_prompts(["repeat", "hard"], tokenizer, args)
+    assert len(prompts) == 6 and "river" in tokenizer.decode(prompts[0])
+    args.check_ids(prompts[1])
+    assert len(prompts[1]) == 64 and len(set(prompts[1])) > 60
+    assert prompts == read_prompts(["repeat", "hard"], tokenizer, args)
 
 
 def test_a_prediction_counts_what_stands_over_what_it_costs():
