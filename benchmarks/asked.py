@@ -35,13 +35,15 @@ QUESTIONS = {
         "Write a Python class for a queue with a maximum size, and tests for it with pytest.",
         "Write a C function that counts the words of a string, and explain it.",
         f"Rewrite this function so that the file is closed and empty lines are skipped:\n\n{FUNCTION}",
-        "Write an SQL query that finds the three best customers of each month by revenue.",
-        "Write a JSON file that describes five books by title, author, year and a list of subjects.",
     ),
     "prose": (
         f"Tell in three paragraphs what a day at this mill is like:\n\n{MILL}",
         "Describe a market in a small town at dawn, as a novelist of the 19th century would.",
         "Write a letter from a sailor to his sister about his first week at sea.",
+    ),
+    "more": (
+        "Write an SQL query that finds the three best customers of each month by revenue.",
+        "Write a JSON file that describes five books by title, author, year and a list of subjects.",
         "Write an essay about why people keep diaries.",
         "Tell the story of a clockmaker who finds a clock that runs backwards.",
     ),

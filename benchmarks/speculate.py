@@ -2,7 +2,7 @@
 
     python -m teal_fast.benchmarks.speculate --checkpoint demo --tokens 128
     python -m teal_fast.benchmarks.speculate --checkpoint demo --prompts repeat --draft ngram
-    python -m teal_fast.benchmarks.speculate --checkpoint demo --check --prompts chat code prose --tokens 512
+    python -m teal_fast.benchmarks.speculate --checkpoint demo --check --prompts chat code prose more --tokens 512
 
 Answers to prompts of benchmarks/asked.py. First every drafter drafts at each sparsity, 7 tokens at a time: `acceptance`
 is that of each position whose predecessors stood, costs are in dense steps, `predicted` is the speed-up over dense by
