@@ -57,9 +57,9 @@ class Adjustment:
         return logits
 
     def fork(self) -> "Adjustment":
-        """Another one that goes on from here by itself, for tokens that are not certain; it asks no constraint."""
+        """Another one that goes on from here by itself, for tokens that are not certain."""
         other = copy.copy(self)
-        other.constraint = None
+        other.constraint = None if self.constraint is None else self.constraint.fork()
         other.seen = None if self.seen is None else self.seen.clone()
         other.times = None if self.times is None else self.times.clone()
         return other

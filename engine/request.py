@@ -23,6 +23,12 @@ class Constraint(Protocol):
     def accept(self, id: int) -> None:
         """Takes note of the next token."""
 
+    def fork(self) -> "Constraint":
+        """Another one that goes on from here by itself, for drafts: it raises nothing, and its mask allows some token.
+
+        This one is asked again about each draft in its place.
+        """
+
 
 @dataclass(frozen=True)
 class Request:

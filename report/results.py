@@ -45,6 +45,7 @@ from teal_fast.report.results_speed import (
     serve_section,
     table_section,
 )
+from teal_fast.report.speculate import speculate_figures
 from teal_fast.report.timeline import timeline_figures, timeline_section
 from teal_fast.report.tradeoff import tradeoff_figures
 
@@ -159,7 +160,7 @@ def main() -> None:
     with reading_records(options.results):
         records = read_results(options.results)
         page = make_page(records, TEMPLATE.read_text(encoding="utf-8"))
-        figures = tradeoff_figures(records) + timeline_figures(records)
+        figures = [*tradeoff_figures(records), *timeline_figures(records), *speculate_figures(records)]
     with new_file(options.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     for figure in figures:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from teal_fast.report.results_section import Record, Section, by, listed, markdown, percent, unique
+from teal_fast.report.speculate import speculate_figures
 
 
 def few_tokens_section(records: list[Record]) -> Section:
@@ -94,26 +95,37 @@ def speculate_section(records: list[Record]) -> Section:
     def shares(found: list[float]) -> str:
         return " ".join(percent(share) for share in found[:8])
 
-    swept, compared = [], []
+    def sparsity(record: Record) -> str:
+        return "" if record["draft_sparsity"] is None else percent(record["draft_sparsity"])
+
+    swept, compared, checked = [], [], []
     for record in records:
         if "ratio" in record:
             found, spread = record["lossless"], f"{min(record['ratios']):.2f} to {max(record['ratios']):.2f}"
             row = [record["prompts"], record["draft"], f"{record['ratio']:.2f}", spread]
             compared.append([*row, f"{found['tokens_per_cycle']:.2f}", shares(found["acceptance"])])
-        else:
+        elif "predicted" in record:
             best = max(record["predicted"], key=record["predicted"].get)
-            sparsity = "" if record["draft_sparsity"] is None else percent(record["draft_sparsity"])
-            row = [record["draft"], sparsity, f"{record['draft_cost']:.2f}", shares(record["acceptance"])]
+            row = [record["draft"], sparsity(record), f"{record['draft_cost']:.2f}", shares(record["acceptance"])]
             swept.append([*row, best, f"{record['predicted'][best]:.2f}"])
+        else:
+            parted, drawn = record["parted"], f"drawn at {record['temperature']:g}"
+            dense = "" if parted is None else f"{parted.count(None)} of {len(parted)}"
+            row = [record["draft"], sparsity(record), "greedy" if parted else drawn, record["prompts"]]
+            row += [f"{record['new_tokens']}", dense, percent(record["stood"]), shares(record["acceptance"])]
+            checked.append([*row, f"{record['tokens_per_cycle']:.2f}"])
     tables = []
     if swept:
-        verify = ", ".join(
-            f"{n}: {cost:.2f}" for n, cost in next(r for r in records if "predicted" in r)["verify_cost"].items()
-        )
+        first = next(r for r in records if "predicted" in r)
+        verify = ", ".join(f"{n}: {cost:.2f}" for n, cost in first["verify_cost"].items())
         head = ["drafter", "sparsity", "cost of a draft", "drafts that stand, by place", "best number", "predicted"]
-        tables = [f"Verifying so many tokens costs, in dense steps: {verify}.", markdown(head, swept)]
+        pictures = " ".join(f"![{f.title}]({f.name}.svg)" for f in speculate_figures(records))
+        tables = [f"Verifying so many tokens costs, in dense steps: {verify}.", markdown(head, swept), pictures]
     head = ["prompts", "drafter", "times dense", "by prompt", "tokens a cycle", "drafts that stand, by place"]
     if compared:
         tables.append(markdown(head, compared))
+    head = ["drafter", "sparsity", "text", "prompts", "tokens", "the dense texts", "drafts that stand", "by place"]
+    if checked:
+        tables.append(markdown([*head, "tokens a cycle"], checked))
     first = records[0]
     return Section(f"{first['model']} in {first['format']} on {first['device']}, lossless", tables)

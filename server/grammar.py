@@ -144,8 +144,22 @@ class _Constraint:
         self.matcher.consume_token(id)
         self._check()
 
+    def fork(self) -> Constraint:
+        return _Ahead(self.matcher.deep_copy())
+
     def _check(self, possible: bool = True) -> None:
         if self.matcher.is_error() or not possible:
             reason = _said(self.matcher.get_error())
             reason = "nothing fits them" if reason in ("", "NoExtensionBias") else reason
             raise ApiError(400, f"the answer can't be held to the schema or tools ({reason}): simplify them")
+
+
+class _Ahead(_Constraint):
+    """The state after drafts. One that leads nowhere, or behind an answer's end, is no error: it will not stand."""
+
+    def mask(self) -> Tensor:
+        allowed = super().mask()
+        return allowed if allowed.any() else torch.ones_like(allowed)
+
+    def _check(self, possible: bool = True) -> None:
+        pass

@@ -116,27 +116,36 @@ class Lossless:
         """The cycles of an answer whose first token is drawn. The request must have been checked."""
         self.controller.begin()
         self.statistics = Statistics()
-        return Cycles(self, request, [*request.prompt, first.wait()[0]], stop, drawing)
+        text = [*request.prompt, first.wait()[0]]
+        return Cycles(self, request, text, stop, drawing, self.offers(request))
 
     def _names(self, request: Request) -> list[str]:
         """Of the models that may draft."""
         return {AUTO: list(self.models), NGRAM: []}.get(request.draft, [request.draft])
 
-    def offers(self, request: Request, text: Sequence[int]) -> list[Offer]:
-        """Ways to draft now."""
-        found, most = [], min(MOST_DRAFTS, getattr(self.verifier, "most", MOST_DRAFTS + 1) - 1)
-        if request.draft in (AUTO, NGRAM) and (n := self.ngram.match(text)[0]):
-            arm = self.arms.setdefault((NGRAM, n), Arm(NGRAM, MATCHES[n], 0.0))
-            found.append(Offer(arm, most, NGRAM, 0.0))
+    def offers(self, request: Request) -> list[Offer]:
+        """Ways to draft by models, in the whole answer."""
+        found, wanted = [], request.draft_sparsity
+        longest = MOST_CHOSEN if request.draft_tokens is None else self.most
         for name in self._names(request):
-            draft, wanted = self.models[name], request.draft_sparsity
             for sparsity in SPARSITIES if wanted is None else (wanted,):
-                if draft.calibration is not None if sparsity else name != SELF:
+                if self.models[name].calibration is not None if sparsity else name != SELF:
                     if (name, sparsity) not in self.arms:
-                        self.arms[name, sparsity] = self._arm(draft, sparsity)
-                    longest = MOST_CHOSEN if request.draft_tokens is None else most
+                        self.arms[name, sparsity] = self._arm(self.models[name], sparsity)
                     found.append(Offer(self.arms[name, sparsity], longest, name, sparsity))
         return found
+
+    def found_before(self, request: Request, text: Sequence[int]) -> list[Offer]:
+        """The way to draft what followed the text's last tokens before, where there is one now."""
+        if request.draft not in (AUTO, NGRAM) or not (n := self.ngram.match(text)[0]):
+            return []
+        arm = self.arms.setdefault((NGRAM, n), Arm(NGRAM, MATCHES[n], 0.0))
+        return [Offer(arm, self.most, NGRAM, 0.0)]
+
+    @property
+    def most(self) -> int:
+        """Drafts that can be verified at once."""
+        return min(MOST_DRAFTS, getattr(self.verifier, "most", MOST_DRAFTS + 1) - 1)
 
     def _arm(self, draft: DraftModel, sparsity: float) -> Arm:
         nearest = min(STANDS, key=lambda known: abs(known - sparsity))
@@ -166,6 +175,7 @@ class Cycles:
     """One answer: each cycle drafts some tokens, verifies them, and gives those that stand and one more.
 
     text: all tokens so far; keys and values lack the last one's. stop: ids that end it. drawing: draws its tokens.
+    offers: ways to draft by models.
     """
 
     lossless: Lossless
@@ -173,12 +183,13 @@ class Cycles:
     text: list[int]
     stop: Collection[int]
     drawing: Drawing
+    offers: list[Offer]
 
     def run(self, room: int) -> list[Drawn]:
         """The next tokens, at most `room`."""
         text = self.text
         lossless, request, device = self.lossless, self.request, self.lossless.model.norm.weight.device
-        offers = lossless.offers(request, text)
+        offers = [*lossless.found_before(request, text), *self.offers]
         limits = [(offer.arm, min(offer.longest, room - 1)) for offer in offers]
         arm, count = lossless.controller.choose(limits, request.draft_tokens)
         began = mark(device)
@@ -209,7 +220,7 @@ class Cycles:
         return found
 
     def _draw(self) -> Draw:
-        """How a draft is drawn: as a token is, with what the drafts before it change; a constraint is not asked."""
+        """How a draft is drawn: as a token is, with what the drafts before it change."""
         sampling, fork = self.request.sampling, self.drawing.adjust.fork()
         if sampling.greedy and fork.idle:
             return likeliest
@@ -221,6 +232,8 @@ class Cycles:
             else:
                 token, chances = sampling.draw_known(logits, self.drawing.generator)
             fork.add(token)
+            if fork.constraint is not None:
+                fork.constraint.accept(int(token))
             return Draft(int(token), chances)
 
         return draw

@@ -208,3 +208,18 @@ def test_answers_of_one_grammar_do_not_know_each_other(grammars, tokenizer):
 def test_a_token_that_is_not_allowed_is_an_error(grammars, tokenizer):
     with pytest.raises(ApiError, match="can't be held"):
         begin(grammars, {"type": "object"}).accept(tokenizer.encode("hello", add_bos=False)[0])
+
+
+def test_a_fork_goes_on_by_itself_and_raises_nothing(grammars, tokenizer):
+    constraint, end = begin(grammars, {"const": 12}), min(tokenizer.eos_ids)
+    first, second = tokenizer.encode("12", add_bos=False)
+    ahead = constraint.fork()
+    for id in (first, second, end, end, first):  # as a draft may have it, behind the end too
+        assert ahead.mask().any()
+        ahead.accept(id)
+    constraint.accept(first)
+    wrong = constraint.fork()
+    wrong.accept(first)  # not what follows
+    assert wrong.mask().any()
+    assert constraint.mask()[second] and not constraint.mask()[first]
+    constraint.accept(second)

@@ -56,6 +56,38 @@ def test_where_drafting_never_pays_it_loses_at_most_three_percent(arms, seed):
     assert 0.97 < rate < 1 and cycles["none"] > 480
 
 
+FAILING = {  # how often drafts stand, by the controller's credit and the tokens so far
+    "never": lambda credit, given: 0.0,
+    "seldom": lambda credit, given: 0.3,
+    "as soon as there is credit": lambda credit, given: 0.0 if credit > 4 else 0.95,
+    "after a good start": lambda credit, given: 1.0 if given < 60 else 0.0,
+    "in turns": lambda credit, given: 1.0 if given // 40 % 3 == 0 else 0.0,
+}
+
+
+@pytest.mark.parametrize("dearer", [1, 1.5])  # than is thought at first
+@pytest.mark.parametrize("fails", FAILING)
+def test_whatever_drafts_do_it_loses_no_more_than_its_credit(fails, dearer):
+    draw, controller, clock, given, last = random.Random(0), Controller(), 0.0, 0, None
+    arms = [Arm("ngram", 0.5, 0.0), *(Arm(str(i), 0.99 - 0.05 * i, 0.8 - 0.05 * i) for i in range(12))]
+    takes = {arm.name: arm.cost * dearer for arm in arms}
+    controller.begin()
+    while given < 512:
+        offers = [(arm, min(7, 511 - given)) for arm in arms if arm.name != "ngram" or draw.random() < 0.5]
+        arm, count = controller.choose(offers)
+        stood, stands = 0, FAILING[fails](controller.credit, given)
+        while stood < count and draw.random() < stands:
+            stood += 1
+        draft = count * takes[arm.name] + 0.15 * (arm is not last) if count else 0.0  # other thresholds are set
+        verify = 1 + (COSTS[count + 1] - 1) * dearer
+        controller.learn(arm, count, stood, draft * DENSE_S, verify * DENSE_S)
+        for one, _ in offers:
+            if one is not arm:
+                one.fade()
+        clock, given, last = clock + draft + verify, given + stood + 1, arm or last
+    assert clock < 1.03 * given
+
+
 def test_what_failed_is_tried_again_and_found_to_pay():
     controller, arm = Controller(), Arm("one", 0.9, 0.5)
     for _ in range(3):
