@@ -23,9 +23,9 @@ from teal_fast.weights.product import product_dtype
 
 # Shorter prompts are padded, so that products do not depend on the number of threads. MKL's in fp32 of 5 to 11 rows do.
 # oneDNN's in bf16 do for no number of rows: 1 to 64 and 100 to 500 have the same bits with 1 to 4 threads for 17 shapes
-# from 65x1 to 4096x4096, 22 numbers of rows with up to 48 threads for 12 shapes (torch 2.13, AVX-512 without AMX). A row's
-# bits are those it has among 500 others, but for some shapes when it is alone. With AMX the bits of 2 to 500 rows do
-# depend on the number of threads (findings/onednn-amx-threads.sh); without it 500 rows take eight times as long there.
+# from 65x1 to 4096x4096, 22 numbers of rows with up to 48 threads for 12 shapes (torch 2.13, AVX-512 without AMX). A
+# row's bits are those it has among 500 others, but for some shapes when it is alone. With AMX the bits of 2 to 500 rows
+# do depend on the number of threads (findings/onednn-amx-threads.sh); without it 500 rows take eight times as long.
 FEWEST_ROWS = 12
 FEWEST_BF16_ROWS = 2
 # The longest prompts that are read by steps. Zen 3 (AVX2, no bf16 products), one thread, a machine with other work.
@@ -36,8 +36,8 @@ FEWEST_BF16_ROWS = 2
 # 500 tokens: 0.12 / 0.33, 0.59 / 0.69, 3.83 / 3.36. With bf16 products nothing was measured: 16 tokens of a 1.5B model
 # then cost PyTorch four decoded ones (docs/cpu_log.md), and steps about as much by the number of their multiplications.
 LONGEST_BY_STEPS_IN_BLOCKS = sys.maxsize
-# PyTorch's bf16 products use tiles, too (Xeon with AMX, 2 threads, the 1.5B): 32, 64, 100 and 500 tokens take 0.27, 0.45,
-# 0.86 and 5.5 s by steps, 0.86, 1.3, 1.4 and 2.1 s by PyTorch.
+# PyTorch's bf16 products use tiles, too (Xeon with AMX, 2 threads, the 1.5B): 32, 64, 100 and 500 tokens take 0.27,
+# 0.45, 0.86 and 5.5 s by steps, 0.86, 1.3, 1.4 and 2.1 s by PyTorch.
 LONGEST_BY_STEPS_IN_BLOCKS_AMX = 160
 LONGEST_BY_STEPS = 48  # where PyTorch computes in fp32, widening what is not
 LONGEST_BY_STEPS_BF16 = 16  # where it has bf16 products
