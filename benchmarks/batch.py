@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from teal_fast.benchmarks.asked import QUESTIONS
 from teal_fast.benchmarks.bandwidth import bandwidth_meter
 from teal_fast.benchmarks.kernels import COLD_BYTES, layer_products, time_passes
 from teal_fast.benchmarks.models import Choice
 from teal_fast.benchmarks.rows import Row, measure, take_turns
 from teal_fast.benchmarks.shapes import COMMON, SHAPES
-from teal_fast.benchmarks.speculate import PROMPTS
 from teal_fast.cli import open_checkpoint, pick_device, positive_int, run, sparsity
 from teal_fast.engine.accounting import bytes_per_token
 from teal_fast.engine.batch import Batch, batch_logits
@@ -131,7 +131,7 @@ def find_prompts(choice: Choice, vocab_size: int) -> list[list[int]]:
     """Questions to a checkpoint; random tokens, each prompt its own, for a random model."""
     if choice.shape is None:
         tokenizer = Tokenizer.load(open_checkpoint(choice.checkpoints[0]))
-        return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in PROMPTS["chat"]]
+        return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in QUESTIONS["chat"]]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (max(SIZES), PROMPT_TOKENS), generator=generator).tolist()
 

@@ -1,10 +1,13 @@
 """Penalties against transformers', biases, constraints, prompts in chunks, scores, what steps skipped."""
 
+from math import ceil
+
 import pytest
 import torch
 
 from teal_fast.engine.adjust import Adjustment
 from teal_fast.engine.engine import Engine
+from teal_fast.engine.prefill import tokens_at_once
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
@@ -98,7 +101,7 @@ def test_a_prompt_in_chunks_gives_the_same_answer_and_an_end_is_heard_between_la
         pytest.skip("this device's step takes one token at a time")
     parts.by_steps = 30 if by_steps else 0
     layers = len(parts.model.layers)
-    heard = 2 if by_steps else layers  # for 25 tokens
+    heard = ceil(25 / tokens_at_once()) if by_steps else layers  # for 25 tokens
     prompt, seen = [(7 * i) % 199 + 3 for i in range(100)], []
     request = Request(prompt, Sampling(0.0), 0.5, 12, stop=(), top_logprobs=3)
     expected = list(whole.stream(request))
