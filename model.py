@@ -238,6 +238,10 @@ class Transformer(nn.Module):
         """Logits [..., vocab] of final normed hidden states [..., dim]."""
         return soft_cap(self.output(hidden), self.args.output_cap)
 
+    def wide_logits(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """The same in fp32 throughout; output: the output layer's weight, fp32 [vocab, dim]."""
+        return soft_cap(F.linear(hidden.float(), output), self.args.output_cap)
+
     def calls(
         self,
         positions: Tensor,

@@ -14,7 +14,7 @@ import tempfile
 from itertools import zip_longest
 from pathlib import Path
 
-from teal_fast.benchmarks.peer_llama import native
+from teal_fast.benchmarks.peer_llama import load, native
 from teal_fast.benchmarks.peers import check_installed
 from teal_fast.calibration.corpus import read_corpus
 from teal_fast.cli import run
@@ -54,10 +54,7 @@ def parting(ours: list[int], theirs: list[int]) -> int | None:
 
 def compare(gguf: Path, texts: list[str]) -> list[dict]:
     """A record for each text of which ids differ. Raises ValueError where llama.cpp cannot load the file."""
-    options = native().llama_model_default_params()
-    options.vocab_only = True
-    model = native().llama_model_load_from_file(str(gguf).encode(), options)
-    if not model:
+    if not (model := load(gguf, vocab_only=True)):
         raise ValueError(f"llama.cpp cannot load {gguf}: take another file")
     vocabulary = native().llama_model_get_vocab(model)
     with tempfile.TemporaryDirectory() as folder:

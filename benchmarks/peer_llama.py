@@ -61,9 +61,11 @@ def native() -> ModuleType:
     return llama_cpp
 
 
-def load(path: Path) -> ctypes.c_void_p:
-    """The model of a GGUF file, 0 where llama.cpp cannot load it."""
-    return native().llama_model_load_from_file(str(path).encode(), native().llama_model_default_params())
+def load(path: Path, vocab_only: bool = False) -> ctypes.c_void_p:
+    """The model of a GGUF file, or its vocabulary alone; 0 where llama.cpp cannot load it."""
+    options = native().llama_model_default_params()
+    options.vocab_only = vocab_only
+    return native().llama_model_load_from_file(str(path).encode(), options)
 
 
 def type_of(model: ctypes.c_void_p) -> str:

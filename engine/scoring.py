@@ -5,10 +5,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from teal_fast.model import KVCache, Transformer, soft_cap
+from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import Phase
 from teal_fast.weights.output import output_weight
 
@@ -49,8 +48,7 @@ def score(
         over = (positions, cache.head(end)) if begin else (None, cache)
         hidden = model.hidden(tokens, *over, phase)[0]
         nexts = text[begin + 1 : end + 1]
-        logits = soft_cap(F.linear(hidden[: len(nexts)].float(), output), model.args.output_cap)
-        found += _scored(logits.log_softmax(-1), nexts, top)
+        found += _scored(model.wide_logits(hidden[: len(nexts)], output).log_softmax(-1), nexts, top)
         done(end)
     return found
 

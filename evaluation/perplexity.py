@@ -20,7 +20,7 @@ from teal_fast.evaluation.pruning import zeros_by_kind
 from teal_fast.evaluation.tasks import PREFILLS
 from teal_fast.files.memory import memory_for
 from teal_fast.files.paths import DATA
-from teal_fast.model import Transformer, soft_cap
+from teal_fast.model import Transformer
 from teal_fast.sparse_model import Phase
 from teal_fast.weights.output import output_weight
 
@@ -64,8 +64,7 @@ def window_loss(model: Transformer, output: Tensor, window: list[int], unscored:
     tokens = torch.tensor(window, device=output.device)
     hidden = model.hidden(tokens[None], phase=phase)[0, unscored - 1 : -1]
     pairs = zip(hidden.split(LOGIT_ROWS), tokens[unscored:].split(LOGIT_ROWS), strict=True)
-    pairs = ((soft_cap(F.linear(h.float(), output), model.args.output_cap), target) for h, target in pairs)
-    return torch.cat([F.cross_entropy(logits, target, reduction="none") for logits, target in pairs])
+    return torch.cat([F.cross_entropy(model.wide_logits(h, output), target, reduction="none") for h, target in pairs])
 
 
 @torch.no_grad()

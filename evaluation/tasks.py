@@ -24,7 +24,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from teal_fast.engine.cache import new_cache
 from teal_fast.evaluation.pruning import zeros_by_kind
 from teal_fast.files.store import parse_json
 from teal_fast.files.tokenizer import Tokenizer
-from teal_fast.model import KVCache, Transformer, soft_cap
+from teal_fast.model import KVCache, Transformer
 from teal_fast.sparse_model import DECODE, Phase
 from teal_fast.weights.output import output_weight
 
@@ -131,7 +130,7 @@ def likelihoods(
     """
 
     def log_probabilities(hidden: Tensor) -> Tensor:
-        return soft_cap(F.linear(hidden.float(), output), model.args.output_cap).log_softmax(-1)
+        return model.wide_logits(hidden, output).log_softmax(-1)
 
     device = output.device
     phase = Phase(dense_tokens(len(context)))

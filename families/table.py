@@ -219,15 +219,8 @@ FAMILIES = {
 CLASSES = {
     **{"llama": "Llama", "mistral": "Mistral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3"},
     **{"granite": "Granite", "granitemoehybrid": "GraniteMoeHybrid", "phi3": "Phi3", "smollm3": "SmolLM3"},
-    **{
-        "olmo2": "Olmo2",
-        "olmo3": "Olmo3",
-        "gemma2": "Gemma2",
-        "gemma3_text": "Gemma3",
-        "glm4": "Glm4",
-        "ernie4_5": "Ernie4_5",
-    },
-    **{"seed_oss": "SeedOss", "hunyuan_v1_dense": "HunYuanDenseV1"},
+    **{"olmo2": "Olmo2", "olmo3": "Olmo3", "gemma2": "Gemma2", "gemma3_text": "Gemma3"},
+    **{"glm4": "Glm4", "ernie4_5": "Ernie4_5", "seed_oss": "SeedOss", "hunyuan_v1_dense": "HunYuanDenseV1"},
 }
 # Models with a vision tower around text, which is `text_config`: its model_type where it says none.
 WRAPPERS = {"mistral3": "mistral", "gemma3": "gemma3_text"}

@@ -117,12 +117,11 @@ def granite_keys(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, A
 def gemma_keys(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, Any]:
     architecture = find_value(reader, "general.architecture", str)
     large = config["num_hidden_layers"] == GEMMA_27B[architecture]
+    scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
     caps = SOFT_CAPS if architecture == "gemma2" else dict.fromkeys(SOFT_CAPS, 0.0)
     return {
         "sliding_window": find_value(reader, f"{architecture}.attention.sliding_window", int),
-        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
-        if large
-        else config["head_dim"],
+        "query_pre_attn_scalar": scalar,
     } | {name: find_value(reader, f"{architecture}.{name}", float, default) or None for name, default in caps.items()}
 
 

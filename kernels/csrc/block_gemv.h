@@ -82,14 +82,14 @@ struct Partial {
 // to `last`. Several tokens keep all channels. It is compiled in blocks.cpp.
 void multiply(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, int first, int last, Partial to);
 
-// Whether so many tokens' products are multiplied by tiles (block_tiles.h): as soon as that is faster than one by one.
-inline bool by_tiles(int64_t tokens) {
+// Whether so many tokens' products are multiplied by tiles (block_tiles.h).
 #if defined(__AMX_INT8__)
-    return tokens > 4;
+constexpr int64_t FEWEST_BY_TILES = 5;
 #else
-    return tokens < 0;
+constexpr int64_t FEWEST_BY_TILES = INT64_MAX;
 #endif
-}
+inline bool by_tiles(int64_t tokens) { return tokens >= FEWEST_BY_TILES; }
+
 // y [tokens, stride] = the same products, summed over the splits.
 void multiply_tiles(const Kept* x, int64_t tokens, const Part& w, int64_t begin, int64_t end, float* y, int64_t stride);
 

@@ -9,6 +9,17 @@ namespace blocks {
 constexpr int PASS = 2;               // groups of four rows that are read beside each other
 constexpr int64_t TILE = 32 * STRIP;  // outputs whose sums stay near the core for SUPER inputs
 
+// What several tokens' products of some outputs of a part are computed of, and where they go.
+struct SeveralTokens {
+    const Part& w;
+    const Kept* const kept;  // [tokens, K / BLOCK]
+    const int64_t tokens;
+    const int64_t begin, end;  // outputs
+    float* const y;            // output 0's place, and the next token's `stride` further on
+    const int64_t stride;
+    const int64_t N = w.padded();
+};
+
 // to [count] += sums of outputs times the scales of the scales, of which the first output's is at `at`.
 template <class Kind>
 inline void finish(const Part& w, int64_t at, const float* sums, const float* minimums, int64_t count, float* to) {

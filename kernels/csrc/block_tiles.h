@@ -51,24 +51,18 @@ struct Tiles {
 constexpr int64_t MOST_TILE_TOKENS = 64;  // whose products share the unpacking of codes
 
 // At most MOST_TILE_TOKENS, T of them at once; sums of those that are not there go nowhere.
-template <class Kind> class TileProducts {
+template <class Kind> class TileProducts : SeveralTokens {
     static constexpr int T = 16;
     static constexpr int SCALES = Kind::SCALES, ROWS = BLOCK / 4 / SCALES;  // a tile of codes has so many
     static constexpr int64_t BLOCKS = SUPER / BLOCK;
 
-    const Part& w;
-    const Kept* const kept;  // [tokens, K / BLOCK]
-    const int64_t tokens;
-    const int64_t N, begin, end;  // N: with padding; begin, end: outputs that are computed
-    float* const y;               // output 0's place, and the next token's `stride` further on
-    const int64_t stride;
     // Of SUPER inputs and T tokens: their factors, their scale, what ZERO and minimums add.
     struct Inputs {
         alignas(LINE) int32_t factor[BLOCKS][SCALES][T][ROWS];
         int32_t zero[BLOCKS][SCALES][T];
         float scale[BLOCKS][T], share[BLOCKS][T];
     };
-    std::vector<Inputs>& inputs;  // [supers, tokens / T]
+    std::vector<Inputs>& inputs = room();  // [supers, tokens / T]
     // Half a strip at a time, whose codes and sums fit into a first cache of 48 KB.
     alignas(LINE) vb codes[STRIP / HALF][BLOCKS][QUADS][BLOCK / 4];
     alignas(LINE) vi whole[2][QUADS][SCALES][T];  // of two blocks
@@ -76,9 +70,9 @@ template <class Kind> class TileProducts {
     alignas(LINE) float found[MOST_TILE_TOKENS][STRIP], total[MOST_TILE_TOKENS][STRIP];  // of a split, of those before
 
   public:
-    TileProducts(const Part& w, const Kept* kept, int64_t tokens, int64_t begin, int64_t end, float* y, int64_t stride)
-        : w(w), kept(kept), tokens(tokens), N(w.padded()), begin(begin), end(end), y(y), stride(stride), inputs(room()) {}
+    explicit TileProducts(const SeveralTokens& of) : SeveralTokens(of) {}
 
+    // y = the products, summed over the splits.
     void run() {
         if (begin >= std::min(end, w.N)) return;
         const int64_t blocks = w.K / BLOCK, groups = (tokens + T - 1) / T;
@@ -100,8 +94,8 @@ template <class Kind> class TileProducts {
         });
         const TileShapes shapes(T, ROWS);
         const Tiles tiles(shapes);
+        std::fill_n(found[0], tokens * STRIP, 0.0f);
         for (int64_t s = begin; s < end; s += STRIP) {
-            std::fill_n(found[0], tokens * STRIP, 0.0f);
             each_super([&](int64_t super, int64_t count, const Inputs* x, int64_t next, int64_t split) {
                 int64_t next_strip = next ? s : s + STRIP;
                 if (end - s >= STRIP) add_strip<STRIP>(super, count, s, x, next, next_strip);
@@ -127,8 +121,8 @@ template <class Kind> class TileProducts {
     }
 
     static std::vector<Inputs>& room() {
-        static thread_local std::vector<Inputs> kept;
-        return kept;
+        static thread_local std::vector<Inputs> last;
+        return last;
     }
 
     void prepare(int64_t super, int64_t count, int64_t first, Inputs& to) const {
@@ -169,7 +163,8 @@ template <class Kind> class TileProducts {
     // A block's whole numbers are scaled while the next one's are found: they can be read only after they went to memory.
     void sum_half(int64_t super, int64_t count, int64_t s, const vb (*code)[QUADS][BLOCK / 4], const Inputs& x,
                   Ahead& ahead) {
-        std::memset(sums, 0, sizeof sums), std::memset(minimums, 0, sizeof minimums);
+        std::memset(sums, 0, sizeof sums);
+        if (Kind::MINIMUM && Kind::NESTED) std::memset(minimums, 0, sizeof minimums);
         for (int64_t b = 0; b <= count; b++) {
             if (b < count) load_tokens(x.factor[b]);
             if (b < count) find(code[b][0], whole[b % 2][0]);

@@ -111,21 +111,14 @@ template <class Kind, int64_t WIDTH> class Strip {
 };
 
 // At most MOST_TOKENS of them.
-template <class Kind> class Products {
+template <class Kind> class Products : SeveralTokens {
     static constexpr int64_t SIDE = 4 * STRIP;  // outputs whose sums stay near the core for SUPER inputs
 
-    const Part& w;
-    const Kept* const kept;  // [tokens, K / BLOCK]
-    const int64_t tokens;
-    const int64_t N, begin, end;  // N: with padding; begin, end: outputs that are computed
-    float* const y;               // output 0's place, and the next token's `stride` further on
-    const int64_t stride;
     alignas(LINE) float sums[MOST_TOKENS * SIDE];
     alignas(LINE) float minimums[MOST_TOKENS * SIDE];
 
   public:
-    Products(const Part& w, const Kept* kept, int64_t tokens, int64_t begin, int64_t end, float* y, int64_t stride)
-        : w(w), kept(kept), tokens(tokens), N(w.padded()), begin(begin), end(end), y(y), stride(stride) {}
+    explicit Products(const SeveralTokens& of) : SeveralTokens(of) {}
 
     // y = the products of blocks `first` to `last`.
     void run(int64_t first, int64_t last) {

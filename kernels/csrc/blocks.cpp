@@ -18,8 +18,8 @@ void blocks::multiply(const Kept* x, int64_t tokens, const Part& w, int64_t begi
             if (tokens == 1) Product<decltype(kind)>(w, x, begin, end, y).run(from, until);
             else
                 for (int64_t t = 0; t < tokens; t += MOST_TOKENS)
-                    Products<decltype(kind)>(w, x + t * K, std::min(MOST_TOKENS, tokens - t), begin, end,
-                                             y + t * to.token, to.token)
+                    Products<decltype(kind)>(
+                        {w, x + t * K, std::min(MOST_TOKENS, tokens - t), begin, end, y + t * to.token, to.token})
                         .run(from, until);
         }
     });
@@ -30,8 +30,8 @@ void blocks::multiply_tiles(const Kept* x, int64_t tokens, const Part& w, int64_
 #if defined(__AMX_INT8__)
     with_kind(w.type, [&](auto kind) {
         for (int64_t t = 0; t < tokens; t += MOST_TILE_TOKENS)
-            TileProducts<decltype(kind)>(w, x + t * (w.K / BLOCK), std::min(MOST_TILE_TOKENS, tokens - t), begin, end,
-                                         y + t * stride, stride)
+            TileProducts<decltype(kind)>({w, x + t * (w.K / BLOCK), std::min(MOST_TILE_TOKENS, tokens - t), begin, end,
+                                          y + t * stride, stride})
                 .run();
     });
 #endif
