@@ -109,7 +109,7 @@ def main() -> None:
         load_again = partial(load_model, opened.folder, opened.device, DTYPES.get(options.dtype))
         wanda = options.baseline == "wanda" and any(options.sparsity)
         ids = read_ids(options.wanda_text, tokenizer, model.args) if wanda else []
-        tokens = wanda_batch(ids, model.args.max_position, opened.device) if wanda else None
+        tokens = wanda_batch(ids, model.args.max_position, opened.device, tokenizer.prefix) if wanda else None
         models = pruned_models(load_again, options.baseline, options.sparsity, tokens)
     else:
         models = models_at(model, opened.calibration, options.sparsity)
@@ -120,7 +120,7 @@ def main() -> None:
         print_tasks(records)
     else:
         protocol = WindowProtocol(options.context, options.stride, options.windows, options.prefill)
-        windows = protocol.cut(read_ids(options.text, tokenizer, model.args), model.args.max_position)
+        windows = protocol.cut(read_ids(options.text, tokenizer, model.args), model.args.max_position, tokenizer.prefix)
         records = evaluate_text(models, len(options.sparsity), windows, protocol, pruned)
         names = [path.name for path in options.text]
         print(f"perplexity on {', '.join(names)} ({records[0]['protocol']})")

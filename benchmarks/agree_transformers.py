@@ -63,9 +63,8 @@ def make_record(choice: ModelChoice, gguf: Path, text: list[Path], protocol: Win
 
     opened = open_model(choice, calibrated=False)
     model = opened.model
-    windows = [
-        window for window, _ in protocol.cut(read_ids(text, opened.tokenizer, model.args), model.args.max_position)
-    ]
+    ids, prefix = read_ids(text, opened.tokenizer, model.args), opened.tokenizer.prefix
+    windows = [window for window, _ in protocol.cut(ids, model.args.max_position, prefix)]
     output = output_weight(model.output)
     ours = [window_loss(model, output, window, 1, DENSE) for window in tqdm(windows, "teal-fast", unit="window")]
     engine = Engine(model, None, (), protocol.context)

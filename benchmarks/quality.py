@@ -93,7 +93,7 @@ def main() -> None:
     calibrations = [load_calibration(opened.folder, path) for path in options.calibration]
     if not 2 <= options.context <= model.args.max_position:
         raise ValueError(f"--context {options.context}: expected 2 to this model's {model.args.max_position}")
-    windows = cut_windows(ids, options.context, options.context, options.windows)
+    windows = cut_windows(ids, options.context, options.context, options.windows, opened.tokenizer.prefix)
     if not windows:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window: use a smaller --context")
     dense_tokens = PREFILLS[options.prefill](options.context)

@@ -77,7 +77,7 @@ def main() -> None:
     ids = read_ids(options.text, tokenizer, args)
     if not 2 <= options.context <= args.max_position:
         raise ValueError(f"--context {options.context} exceeds what this model was made for, or is below 2")
-    windows = cut_windows(ids, options.context, options.context, options.windows)
+    windows = cut_windows(ids, options.context, options.context, options.windows, tokenizer.prefix)
     if not windows:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window: use a smaller --context")
     prompt = windows[0][0][:17]  # real text, whose sparsity the thresholds are for

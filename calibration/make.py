@@ -55,7 +55,7 @@ def make_calibration(
     documents = encode_corpus(list(settings.corpus), tokenizer, model_args(read_config(folder)))
     model = load_model(folder, device, DTYPES.get(dtype), thorough=True)
     context = min(settings.context, model.args.max_position)
-    sequences = cut_sequences(documents, context, settings.tokens, settings.seed)
+    sequences = cut_sequences(documents, context, settings.tokens, settings.seed, tokenizer.prefix)
     if not sequences:
         raise ValueError("the corpus has fewer than 2 tokens to calibrate on: give more text, or a larger --tokens")
     tokens = sum(map(len, sequences))

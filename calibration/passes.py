@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from teal_fast.calibration.block_passes import work
+from teal_fast.calibration.corpus import as_text
 from teal_fast.calibration.probe import observe
 from teal_fast.calibration.progress import Progress
 from teal_fast.files.store import check_writable, new_file, open_safetensors
@@ -69,13 +70,16 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(save(tensors)).hexdigest()  # the library sorts tensors, so that equal ones are equal bytes
 
 
-def cut_sequences(documents: list[list[int]], length: int, tokens: int, seed: int) -> list[list[int]]:
+def cut_sequences(
+    documents: list[list[int]], length: int, tokens: int, seed: int, prefix: Sequence[int] = ()
+) -> list[list[int]]:
     """Draws sequences of at most `length` tokens at random from all documents, up to `tokens` tokens in total.
 
-    documents: token ids; every sequence has at least 2.
+    documents: token ids; prefix: what every sequence begins with (`as_text`). Each has a token more than that, and 2.
     """
     pieces = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
-    pieces = [piece for piece in pieces if len(piece) > 1]  # the first token of a sequence is not counted
+    uncounted = max(1, len(prefix))  # the first token of a sequence has none before it
+    pieces = [as_text(piece, prefix) for piece in pieces if len(piece) > uncounted]
     random.Random(seed).shuffle(pieces)
     chosen = []
     for piece in pieces:

@@ -3,7 +3,7 @@
 Both functions are generators, so that one pruned copy at a time is in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ def pruned_models(
         yield nominal, model
 
 
-def wanda_batch(ids: list[int], max_position: int, device: torch.device) -> Tensor:
-    """Up to WANDA_SEQUENCES sequences of a text's token ids, spread evenly over it: int64 [B, T]."""
+def wanda_batch(ids: list[int], max_position: int, device: torch.device, prefix: Sequence[int]) -> Tensor:
+    """Up to WANDA_SEQUENCES sequences of a text's token ids, spread evenly over it, after `prefix`: int64 [B, T]."""
     length = min(WANDA_LENGTH, max_position, len(ids))
-    windows = cut_windows(ids, length, length, WANDA_SEQUENCES)
+    windows = cut_windows(ids, length, length, WANDA_SEQUENCES, prefix)
     return torch.tensor([window for window, _ in windows], device=device)

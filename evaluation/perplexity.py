@@ -6,7 +6,7 @@ that the protocol stands beside every number. Loading models and printing tables
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from teal_fast.calibration.corpus import as_text
 from teal_fast.calibration.probe import LOGIT_ROWS
 from teal_fast.engine.accounting import tally_kept
 from teal_fast.evaluation.pruning import zeros_by_kind
@@ -43,17 +44,24 @@ class Score:
     tokens_per_s: float
 
 
-def cut_windows(ids: list[int], context: int, stride: int, limit: int | None) -> list[tuple[list[int], int]]:
+def cut_windows(
+    ids: list[int], context: int, stride: int, limit: int | None, prefix: Sequence[int] = ()
+) -> list[tuple[list[int], int]]:
     """Cuts token ids into windows of `context` tokens, `stride` apart.
 
     Returns each window with its number of leading positions that are not scored: the first window scores all but its
     first position, a later one only the positions that no earlier window covers. limit: the number of windows to keep,
-    spread evenly over the text, because neighbours share a topic.
+    spread evenly over the text, because neighbours share a topic. prefix: what each window begins with (`as_text`),
+    which is not scored.
     """
     starts = range(0, len(ids) - context + 1, stride)
     if limit is not None and limit < len(starts):
         starts = [starts[i * len(starts) // limit] for i in range(limit)]
-    return [(ids[start : start + context], 1 if start == 0 else max(1, context - stride)) for start in starts]
+    first = max(1, len(prefix))
+    return [
+        (as_text(ids[start : start + context], prefix), first if start == 0 else max(first, context - stride))
+        for start in starts
+    ]
 
 
 def window_loss(model: Transformer, output: Tensor, window: list[int], unscored: int, phase: Phase) -> Tensor:
@@ -108,13 +116,13 @@ class WindowProtocol:
     limit: int | None = None
     prefill: str = "full"
 
-    def cut(self, ids: list[int], max_position: int) -> list[tuple[list[int], int]]:
+    def cut(self, ids: list[int], max_position: int, prefix: Sequence[int]) -> list[tuple[list[int], int]]:
         """The windows of a text's token ids; see `cut_windows`."""
         if not 2 <= self.context <= max_position:
             raise ValueError(f"--context {self.context}: expected 2 to this model's {max_position}")
         if self.stride and self.stride > self.context:
             raise ValueError(f"--stride {self.stride} would skip text: expected at most the context, {self.context}")
-        windows = cut_windows(ids, self.context, self.stride or self.context, self.limit)
+        windows = cut_windows(ids, self.context, self.stride or self.context, self.limit, prefix)
         if not windows:
             raise ValueError(
                 f"the text has {len(ids)} tokens, fewer than one window of {self.context}: use a smaller --context"

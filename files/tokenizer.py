@@ -35,6 +35,7 @@ class Tokenizer:
 
     eos_ids: all ids that end an answer. eos_id: the one that the files call EOS, None where they call none so. pieces:
     the bytes that an id adds to a text, absent for the ids that add none; a first one may lose its leading space.
+    prefix: the ids that `encode` begins a text with: BOS where the files ask for it, often none.
     """
 
     def __init__(self, vocabulary: Vocabulary, settings: dict[str, Any], ends: dict[str, Any], template: str | None):
@@ -56,9 +57,8 @@ class Tokenizer:
         self.pieces = {token: piece for token, piece in vocabulary.pieces.items() if token not in named.values()}
         self._unshown = {i: name.encode() for name, i in vocabulary.ids.items() if i not in self.pieces}
         self._chat = None if template is None else ChatEncoder(self._ids, vocabulary.added, template, names)
-        self._prefix = vocabulary.prefix
-        if self._prefix is None:
-            self._prefix = self._bos(settings.get("add_bos_token"))
+        prefix = vocabulary.prefix
+        self.prefix: list[int] = prefix if prefix is not None else self._bos(settings.get("add_bos_token"))
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -86,7 +86,7 @@ class Tokenizer:
         control: whether control tokens written in it become their ids, or are text. start: whether nothing comes before
         it but BOS: SentencePiece puts a space before a text's beginning.
         """
-        return (self._prefix if add_bos else []) + self._ids(text, control, start)
+        return (self.prefix if add_bos else []) + self._ids(text, control, start)
 
     def encode_chat(
         self,
@@ -108,7 +108,7 @@ class Tokenizer:
             raise ValueError("this checkpoint has no tokens to fill a gap with: drop --fim or use a model of code")
         before, between, after = self._fill_in
         first, last = self._ids(prefix, control=False), self._ids(suffix, control=False, start=False)
-        return [*self._prefix, before, *first, between, *last, after]
+        return [*self.prefix, before, *first, between, *last, after]
 
     def render_chat(
         self,

@@ -70,7 +70,7 @@ def read_sequences(folder: Path, corpus: list[Path], tokens: int, length: int, s
     """Draws `tokens` tokens of the corpus in sequences of at most `length`. Raises ValueError on less than 2."""
     tokenizer, args = Tokenizer.load(folder), model_args(read_config(folder))
     documents = encode_corpus(corpus, tokenizer, args)
-    if sequences := cut_sequences(documents, min(length, args.max_position), tokens, seed):
+    if sequences := cut_sequences(documents, min(length, args.max_position), tokens, seed, tokenizer.prefix):
         return sequences
     raise ValueError("the corpus has fewer than 2 tokens: give more text, or a larger --tokens")
 

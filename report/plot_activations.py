@@ -217,7 +217,7 @@ def measure_checkpoint(
     documents = encode_corpus(list(settings.corpus), tokenizer, model_args(read_config(folder)))
     model = load_model(folder, device, DTYPES.get(dtype))
     context = min(settings.context, model.args.max_position)
-    sequences = cut_sequences(documents, context, settings.tokens, settings.seed)
+    sequences = cut_sequences(documents, context, settings.tokens, settings.seed, tokenizer.prefix)
     if not sequences:
         raise ValueError("the corpus has fewer than 2 tokens to measure: give more text, or a larger --tokens")
     record = describe(folder.resolve().name, device, format_of(model)) | {

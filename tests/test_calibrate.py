@@ -41,6 +41,9 @@ def test_cut_sequences():
     for tokens in (2, 10, 34):
         assert sum(map(len, cut_sequences(documents, 10, tokens, seed=0))) == tokens
     assert cut_sequences(documents, 10, 1, seed=0) == []
+    begun = cut_sequences(documents, 10, 10_000, 0, [-1, -2])
+    assert [ids[:2] for ids in begun] == [[-1, -2]] * 14
+    assert [ids[2:] for ids in begun] == [ids[2:] for ids in sequences]
 
 
 def test_demo_achieves_what_is_asked_for_on_other_text(demo):

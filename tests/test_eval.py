@@ -7,9 +7,11 @@ import shutil
 from dataclasses import asdict
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
 from teal_fast.calibration.probe import measure_quantiles
@@ -19,6 +21,7 @@ from teal_fast.files.calibration import CALIBRATION, Calibration, set_sparsity
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
+from teal_fast.quantization.checkpoint import read_sequences
 from teal_fast.sparse_model import Phase, watch_inputs
 
 IDS = torch.randint(3, 40_000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -59,6 +62,9 @@ def test_cut_windows():
     assert cut_windows(ids, 11, 11, None) == []
     assert [window[0] for window, _ in cut_windows(ids, 2, 2, 2)] == [0, 4]  # spread over the text
     assert cut_windows(ids, 2, 2, 50) == cut_windows(ids, 2, 2, None)
+    # Every window is a text of its own, whose beginning is not scored.
+    assert cut_windows(ids, 4, 4, None, [-1]) == [([-1, 1, 2, 3], 1), ([-1, 5, 6, 7], 1)]
+    assert cut_windows(ids, 4, 3, None, [-1, -2])[1:] == [([-1, -2, 5, 6], 2), ([-1, -2, 8, 9], 2)]
 
 
 @pytest.mark.parametrize("context, stride", [(7, 7), (7, 3), (7, 6), (7, 1)])
@@ -245,3 +251,21 @@ def test_bad_input(run_here, calibrated, tmp_path, arguments, code, message):
     assert (exit_code, out) == (code, "")
     assert message in err.splitlines()[-1]
     assert code == 2 or err.count("\n") == 1
+
+
+def test_sequences_of_a_model_with_bos_begin_with_it(calibrated, run_here, tmp_path):
+    """What is evaluated, calibrated on and rounded for: each window and sequence, not the text's first one alone."""
+    folder = shutil.copytree(calibrated, tmp_path / "begun")
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.post_processor = TemplateProcessing(single=["<|im_start|>", "$A"], special_tokens=[("<|im_start|>", 1)])
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.prefix == [tokenizer.bos_id]
+    text = calibrated.parent / "text.txt"
+    assert {ids[0] for ids in read_sequences(folder, [text], 500, 100, 0)} == {tokenizer.bos_id}
+    out = tmp_path / "records.json"
+    code, _, _ = run_here("--checkpoint", folder, "--text", text, "--sparsity", 0, "--context", 100, "--out", out)
+    assert code == 0
+    (record,) = json.loads(out.read_text())
+    windows = cut_windows(tokenizer.encode(text.read_text()), 100, 100, None, [tokenizer.bos_id])
+    assert record["perplexity"] == pytest.approx(score(load_model(folder), windows).perplexity)
