@@ -4,7 +4,7 @@
     python -m teal_fast.benchmarks.decode --gguf model.gguf --device cpu --prompt_tokens 12 500 --peers llama.cpp file
     python -m teal_fast.benchmarks.decode --checkpoint demo --device cpu --peers llama.cpp bf16 q8_0 q4_0, transformers
     python -m teal_fast.benchmarks.decode --shapes llama-3-8b --formats dense int8 int4 --dense \\
-        --peers transformers
+        --peers transformers, gpt-fast bf16 int8 int4
 
 Each round decodes once in every configuration, then reads each prompt once in every program that has a way to; the
 median over rounds is reported, with the extremes. The first round warms up. The read bandwidth that the shares refer to
@@ -129,7 +129,10 @@ def parse_arguments() -> argparse.Namespace:
         "--dense", action="store_true", help="baseline rows: the captured step with cuBLAS, and that in Triton (CUDA)"
     )
     parser.add_argument(
-        "--peers", nargs="+", default=[], help="programs to time as well: llama.cpp [FORMAT or file], transformers"
+        "--peers",
+        nargs="+",
+        default=[],
+        help="programs to time as well: llama.cpp [FORMAT or file], transformers, gpt-fast [FORMAT]",
     )
     parser.add_argument("--gguf", type=Path, help="file with the weights, for peers and without --checkpoint for us")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="profile one more decoding of the last row")

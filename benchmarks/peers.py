@@ -3,15 +3,24 @@
 import importlib
 from collections.abc import Iterator
 
-from teal_fast.benchmarks import peer_llama, peer_transformers
+from teal_fast.benchmarks import peer_gpt_fast, peer_llama, peer_transformers
 from teal_fast.benchmarks.peer_llama import FILE
 from teal_fast.benchmarks.rows import Row, Task
 
-FORMATS = {"llama.cpp": ("bf16", "q8_0", "q4_0", FILE), "transformers": ("",)}  # the first is meant when none is named
-MODULES = {"llama.cpp": ("llama_cpp",), "transformers": ("transformers", "accelerate")}
+FORMATS = {  # the first is meant when none is named
+    "llama.cpp": ("bf16", "q8_0", "q4_0", FILE),
+    "transformers": ("",),
+    "gpt-fast": ("bf16", "int8", "int4"),
+}
+MODULES = {
+    "llama.cpp": ("llama_cpp",),
+    "transformers": ("transformers", "accelerate"),
+    "gpt-fast": ("torchao._models.llama.model",),
+}
 INSTALL = {
     "llama.cpp": "pip install --no-binary llama-cpp-python llama-cpp-python",
     "transformers": "pip install transformers accelerate",
+    "gpt-fast": "pip install torchao==0.15.0",  # the last that ships it
 }
 
 Peer = tuple[str, str]  # a program, and the format in which it has the weights ("": the model's own; or FILE)
@@ -47,5 +56,7 @@ def peer_rows(peers: list[Peer], task: Task) -> Iterator[Row]:
     for program, format in peers:
         if program == "llama.cpp":
             yield from peer_llama.rows(task, format)
+        elif program == "gpt-fast":
+            yield from peer_gpt_fast.rows(task, format)
         else:
             yield from peer_transformers.rows(task)
