@@ -39,7 +39,7 @@ from teal_fast.engine.speculation.find import find_drafts
 from teal_fast.engine.steps import PlainStep, fast_step
 from teal_fast.engine.text import split_stops
 from teal_fast.evaluation.record import describe
-from teal_fast.files.memory import OutOfMemoryError
+from teal_fast.files.memory import OutOfMemoryError, peak_bytes
 from teal_fast.files.store import check_writable
 from teal_fast.sparse_model import format_of
 
@@ -184,8 +184,8 @@ def main() -> None:
     measured = summarize(session.engine, samples)
     print(describe_cost(measured), file=sys.stderr)
     if options.json:
-        stops = {"stop": [*stop_strings]}
-        print(json.dumps(describe(opened.name, opened.device, format_of(model)) | measured | stops))
+        besides = {"stop": [*stop_strings], "peak_bytes": peak_bytes()}
+        print(json.dumps(describe(opened.name, opened.device, format_of(model)) | measured | besides))
 
 
 if __name__ == "__main__":

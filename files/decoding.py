@@ -5,13 +5,37 @@ One table from id to bytes serves a text that is streamed and one that is decode
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from teal_fast.files.store import short
 
 ToBytes = Callable[[str], bytes]  # a token as the vocabulary writes it, to what it adds to a text
 First = Callable[[bytes], bytes]  # what a text's first token adds to it, from what it adds elsewhere
+
+
+class Pieces(Mapping[int, bytes]):
+    """What each id adds to a text, in three arrays: a dictionary of 150,000 such bytes takes 22 MB, this 3."""
+
+    def __init__(self, pieces: Mapping[int, bytes]):
+        self._ids = array("Q", sorted(pieces))
+        self._ends = array("Q", accumulate(len(pieces[id]) for id in self._ids))
+        self._bytes = b"".join(pieces[id] for id in self._ids)
+
+    def __getitem__(self, id: int) -> bytes:
+        place = bisect_left(self._ids, id)
+        if place == len(self._ids) or self._ids[place] != id:
+            raise KeyError(id)
+        return self._bytes[self._ends[place - 1] if place else 0 : self._ends[place]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 class PieceStream:

@@ -6,6 +6,7 @@ the row order of q and k, is undone.
 """
 
 import json
+import mmap
 import warnings
 from pathlib import Path
 
@@ -49,10 +50,14 @@ def convert_gguf(
     # GGUF lists the fastest-varying dimension first.
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
 
+    mapped: mmap.mmap = reader.data.base
+
     def read(name: str, dtype: torch.dtype = dtype) -> Tensor:
+        give_back(mapped)
         return theirs.adapt(name, dequantize(tensors[name], dtype))
 
     def read_stored(name: str) -> Tensor:
+        give_back(mapped)
         with warnings.catch_warnings(action="ignore"):  # that it can't be written to: nobody does
             return theirs.adapt(name, torch.from_numpy(tensors[name].data))
 
@@ -67,5 +72,11 @@ def convert_gguf(
         else:
             metadata = {ROUNDED: types} if quantized else {}
             write_weights(folder, args, theirs.names, shapes, read, dtype, metadata)
-        tensors.clear()  # the source's pages need not be in memory beside the copy's
+        give_back(mapped)
         check_opens(folder)
+
+
+def give_back(mapped: mmap.mmap) -> None:
+    """Of a file that is mapped, the pages in memory: what is read again comes from the system's cache."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)

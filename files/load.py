@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from teal_fast.families.config import model_args
 from teal_fast.files.checkpoint import METADATA, WEIGHTS, read_config
 from teal_fast.files.huge_pages import in_huge_pages
-from teal_fast.files.memory import memory_for
+from teal_fast.files.memory import give_back_heap, memory_for
 from teal_fast.files.store import SAFETENSORS_DTYPES, is_finite, one_line, open_safetensors, parse_json, short
 from teal_fast.kernels.blocks import BLOCK_TYPES
 from teal_fast.model import Linear, ModelArgs, Transformer
@@ -70,6 +70,7 @@ def load_model(
     shard: the part of the model to load (weights/shards.py), which is read slice by slice; sums over ranks are left to
     whoever asks for it. Raises ValueError where the model can't be cut so.
     """
+    give_back_heap()  # what is read before, a vocabulary or a GGUF file's, need not be there beside the weights
     args, path = model_args(read_config(folder)), folder / WEIGHTS
     tensors: dict[str, Tensor] = {}
     lower = "take a quantized copy (quantize.py), a narrower type (--dtype bf16) or another --device"

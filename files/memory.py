@@ -4,6 +4,7 @@ PyTorch says it in many ways, on CUDA by a type of its own, on the CPU by a Runt
 it does not have ends the process later by a signal, so that what is large and known beforehand is compared first.
 """
 
+import ctypes
 import errno
 import os
 import re
@@ -81,6 +82,22 @@ def _left(folder: Path, limit: str, used: str) -> int | None:
         return None
     of_files = re.findall(r"^(?:in)?active_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
     return max(int(limit) - int(used) + sum(map(int, of_files)), 0)
+
+
+def give_back_heap() -> None:
+    """Gives free memory of the heap back to the system, where the C library can (glibc).
+
+    Reading a vocabulary of 150,000 tokens leaves 120 MB of it between what is kept.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(ctypes.c_size_t(0))
+
+
+def peak_bytes() -> int | None:
+    """The most resident memory that this process ever had, mapped files included; None where Linux does not say it."""
+    # Not getrusage: its ru_maxrss starts with that of the process which started this one.
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+    return int(found[1]) << 10 if found else None
 
 
 def size(count: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_fast.files.chat_ids import ChatEncoder, chat_of
-from teal_fast.files.decoding import PieceStream
+from teal_fast.files.decoding import Pieces, PieceStream
 from teal_fast.files.fill_in import find_fill_in
 from teal_fast.files.stop import stop_ids
 from teal_fast.files.store import one_line, read_text, short
@@ -54,7 +54,7 @@ class Tokenizer:
         self._fill_in = find_fill_in(vocabulary.ids, settings)
         self._added = {token.content: i for i, token in vocabulary.added.items()}
         self._encode, self._first = vocabulary.encode, vocabulary.first
-        self.pieces = {token: piece for token, piece in vocabulary.pieces.items() if token not in named.values()}
+        self.pieces = Pieces({i: piece for i, piece in vocabulary.pieces.items() if i not in named.values()})
         self._unshown = {i: name.encode() for name, i in vocabulary.ids.items() if i not in self.pieces}
         self._chat = None if template is None else ChatEncoder(self._ids, vocabulary.added, template, names)
         prefix = vocabulary.prefix

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
+    if not (torch.backends.cuda.is_built() or INTERPRETED):
+        raise ImportError("this PyTorch runs on CPUs alone, where Triton would only take 80 MB of memory")
     import triton
     import triton.language as tl
-except ImportError:  # Triton has no build for this platform: CUDA kernels are not to be had, the CPU path is
+except ImportError:  # also where Triton has no build for this platform: CUDA kernels are not to be had, the CPU path is
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)  # for the kernels' signatures
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(function):

@@ -105,6 +105,19 @@ def prompts_section(records: list[Record]) -> Section:
     )
 
 
+def memory_section(records: list[Record]) -> Section:
+    rows = [
+        [
+            *(r["model"], percent(r["sparsity"]), f"{r['prompt_tokens']:,} + {sum(r['new_tokens']):,}"),
+            *(f"{r[name] / 1e6:,.0f}" for name in ("file_bytes", "import_bytes", "peak_bytes")),
+            f"{r['of_file']:.2f}",
+        ]
+        for r in records
+    ]
+    head = ["", "sparsity", "tokens", "file, MB", "PyTorch alone, MB", "peak, MB", "peak less PyTorch, of the file"]
+    return Section(f"On {records[0]['device']}", [markdown(head, rows)])
+
+
 def alternate_section(records: list[Record]) -> Section:
     rows = []
     for r in records:

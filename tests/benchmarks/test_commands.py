@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from teal_fast import quantize
-from teal_fast.benchmarks import batch, decode, kernels, prompts, quality, rounding, table
+from teal_fast.benchmarks import batch, decode, kernels, memory, prompts, quality, rounding, table
 from teal_fast.benchmarks.kernels import make_cases, make_ops, time_cases, to_record
 from teal_fast.benchmarks.shapes import COMMON
 from teal_fast.families.config import model_args
@@ -100,7 +100,19 @@ def test_kernels_counts_the_rows_really_kept(monkeypatch):
     assert all(len(case.seconds) == 2 and record["us"] > 0 for case, record in zip(cases, found.values(), strict=True))
 
 
-@pytest.mark.parametrize("command", [decode, prompts, quality, rounding, table])
+def test_memory_is_that_of_the_answer_beyond_pytorchs(calibrated, tmp_path, run_main):
+    out = tmp_path / "memory.json"
+    words = ["--checkpoint", calibrated, "--sparsity", 0.5, "--tokens", 30, "--new_tokens", 5, "--out", out]
+    code, printed, errors = run_main(memory.main, *words)
+    assert code == 0, errors
+    (record,) = json.loads(out.read_text())
+    beyond = record["peak_bytes"] - record["import_bytes"]
+    assert record["file_bytes"] == (calibrated / "model.safetensors").stat().st_size and beyond > record["file_bytes"]
+    assert record["of_file"] == beyond / record["file_bytes"] and f"{record['of_file']:.2f} of the file" in printed
+    assert record["new_tokens"] == [5] and 25 < record["prompt_tokens"] < 35 and record["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("command", [decode, memory, prompts, quality, rounding, table])
 def test_a_checkpoint_that_is_not_there_is_one_line(command, run_main, tmp_path):
     code, _, errors = run_main(command.main, "--checkpoint", tmp_path / "nowhere", "--device", "cpu")
     assert code in (1, 2) and "Traceback" not in errors

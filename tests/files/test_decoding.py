@@ -1,6 +1,7 @@
 """An answer's text is what it adds to its prompt's, for every kind of tokenizer, with transformers as the judge."""
 
 import random
+import tracemalloc
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from teal_fast.files.decoding import PieceStream, unchanged
+from teal_fast.files.decoding import Pieces, PieceStream, unchanged
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.tests.files.made_tokenizers import SPECIAL, TEXTS, load_real, real, train_byte_level, write
 
@@ -254,3 +255,21 @@ def test_steps_that_would_decode_otherwise_are_refused(tmp_path, sentencepiece_j
     with pytest.raises(ValueError, match=r"its decoder is .*, known are ByteLevel and sentencepiece's") as refused:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_pieces_are_a_dictionary_in_little_memory():
+    draw = random.Random(0)
+    expected = {draw.randrange(10**9): draw.randbytes(draw.randrange(9)) for _ in range(2000)}
+    found = Pieces(expected)
+    assert found == expected and len(found) == len(expected) and list(found) == sorted(expected)
+    assert all(found[id] == piece for id, piece in expected.items())
+    assert not any(id in found for id in (-1, min(expected) - 1, max(expected) + 1, 10**20))
+    assert found.get(max(expected) + 1) is None and dict(Pieces({})) == {}
+
+
+def test_pieces_of_a_large_vocabulary_take_some_bytes_each():
+    tracemalloc.start()
+    found = Pieces({id: b"piece%d" % id for id in range(50_000)})
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 50_000 and held < 50_000 * 32, held  # a dictionary takes 150

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import resource
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -420,3 +421,22 @@ def test_demo_takes_hardly_more_memory_than_its_size(demo_gguf, tiny_gguf, tmp_p
     size = (out / WEIGHTS).stat().st_size
     assert converted < 1.3 * size  # opened at the end, beside what is left of the metadata objects
     assert loaded < 1.2 * size
+
+
+def test_lists_are_read_as_ggufs_reader_reads_them_in_a_fraction_of_the_memory(tmp_path):
+    path, count = tmp_path / "lists.gguf", 20_000
+    lists = {"texts": ["", "é", *map(str, range(count))], "floats": [0.5] * count, "bools": [True, False], "ints": [-3]}
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, values in lists.items():
+        writer.add_array(name, values)
+    writer.add_string("after", "them")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    tracemalloc.start()
+    ours, (held, _) = open_gguf(path).fields, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    theirs = gguf.GGUFReader(path).fields
+    assert {name: field.contents() for name, field in ours.items()} == {k: v.contents() for k, v in theirs.items()}
+    assert ours["texts"].contents() == lists["texts"] and ours["after"].contents() == "them"
+    assert held < 400 * count, held  # gguf's own takes 1,900

@@ -306,9 +306,9 @@ def test_the_demos_file(tmp_path):
 
 
 def test_conversion_takes_hardly_more_memory_than_the_file(tmp_path):
-    """Resident memory counts the mapped files. The tokenizer's 98,000 metadata objects are in it as well."""
+    """Resident memory counts the mapped files; the GGUF file's own pages are given back, tensor by tensor."""
     write_gguf(tmp_path / "small.gguf", make_model(), Type.Q8_0)
     converting = "gguf.convert_gguf(Path({!r}), Path({!r}), torch.bfloat16, keep=True)".format
     small = converting(str(tmp_path / "small.gguf"), str(tmp_path / "small"))
     taken = peak_bytes(converting(str(find_gguf()), str(tmp_path / "out")), warm_up=small)
-    assert taken < (tmp_path / "out" / WEIGHTS).stat().st_size + 2.2e8, taken
+    assert taken < (tmp_path / "out" / WEIGHTS).stat().st_size + 8e7, taken

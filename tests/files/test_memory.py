@@ -1,12 +1,24 @@
 """Out of memory: what PyTorch and the system say of it, and the one line that comes of that."""
 
+import ctypes
 import errno
+import mmap
+from pathlib import Path
 
 import pytest
 import torch
 
 from teal_fast.files import memory
-from teal_fast.files.memory import OutOfMemoryError, check_memory, explain_memory, free_bytes, memory_for, size
+from teal_fast.files.load import load_model
+from teal_fast.files.memory import (
+    OutOfMemoryError,
+    check_memory,
+    explain_memory,
+    free_bytes,
+    memory_for,
+    peak_bytes,
+    size,
+)
 
 CUDA = (  # of PyTorch 2.13
     "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 139.81 GiB of which 3.00 GiB is "
@@ -71,3 +83,28 @@ def test_what_is_left_is_what_the_system_and_the_container_leave(tmp_path, monke
 
 def test_sizes():
     assert [size(n) for n in (5e5, 1.5e8, 2.5e12)] == ["0.5 MB", "150.0 MB", "2,500.0 GB"]
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_holes_in_the_heap_are_given_back_before_weights_are_loaded(tiny):
+    load_model(tiny)
+    held = [bytes(1000) for _ in range(100_000)]  # larger than what Python keeps arenas of its own for
+    last = held[-1]
+    held.clear()
+    before = resident()
+    load_model(tiny)
+    assert before - resident() > 5e7 and last
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
+def test_the_peak_stays_when_memory_is_given_back():
+    before = peak_bytes()
+    block = torch.ones(2**25)
+    peak = peak_bytes()
+    del block
+    # Linux counts pages for each thread in batches, and so to some hundred KB.
+    assert peak > max(2**27, before - 2**22) and peak_bytes() > peak - 2**22 > resident()

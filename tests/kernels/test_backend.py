@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,13 @@ assert (y - x @ weight).abs().max() < 1e-4
 def test_the_cpu_needs_no_triton():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this PyTorch can run Triton's kernels")
+def test_triton_is_not_imported_where_it_could_run_nothing():
+    code = "import sys; import teal_fast.generate; print('triton' in sys.modules)"
+    words, quiet = [sys.executable, "-c", code], {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
+    assert subprocess.run(words, env=quiet, capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter's launchers run on the CPU")

@@ -51,6 +51,7 @@ def test_the_page_is_what_the_records_say():
 
 
 KEYS = ("perplexity", "ms", "tokens_per_s", "us", "acc", "seconds", "error_percent", "draft_cost", "tokens_per_cycle")
+KEYS += ("of_file",)
 
 
 def test_every_record_is_on_the_page():
