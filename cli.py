@@ -17,7 +17,7 @@ from teal_fast.engine.fixed_text import with_fixed_text
 from teal_fast.engine.ranks.group import Ranks
 from teal_fast.engine.ranks.launch import explain_lost, first_to_end, leave, meet, wait_for_rank_0
 from teal_fast.engine.ranks.layers import connect
-from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
+from teal_fast.files.calibration import CALIBRATION, Calibration, find_calibration, load_calibration
 from teal_fast.files.chat_ids import SURROGATES
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
@@ -247,11 +247,10 @@ def open_calibration(
 
     For a GGUF file as it is the quick one is made: who runs one wants to try it.
     """
-    try:
+    if not prepare:
         return load_calibration(folder, path)
-    except MissingCalibrationError:
-        if not prepare:
-            raise
+    if (found := find_calibration(folder, path)) is not None:
+        return found
     words, settings = f"{command('calibrate')} --checkpoint {folder} --device {device}", Settings()
     if is_prepared(folder):
         words, settings = f"{words} --quick (in full, without --quick, it loses less)", QUICK
@@ -279,7 +278,7 @@ class Opened:
 def open_model(choice: ModelChoice, calibrated: bool | None = True, ranks: Ranks | None = None) -> Opened:
     """The chosen checkpoint with its tokenizer, its model and, if calibrated, its calibration or the chosen one.
 
-    calibrated None: if there is one. ranks: that share the model, each of which opens its part.
+    calibrated None: if there is one; none is made. ranks: that share the model, each of which opens its part.
 
     What is missing is made first, saying so, unless no_prepare is set or the model is shared. Small files come first.
     """
@@ -288,12 +287,10 @@ def open_model(choice: ModelChoice, calibrated: bool | None = True, ranks: Ranks
     device = pick_device(choice.device) if ranks is None else ranks.device
     tokenizer = Tokenizer.load(folder)
     found = None
-    if calibrated is not False:
-        try:
-            found = open_calibration(folder, choice.calibration, device, prepare and bool(calibrated))
-        except MissingCalibrationError:
-            if calibrated:
-                raise
+    if calibrated:
+        found = open_calibration(folder, choice.calibration, device, prepare)
+    elif calibrated is None:
+        found = find_calibration(folder, choice.calibration)
     model = load_model(folder, device, DTYPES.get(choice.dtype), shard=ranks and ranks.shard)
     if ranks is not None:
         model, found = connect(model, ranks), found and found.part(ranks.shard)
