@@ -215,8 +215,10 @@ def prepare_gguf(path: Path) -> Path:
         return prepare_folder(path, lambda out: convert_gguf(path, out, DTYPES["bf16"], keep=True))
     except ValueError as error:
         converter = "python -m teal_fast.scripts.convert_gguf"
-        asks = "--" in str(error) and converter not in str(error)
-        raise ValueError(f"{path}: {error}" + (f", flags of `{converter} {path}`" if asks else "")) from error
+        said = str(error).removeprefix(str(path))  # which itself may have "--" in it
+        asks = "--" in said and converter not in said
+        place = path if said != str(error) else f"{path}: "
+        raise ValueError(f"{place}{said}" + (f", flags of `{converter} {path}`" if asks else "")) from error
 
 
 def prepare_demo(out: Path, dtype: torch.dtype) -> None:
