@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from teal_fast.engine.fixed_text import with_fixed_text
 from teal_fast.engine.ranks.group import Ranks
 from teal_fast.engine.ranks.launch import explain_lost, first_to_end, leave, meet, wait_for_rank_0
 from teal_fast.engine.ranks.layers import connect
-from teal_fast.files.calibration import CALIBRATION, Calibration, MissingCalibrationError, load_calibration
+from teal_fast.files.calibration import CALIBRATION, Calibration, find_calibration, load_calibration
 from teal_fast.files.chat_ids import SURROGATES
 from teal_fast.files.checkpoint import MissingDemoError, find_checkpoint
 from teal_fast.files.demo import REQUIREMENT, MissingPackageError, find_gguf
@@ -44,6 +45,7 @@ def run(main: Callable[[], None], in_ranks: bool = False) -> NoReturn:
         meet(in_ranks)
         main()
         leave()
+        sys.stdout.flush()  # a full disk is said here, not by Python's end
     except SystemExit:  # argparse says why, of all ranks
         wait_for_rank_0()
         raise
@@ -52,9 +54,7 @@ def run(main: Callable[[], None], in_ranks: bool = False) -> NoReturn:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout went away (`| head`): nothing is left to be said to it
-        first_to_end()
-        sys.stderr.close()
-        sys.exit(1)
+        fail(None)
     except (ValueError, OSError, OutOfMemoryError) as error:
         fail(str(error))
     except (RuntimeError, MemoryError) as error:
@@ -66,10 +66,15 @@ def run(main: Callable[[], None], in_ranks: bool = False) -> NoReturn:
     sys.exit(0)
 
 
-def fail(said: str) -> NoReturn:
-    """Ends the process with an error in one line, of several ranks the first."""
-    if first_to_end():
+def fail(said: str | None) -> NoReturn:
+    """Ends the process with an error in one line, of several ranks the first; None: without a word."""
+    if first_to_end() and said is not None:
         print(f"error: {one_line(said, 1000, 700, 200)}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(1)
 
 
@@ -187,11 +192,8 @@ def _or_auto(read: Callable[[str], float]) -> Callable[[str], float | None]:
 
 def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
     """The flag of every command that would make what it misses."""
-    parser.add_argument(
-        "--no_prepare",
-        action="store_true",
-        help="refuse what is missing (demo model, calibration) instead of making it",
-    )
+    missing = "refuse what is missing (demo model, calibration) instead of making it"
+    parser.add_argument("--no_prepare", action="store_true", help=missing)
 
 
 def open_checkpoint(name: str, prepare: bool = True) -> Path:
@@ -215,8 +217,10 @@ def prepare_gguf(path: Path) -> Path:
         return prepare_folder(path, lambda out: convert_gguf(path, out, DTYPES["bf16"], keep=True))
     except ValueError as error:
         converter = "python -m teal_fast.scripts.convert_gguf"
-        asks = "--" in str(error) and converter not in str(error)
-        raise ValueError(f"{path}: {error}" + (f", flags of `{converter} {path}`" if asks else "")) from error
+        said = str(error).removeprefix(str(path))  # which itself may have "--" in it
+        asks = "--" in said and converter not in said
+        said = said if said != str(error) else f": {said}"
+        raise ValueError(f"{path}{said}" + (f", flags of `{converter} {path}`" if asks else "")) from error
 
 
 def prepare_demo(out: Path, dtype: torch.dtype) -> None:
@@ -247,11 +251,10 @@ def open_calibration(
 
     For a GGUF file as it is the quick one is made: who runs one wants to try it.
     """
-    try:
+    if not prepare:
         return load_calibration(folder, path)
-    except MissingCalibrationError:
-        if not prepare:
-            raise
+    if (found := find_calibration(folder, path)) is not None:
+        return found
     words, settings = f"{command('calibrate')} --checkpoint {folder} --device {device}", Settings()
     if is_prepared(folder):
         words, settings = f"{words} --quick (in full, without --quick, it loses less)", QUICK
@@ -279,8 +282,7 @@ class Opened:
 def open_model(choice: ModelChoice, calibrated: bool | None = True, ranks: Ranks | None = None) -> Opened:
     """The chosen checkpoint with its tokenizer, its model and, if calibrated, its calibration or the chosen one.
 
-    calibrated None: if there is one. ranks: that share the model, each of which opens its part.
-
+    calibrated None: if there is one; none is made. ranks: that share the model, each of which opens its part.
     What is missing is made first, saying so, unless no_prepare is set or the model is shared. Small files come first.
     """
     prepare = not choice.no_prepare and ranks is None
@@ -288,12 +290,10 @@ def open_model(choice: ModelChoice, calibrated: bool | None = True, ranks: Ranks
     device = pick_device(choice.device) if ranks is None else ranks.device
     tokenizer = Tokenizer.load(folder)
     found = None
-    if calibrated is not False:
-        try:
-            found = open_calibration(folder, choice.calibration, device, prepare and bool(calibrated))
-        except MissingCalibrationError:
-            if calibrated:
-                raise
+    if calibrated:
+        found = open_calibration(folder, choice.calibration, device, prepare)
+    elif calibrated is None:
+        found = find_calibration(folder, choice.calibration)
     model = load_model(folder, device, DTYPES.get(choice.dtype), shard=ranks and ranks.shard)
     if ranks is not None:
         model, found = connect(model, ranks), found and found.part(ranks.shard)

@@ -167,7 +167,7 @@ def main() -> None:
                 "answer: shorten it"
             )
         context = cache_length(model, len(ids) + options.max_new_tokens)
-    drafts = find_drafts(opened.folder, model, tokenizer, drafting["draft"]) if drafting else []
+    drafts = list(find_drafts(opened.folder, model, tokenizer, drafting["draft"])) if drafting else []
     step = PlainStep if options.eager else fast_step
     read_prompt = compiled_prefill() if options.compile_prefill else prefill
     stop_ids, stop_strings = split_stops(tokenizer, options.stop)

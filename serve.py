@@ -10,14 +10,11 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from teal_fast.cli import (
     ModelChoice,
     add_model_arguments,
-    open_checkpoint,
     open_model,
     parse_with_model,
     positive_int,
@@ -31,9 +28,8 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.prefix_file import identity, load_prefixes, save_prefixes
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
-from teal_fast.engine.speculation.drafters import DraftModel
 from teal_fast.engine.speculation.find import find_drafts
-from teal_fast.files.calibration import MissingCalibrationError
+from teal_fast.files.paths import command
 from teal_fast.files.store import check_writable
 
 try:
@@ -96,26 +92,19 @@ def origin(given: str) -> str:
 
 def load(options: argparse.Namespace, choice: ModelChoice) -> "Loaded":
     """The model and its engine. Without a calibration only sparsity 0 is served, which is said."""
-    open_checkpoint(choice.checkpoint, not choice.no_prepare)
-    try:
-        opened = open_model(replace(choice, no_prepare=choice.no_prepare or not options.sparsity))
-    except MissingCalibrationError as error:
-        if options.sparsity or options.calibration:
-            raise
-        print(f"serving sparsity 0 only: {error}", file=sys.stderr)
-        opened = open_model(choice, calibrated=False)
+    opened = open_model(choice, bool(options.sparsity) or None)
+    if opened.calibration is None:
+        todo = f"run `{command('calibrate')} --checkpoint {opened.folder}`"
+        print(f"serving sparsity 0 only: {opened.folder} has no calibration: {todo}", file=sys.stderr)
     model, stop = opened.model, opened.tokenizer.eos_ids
     longest = model.args.max_position
     context = min(options.max_seq_length or LONGEST, longest)
     if longest < (options.max_seq_length or 0):
         print(f"the context is {longest} tokens: the model has no more", file=sys.stderr)
     store = PrefixStore(options.cache_bytes)
-
-    def drafts() -> Iterator[DraftModel]:  # loaded by the first lossless request
-        yield from find_drafts(opened.folder, model, opened.tokenizer)
-
+    drafts = find_drafts(opened.folder, model, opened.tokenizer)  # loaded by the first lossless request
     engine = Engine(
-        model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store, drafts=drafts()
+        model, opened.calibration, stop, context, chunk=options.prefill_chunk, prefixes=store, drafts=drafts
     )
     list(engine.stream(Request([0], sparsity=options.sparsity, max_new_tokens=2, stop=())))  # kernels start here
     engine.forget()

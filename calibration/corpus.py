@@ -1,5 +1,6 @@
 """Reads text to calibrate and evaluate on: plain text and .jsonl files, single or in folders."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -49,9 +50,12 @@ def as_text(piece: list[int], prefix: Sequence[int]) -> list[int]:
 
 def _text_files(path: Path) -> list[Path]:
     if path.is_dir():
+        os.listdir(path)  # raises where it may not be read, which rglob keeps to itself
         return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
     if not path.exists():
         raise FileNotFoundError(f"corpus {path} does not exist: expected a text file, a .jsonl file or a folder")
+    if not (path.is_file() or path.is_fifo()):  # /dev/zero has no end
+        raise ValueError(f"corpus {path} is a device: expected a text file, a .jsonl file or a folder")
     return [path]
 
 

@@ -20,6 +20,7 @@ from teal_fast.files.checkpoint import fingerprint, read_config
 from teal_fast.files.load import load_model
 from teal_fast.files.memory import memory_for
 from teal_fast.files.paths import DATA
+from teal_fast.files.store import check_writable
 from teal_fast.files.tokenizer import Tokenizer
 from teal_fast.weights.formats import DTYPES
 
@@ -48,8 +49,9 @@ def make_calibration(
     """Calibrates the checkpoint in `folder` and writes the calibration to `out`.
 
     dtype: bf16, fp16, fp32, or None for the stored one. Finished passes are kept in a file beside `out`, from which an
-    interrupted run resumes. Raises ValueError when the text is too short.
+    interrupted run resumes. Raises ValueError when the text is too short, or where `out` can't be written, at once.
     """
+    check_writable(out)
     settings = settings or Settings()
     tokenizer = Tokenizer.load(folder)
     documents = encode_corpus(list(settings.corpus), tokenizer, model_args(read_config(folder)))

@@ -5,7 +5,7 @@ from pathlib import Path
 from teal_fast.engine.device import find_device
 from teal_fast.engine.engine import DEFAULT_CONTEXT, Engine
 from teal_fast.engine.fixed_text import with_fixed_text
-from teal_fast.files.calibration import MissingCalibrationError, load_calibration
+from teal_fast.files.calibration import find_calibration
 from teal_fast.files.checkpoint import find_checkpoint
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
@@ -32,9 +32,6 @@ def load(
         raise ValueError(f"context {context}: expected at least 1 token")
     folder, where = find_checkpoint(str(checkpoint)), find_device(device)
     tokenizer = Tokenizer.load(folder)
-    try:
-        found = load_calibration(folder, calibration)
-    except MissingCalibrationError:
-        found = None
+    found = find_calibration(folder, calibration)
     model = with_fixed_text(load_model(folder, where, DTYPES.get(dtype)), folder, tokenizer)
     return Engine(model, found, tokenizer.eos_ids, context), tokenizer

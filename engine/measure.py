@@ -1,5 +1,6 @@
 """How long decoding takes: times of one stream of tokens, a profile, the size of a cache for a measurement."""
 
+import json
 import statistics
 import sys
 import time
@@ -81,5 +82,10 @@ def profiler(path: Path | None) -> Iterator[None]:
         yield
     with new_file(path) as temporary:
         profile.export_chrome_trace(str(temporary))
+        try:
+            json.loads(temporary.read_bytes())
+        except ValueError:  # PyTorch says nothing of a full disk, and may leave a file of its own
+            temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
+            raise OSError(f"{path}: the trace could not be written whole, is the disk full?") from None
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(profile.key_averages().table(sort_by=order, row_limit=15), file=sys.stderr)

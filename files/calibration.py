@@ -186,3 +186,11 @@ def load_calibration(folder: Path, path: Path | None = None) -> Calibration:
     calibration = Calibration.load(path)
     calibration.check(folder)
     return calibration
+
+
+def find_calibration(folder: Path, path: Path | None = None) -> Calibration | None:
+    """`load_calibration`, but None for a checkpoint that has none of its own yet."""
+    try:
+        return load_calibration(folder, path)
+    except MissingCalibrationError:
+        return None

@@ -2,13 +2,14 @@
 
     config.json                    a Hugging Face config.json whose `quantization_config` is a `TealConfig`
     model.safetensors, …           dense weights in Hugging Face's names and order
-    model.safetensors.index.json   which files have weights: vLLM takes every other .safetensors for one without it
+    model.safetensors.index.json   which files have weights; see `write_index`
     teal_thresholds.safetensors    fp32 [K] by module name, at the block's sparsity; for programs without this project
     teal_calibration.safetensors   the calibration, which gives thresholds at any other sparsity
 
 Adapters go by the calibration; that the thresholds agree with it is checked. No other engine is imported here.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -77,9 +78,18 @@ class TealConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"quant_method": METHOD, "version": VERSION} | values
 
+    @property
+    def most(self) -> int | None:
+        """The most tokens of a call that skips channels, all sequences together; None for any number."""
+        return None if self.mode == "mask" else self.max_m
+
     def sparse(self, tokens: int) -> bool:
-        """Whether a call of so many tokens, all sequences together, skips channels."""
-        return self.mode == "mask" or tokens <= self.max_m
+        return is_sparse(tokens, self.most)
+
+
+def is_sparse(tokens: int, most: int | None) -> bool:
+    """Whether a call of so many tokens skips channels; see `TealConfig.most`."""
+    return most is None or tokens <= most
 
 
 def is_file_name(given: Any) -> bool:
@@ -171,6 +181,15 @@ def open_exported(folder: Path) -> Exported:
     except ValueError as error:
         raise ValueError(f"{folder}: {str(error).removeprefix(f'{folder}/')}") from error
     return exported
+
+
+def write_index(folder: Path, where: dict[str, str], size: int) -> None:
+    """Writes which file has each weight, also where there is one: vLLM takes what no index names for weights.
+
+    size: bytes of all weights.
+    """
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def check_thresholds(path: Path, exported: Exported) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from teal_fast.files.store import new_file, new_folder, read_json
@@ -63,7 +64,8 @@ def hash_of(path: Path) -> str:
     with open(path, "rb") as file:
         made = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - max(about[-2:]) / 1e9 > SETTLED and identity(path) == about:
-        with new_file(kept) as temporary:
+        # A cache that takes no file, a shared one perhaps, may have the entry all the same.
+        with suppress(OSError, ValueError), new_file(kept) as temporary:
             temporary.write_text(made, encoding="ascii")
     return made
 

@@ -169,6 +169,10 @@ def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     lock = _lock(temporary)
     try:
         yield temporary
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         _remove(temporary)
         if lock is not None:

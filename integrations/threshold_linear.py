@@ -12,6 +12,7 @@ teal::count_channels says what that skips: an op of its own, since it costs smal
 
 from torch import Tensor
 
+from teal_fast.files.exported import is_sparse
 from teal_fast.kernels.backend import register
 from teal_fast.kernels.packed import PackedWeight
 from teal_fast.kernels.sparse_gemv import sparse_gemv
@@ -20,19 +21,15 @@ from teal_fast.weights.product import product
 
 def threshold_linear_reference(x, weight, bias, threshold, max_m) -> Tensor:
     """The same in fp32 by plain PyTorch, without counts."""
-    sparse = _is_sparse(x.shape[:-1].numel(), max_m)
+    sparse = is_sparse(x.shape[:-1].numel(), max_m)
     kept = x.masked_fill(x.float().abs() <= threshold, 0) if sparse else x
     y = kept.float() @ weight.float().t()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _is_sparse(tokens: int, max_m: int | None) -> bool:
-    return max_m is None or tokens <= max_m
-
-
 def _threshold_linear(x, weight, bias, threshold, max_m) -> Tensor:
     tokens = x.shape[:-1].numel()
-    if not _is_sparse(tokens, max_m):
+    if not is_sparse(tokens, max_m):
         return product(x, weight.t(), bias)
     if tokens == 1 and max_m is not None:
         return sparse_gemv(x.flatten(), PackedWeight(weight.t()), threshold, bias).view(*x.shape[:-1], -1)
@@ -41,7 +38,7 @@ def _threshold_linear(x, weight, bias, threshold, max_m) -> Tensor:
 
 def _count_channels(x, threshold, max_m, counts) -> None:
     tokens = x.shape[:-1].numel()
-    if _is_sparse(tokens, max_m):
+    if is_sparse(tokens, max_m):
         counts[0] += tokens
         counts[1] += (x.abs() <= threshold).sum()
     else:

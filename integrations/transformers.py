@@ -23,8 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from teal_fast.files.checkpoint import CONFIG
-from teal_fast.files.exported import METHOD, Exported, TealConfig, open_exported
+from teal_fast.files.checkpoint import CONFIG, WEIGHTS
+from teal_fast.files.exported import INDEX, METHOD, Exported, TealConfig, open_exported, write_index
+from teal_fast.files.store import open_safetensors
 from teal_fast.sparse_model import KEEP_ALL
 
 
@@ -123,12 +124,19 @@ def set_thresholds(model: PreTrainedModel, exported: Exported) -> None:
 
 
 def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
-    """A loaded model's own: writes thresholds and calibration too, for which transformers has no hook."""
+    """A loaded model's own: writes thresholds, calibration, and an index also of one weight file (for vLLM) too."""
     if options.get("push_to_hub"):
         raise ValueError("save_pretrained(push_to_hub=True) would leave files out: use model.push_to_hub")
+    folder, writes = Path(save_directory), options.get("is_main_process", True)
+    if writes:
+        (folder / INDEX).unlink(missing_ok=True)  # of what was there before
     type(model).save_pretrained(model, save_directory, **options)
-    if options.get("is_main_process", True):
-        model.hf_quantizer.exported.write(Path(save_directory))
+    if writes:
+        model.hf_quantizer.exported.write(folder)
+    if writes and not (folder / INDEX).exists():  # transformers writes one of several files
+        with open_safetensors(folder / WEIGHTS) as file:
+            sizes = {name: file.get_tensor(name).nbytes for name in sorted(file.keys())}
+        write_index(folder, dict.fromkeys(sizes, WEIGHTS), sum(sizes.values()))
 
 
 def set_sparsity(model: PreTrainedModel, sparsity: float) -> None:

@@ -78,11 +78,6 @@ class TealQuantization(QuantizationConfig):
             refuse_unexported(model_name)
         read_folder(*self.source)
 
-    @property
-    def max_m(self) -> int | None:
-        """As teal::threshold_linear takes it."""
-        return None if self.settings.mode == "mask" else self.settings.max_m
-
     @functools.cached_property
     def thresholds(self) -> dict[str, Tensor]:
         """At the settings' sparsity, fp32 [K] by vLLM's name of an unfused module."""
@@ -181,8 +176,8 @@ class TealLinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if layer.teal_counts is not None:
-            count_channels(x, layer.teal_threshold, self.config.max_m, layer.teal_counts)
-        return threshold_linear(x, layer.weight, bias, layer.teal_threshold, self.config.max_m)
+            count_channels(x, layer.teal_threshold, self.config.settings.most, layer.teal_counts)
+        return threshold_linear(x, layer.weight, bias, layer.teal_threshold, self.config.settings.most)
 
 
 def sparse_layers(model: nn.Module) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from teal_fast.report.results_section import Record, Section, by, listed, markdown, percent, unique
-from teal_fast.report.speculate import speculate_figures
+from teal_fast.report.speculate import captions, sweeps
 
 
 def few_tokens_section(records: list[Record]) -> Section:
@@ -119,7 +119,7 @@ def speculate_section(records: list[Record]) -> Section:
         first = next(r for r in records if "predicted" in r)
         verify = ", ".join(f"{n}: {cost:.2f}" for n, cost in first["verify_cost"].items())
         head = ["drafter", "sparsity", "cost of a draft", "drafts that stand, by place", "best number", "predicted"]
-        pictures = " ".join(f"![{f.title}]({f.name}.svg)" for f in speculate_figures(records))
+        pictures = " ".join(f"![{title}]({name}.svg)" for run in sweeps(records) for name, title in captions(run))
         tables = [f"Verifying so many tokens costs, in dense steps: {verify}.", markdown(head, swept), pictures]
     head = ["prompts", "drafter", "times dense", "by prompt", "tokens a cycle", "drafts that stand, by place"]
     if compared:

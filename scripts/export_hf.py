@@ -23,7 +23,7 @@ from teal_fast.families.tensors import Tensors
 from teal_fast.files.calibration import Calibration
 from teal_fast.files.checkpoint import CONFIG, WEIGHTS, read_config, rounded_to
 from teal_fast.files.conversion import find_parts, unstack
-from teal_fast.files.exported import INDEX, MODES, Exported, TealConfig, open_exported
+from teal_fast.files.exported import MODES, Exported, TealConfig, open_exported, write_index
 from teal_fast.files.huggingface import COPIED
 from teal_fast.files.load import load_model, stored_as
 from teal_fast.files.paths import checkpoints_folder
@@ -93,10 +93,8 @@ def write_weights(folder: Path, model: Transformer, theirs: Tensors, most: int, 
     names = names if len(files) > 1 else [WEIGHTS]
     for file, layout in zip(names, files, strict=True):
         write_safetensors(folder / file, layout, lambda name: theirs.restore(name, parts[name]), metadata)
-    # Of one file, too: vLLM takes every .safetensors that no index leaves out for weights.
     where = {name: file for file, layout in zip(names, files, strict=True) for name in layout}
-    index = {"metadata": {"total_size": sum(view.nbytes for view in parts.values())}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, where, sum(view.nbytes for view in parts.values()))
 
 
 def main() -> None:

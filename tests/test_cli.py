@@ -1,4 +1,5 @@
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -17,10 +18,12 @@ from teal_fast.files.paths import ROOT
 from teal_fast.tests.models import write_llama
 
 
-def finish(body: str) -> subprocess.CompletedProcess:
-    """Runs `cli.run` on a main made of `body`."""
+def finish(body: str, **streams: int) -> subprocess.CompletedProcess:
+    """Runs `cli.run` on a main made of `body`; streams: other places for its output."""
     code = f"from teal_fast import cli\ndef main():\n    {body}\ncli.run(main)"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=buffered, text=True, check=False, **streams)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,19 @@ def finish(body: str) -> subprocess.CompletedProcess:
 def test_run_ends_in_one_line(body, code, said):
     done = finish(body)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("body", ["print(1)", "print(1, flush=True)"])
+def test_output_that_nobody_takes(body):
+    with open("/dev/full", "wb") as full:
+        done = finish(body, stdout=full)
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = finish(body, stdout=writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert finish(f"import sys; sys.stderr.write('1'); {body}", stdout=writer, stderr=writer).returncode == 1
+    os.close(writer)
 
 
 @pytest.mark.parametrize("mistake", ["AssertionError", "RuntimeError('shapes')"])

@@ -84,23 +84,17 @@ class ModelDrafter:
             return []
         if not self.draft.shared:
             self._read(text)
-        if draw is likeliest and isinstance(self.step, StagedStep):
-            return self._chain(text, count)
-        drafts, token = [], text[-1]
-        for position in range(len(text) - 1, len(text) - 1 + count):
-            drafts.append(draw(self.step(torch.tensor([[token]]), torch.tensor([position]))))
-            token = drafts[-1].id
-        self.held = [*text, *(draft.id for draft in drafts[:-1])]
-        return drafts
-
-    def _chain(self, text: Sequence[int], count: int) -> list[Draft]:
-        """The likeliest tokens, each step taking what the one before found, so that the host waits for none."""
+        if chained := draw is likeliest and isinstance(self.step, StagedStep):
+            self.step.draw(GREEDY, 0)
         drafts, token = [], torch.tensor([[text[-1]]])
-        self.step.draw(GREEDY, 0)
         for position in range(len(text) - 1, len(text) - 1 + count):
-            self.step(token, torch.tensor([position]))
-            token = self.step.best[0].view(1, 1)
-            drafts.append(Draft(token.flatten().clone()))
+            logits = self.step(token, torch.tensor([position]))
+            if chained:  # each step takes what the one before found, so that the host waits for none
+                token = self.step.best[0].view(1, 1)
+                drafts.append(Draft(token.flatten().clone()))
+            else:
+                drafts.append(draw(logits))
+                token = torch.tensor([[drafts[-1].id]])
         self.held = [*text, *(draft.id for draft in drafts[:-1])]
         return drafts
 

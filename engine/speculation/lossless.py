@@ -94,8 +94,11 @@ class Lossless:
             if self.step.mode == "plain":
                 said = "verifies several tokens at once, which a plain step does not"
                 raise ValueError(f"lossless {said}: leave it out, or decode without --eager")
-        if self.model.args.longest_plain is not None:  # its keys may have to be made again
-            raise ValueError("lossless does not serve longrope and dynamic rotary embeddings: leave it out")
+        if (border := self.model.args.longest_plain or self.cache.length) < self.cache.length:
+            said = f"beyond which its keys may have to be made again, and this context has room for {self.cache.length}"
+            raise ValueError(
+                f"lossless serves this model up to {border} tokens, {said}: take a smaller context, or leave it out"
+            )
         known = (AUTO, NGRAM, *self.models)
         if request.draft not in known:
             raise ValueError(f"draft {request.draft!r} is not known here, expected {' or '.join(known)}")

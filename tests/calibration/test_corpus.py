@@ -1,6 +1,8 @@
 """Text files, folders and .jsonl files, good and bad."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,20 @@ def test_bad_utf8_is_named(tmp_path):
     path.write_bytes(b"so weit gut, " + "schön".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text \(.* at byte 16\)"):
         read_corpus([path])
+
+
+def test_devices_and_closed_folders_are_no_corpus(tmp_path):
+    with pytest.raises(ValueError, match="corpus /dev/zero is a device: expected a text file"):
+        read_corpus([Path("/dev/zero")])
+    (tmp_path / "a.txt").write_text("a")
+    tmp_path.chmod(0)
+    try:
+        if os.access(tmp_path, os.R_OK):
+            pytest.skip("root reads every folder")
+        with pytest.raises(PermissionError):
+            read_corpus([tmp_path])
+    finally:
+        tmp_path.chmod(0o700)
 
 
 def test_missing_path(tmp_path):

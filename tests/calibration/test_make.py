@@ -1,9 +1,16 @@
 """The calibration that ships for the demo model is what calibrate.py makes of it."""
 
+import pytest
 import torch
 
 from teal_fast.calibration.make import Settings, make_calibration
 from teal_fast.files.calibration import SHIPPED, Calibration
+
+
+def test_a_place_that_takes_no_file_is_told_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="takes no new file"):  # before the checkpoint is missed
+        make_calibration(tmp_path / "none", tmp_path / "file" / "made.safetensors", torch.device("cpu"))
 
 
 def test_the_shipped_thresholds_are_found_again(demo, tmp_path):

@@ -1,5 +1,7 @@
 """Answers that outgrow the original context of longrope and dynamic scaling, against transformers' generate."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from teal_fast.engine.engine import Engine
 from teal_fast.engine.prefixes import PrefixStore
 from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
+from teal_fast.engine.speculation.drafters import DraftModel
 from teal_fast.engine.steps import PlainStep
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
@@ -43,8 +46,8 @@ def generated(theirs, ids: tuple[int, ...]) -> list[int]:
     return theirs.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
 
 
-def answer(engine: Engine, ids: tuple[int, ...], new: int = NEW) -> list[int]:
-    request = Request(prompt=ids, sampling=Sampling(0.0), max_new_tokens=new, stop=frozenset())
+def answer(engine: Engine, ids: tuple[int, ...], new: int = NEW, **more: Any) -> list[int]:
+    request = Request(prompt=ids, sampling=Sampling(0.0), max_new_tokens=new, stop=frozenset(), **more)
     return [token.id for token in engine.stream(request)]
 
 
@@ -71,6 +74,18 @@ def test_a_conversation_that_crosses_the_border_is_computed_anew(pair, capsys):
     assert engine.reused == 0
     assert answer(engine, short) == generated(theirs, short)
     assert engine.reused == 0
+
+
+def test_lossless_answers_end_before_the_border(pair):
+    theirs, model = pair
+    lossless = {"lossless": True, "draft": "copy", "draft_tokens": 3}
+    drafts = (DraftModel("copy", model, None, shared=True),)
+    engine = Engine(model, context=BORDER, drafts=drafts)
+    ids = prompt(BORDER - NEW)
+    assert answer(engine, ids, **lossless) == generated(theirs, ids)
+    assert engine.lossless.statistics.accepted[0] > 2
+    with pytest.raises(ValueError, match=f"up to {BORDER} tokens, .* room for {BORDER + 1}: take a smaller context"):
+        answer(Engine(model, context=BORDER + 1, drafts=drafts), ids, **lossless)
 
 
 def test_a_model_takes_texts_as_long_as_scaling_is_for(pair):

@@ -137,6 +137,14 @@ def test_a_hash_of_a_file_that_was_just_written_is_not_kept(file, cache):
     assert len(hash_of(file)) == 64 and not (cache / "hashes").exists()
 
 
+def test_a_cache_that_takes_no_hash_costs_only_its_time(file, cache):
+    expected = hash_of(file)
+    os.utime(file, (1, 1))
+    cache.mkdir(parents=True)
+    (cache / "hashes").write_text("no folder")
+    assert hash_of(file) == expected and (cache / "hashes").read_text() == "no folder"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -147,6 +155,7 @@ def test_a_hash_of_a_file_that_was_just_written_is_not_kept(file, cache):
         ),
         ("empty.gguf", b"", "empty.gguf is no GGUF file"),
         ("cut.gguf", b"GGUF\3\0\0\0", "cut.gguf is truncated or not a GGUF file"),
+        ("models--of--a.gguf", b"GGUF\3\0\0\0", r"^[^:]*--a.gguf is truncated .*: download it again$"),
     ],
 )
 def test_files_that_are_no_models(tmp_path, cache, name, content, said):

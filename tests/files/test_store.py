@@ -109,6 +109,16 @@ def test_threads_write_the_same_file_apart(tmp_path):
 # --- what exists
 
 
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_a_full_disk_names_the_file(tmp_path, make):
+    full = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out'"), make(tmp_path / "out"):
+        print("x", file=full, flush=True)
+    with pytest.raises(FileNotFoundError, match=r"^no such model$"), make(tmp_path / "out"):
+        raise FileNotFoundError("no such model")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_cannot_replace_a_folder_or_a_device(tmp_path):
     for path, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "no ordinary file")):
         if path != tmp_path:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from teal_fast.engine.steps import PlainStep
 from teal_fast.files.calibration import CALIBRATION, load_calibration, set_sparsity
 from teal_fast.files.checkpoint import WEIGHTS, fingerprint, read_config
-from teal_fast.files.exported import METHOD, TealConfig, open_exported
+from teal_fast.files.exported import INDEX, METHOD, TealConfig, open_exported
 from teal_fast.files.huggingface import convert_huggingface
 from teal_fast.files.load import load_model
 from teal_fast.files.tokenizer import Tokenizer
@@ -147,6 +148,22 @@ def test_saved_and_loaded_again(make, theirs, ours, tmp_path):
     convert_huggingface(tmp_path / "saved", tmp_path / "back", None)
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (ours[0] / WEIGHTS).read_bytes()
     assert load_calibration(tmp_path / "back", tmp_path / "back" / CALIBRATION).origin == ours[1].origin
+
+
+@torch.inference_mode()
+def test_what_is_saved_names_its_weights(make, tmp_path):
+    """Thresholds are no weights, in one file of them and in several, also over what was saved there before."""
+    model, saved = make(), tmp_path / "saved"
+    for size in ("5GB", "100KB", "5GB"):
+        for old in saved.glob("model*.safetensors"):
+            old.unlink()
+        model.save_pretrained(saved, max_shard_size=size)
+        files = {path.name for path in saved.glob("model*.safetensors")}
+        assert (len(files) > 1) == (size == "100KB")
+        index = json.loads((saved / INDEX).read_text())["weight_map"]
+        assert set(index.values()) == files and index.keys() == model.state_dict().keys()
+        again = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager")
+        assert torch.equal(logits(again, IDS), logits(model, IDS))
 
 
 def test_a_copy_saves_itself(make, tmp_path):

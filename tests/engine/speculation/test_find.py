@@ -32,7 +32,7 @@ def beside(even, tmp_path_factory):
 
 
 def find(folder, draft="auto"):
-    return find_drafts(folder, load_model(folder), Tokenizer.load(folder), draft)
+    return list(find_drafts(folder, load_model(folder), Tokenizer.load(folder), draft))
 
 
 def test_a_copy_is_known_by_its_source(beside, tmp_path, capsys):
