@@ -66,7 +66,7 @@ def time_passes(model: Transformer, cache: KVCache, step: StagedStep, format: st
     for context in contexts:
         step(torch.tensor([[3]]), torch.tensor([context]))
         # Each of its replays is one position further: 147 in all.
-        ways = {"dense": step.graphs[min(context + 1, step.longest) > SHORT].replay}
+        ways = {"dense": step.graphs[min(context + 1, step.longest) > SHORT, False].replay}
         for name, verify in passes.items():
             verify.dense(list(range(3, 3 + TOKENS)), context, TOKENS)
             ways[name] = verify.graph.replay

@@ -10,7 +10,7 @@ order of its sums.
 
 import functools
 import sys
-from ctypes import Structure, c_int, c_int64, c_void_p
+from ctypes import Structure, c_int, c_void_p
 
 import torch
 import torch.nn.functional as F
@@ -23,38 +23,75 @@ from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError, compile_cuda
 from teal_fast.kernels.packed import WEIGHT_ARGUMENTS, WEIGHT_TABLE, PackedWeight, check_weight
 from teal_fast.kernels.quantized_gemm import quantized_gemm
+from teal_fast.kernels.tensor_map import SWIZZLED, UINT8, UINT16, TensorMap, tensor_map
 
 MOST_TOKENS = 16
 TILE = 8  # tokens that a matrix instruction takes
-ROWS, WARPS = 16, 8  # channels of an instruction, warps of a CTA: as the source has them
-CTAS = 2  # a multiprocessor
-MOST_SPLITS = 7  # CTAs of a cluster
+ROWS, WARPS = 64, 8  # channels of a block, warps of a CTA that multiply: as the source has them
+BOX = 128  # bytes of a row that a tensor map brings at once
+COLUMNS = {16: 256, 8: 256, 4: 512}  # of a CTA, by the weight's bits
+SHARES = 1
+EXTRA: dict[str, int] = {}
+MEMORY = 114_900  # bytes of a CTA's ring: two launches share a multiprocessor
 
 
-class Weight(Structure):
-    """`Weight` of the source."""
+class Maps(Structure):
+    """`Maps` of the source."""
 
-    _fields_ = [("packed", c_void_p), ("scale", c_void_p), ("row", c_int64), ("K", c_int), ("N", c_int)]
-
-
-def cut(K: int, N: int, bits: int, tiles: int, processors: int) -> tuple[int, int, int]:
-    """Columns of a CTA in words of four bytes a lane, CTAs that share K as a cluster, and CTAs in all.
-
-    tiles: of tokens. It does not change how K is shared, which decides the bits of a sum. Clusters fill no more than
-    seven eighths of a GPU, whose parts hold whole ones: of 132 multiprocessors 32 clusters of 7, not 48 of 5.
-    """
-    columns = {words: 8 * words * 32 // bits for words in (2, 4)}  # of a CTA
-    places = processors * CTAS * 7 // 8
-    words = 4 if -(-N // columns[4]) * MOST_SPLITS * 7 >= places * 6 else 2
-    most = min(MOST_SPLITS, K // ROWS // WARPS // 2, places // -(-N // columns[words]))
-    words, splits = 2 if tiles > 1 and bits == 4 else words, max(1, most)  # its sums need too many registers
-    return words, splits, -(-N // columns[words]) * splits
+    _fields_ = [("weight", TensorMap), ("scales", TensorMap), ("x", TensorMap)]
 
 
-def constants(bits: int, group: int, fp16: bool, tiles: int, words: int, splits: int) -> dict[str, int]:
+class Product(Structure):
+    """`Product` of the source."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("scale", "bias", "y", "partial", "arrived")),
+        *((name, c_int) for name in ("M", "K", "N", "splits")),
+    ]
+
+
+def cut(K: int, N: int, bits: int, processors: int) -> tuple[int, int]:
+    """Tiles of columns, and CTAs that share K. A CTA a multiprocessor, as long as there is enough of K."""
+    tiles = -(-N // COLUMNS[bits])
+    return tiles, max(1, min(processors // tiles, -(-K // ROWS)))
+
+
+def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
     """What the source is compiled for."""
-    names = ("BITS", "GROUP", "HALF_IS_FP16", "TILES", "WORDS", "SPLITS")
-    return dict(zip(names, map(int, (bits, group, fp16, tiles, words, splits)), strict=True))
+    columns = COLUMNS[bits]
+    block = ROWS * (columns * bits // 8 + 2 * TILE * tiles + scale_bytes(bits, group))
+    stages = (MEMORY - 8 * columns) // (block + 16)
+    names = ("BITS", "GROUP", "SCALES", "HALF_IS_FP16", "TILES", "COLUMNS", "STAGES", "SHARES")
+    values = (bits, group, scale_bytes(bits, group), fp16, tiles, columns, stages, SHARES)
+    return dict(zip(names, map(int, values), strict=True)) | EXTRA
+
+
+def scale_bytes(bits: int, group: int) -> int:
+    """Bytes of a row's scales that a CTA reads."""
+    if bits != 4:
+        return 0
+    columns = COLUMNS[bits]
+    return 16 if columns % group == 0 else -(-(2 * (columns // group + 2) + 14) // 16) * 16
+
+
+def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
+    (M, K), packed, N = x.shape, weight.packed, weight.N
+    row = packed.stride(0) * packed.element_size()
+    values = N * weight.bits // 8
+    found = Maps(
+        tensor_map(packed.data_ptr(), UINT8, values, K, row, (BOX, ROWS), SWIZZLED),
+        TensorMap(),
+        tensor_map(x.data_ptr(), UINT16, K, M, 2 * K, (ROWS, TILE * tiles), SWIZZLED),
+    )
+    if weight.bits == 4:
+        box = scale_bytes(4, weight.group), ROWS
+        found.scales = tensor_map(packed.data_ptr() + values, UINT8, row - values, K, row, box)
+    return found
+
+
+@functools.cache
+def _arrived(device: int) -> Tensor:
+    return torch.zeros(1 << 16, dtype=torch.int32, device=f"cuda:{device}")
 
 
 @functools.cache
@@ -63,16 +100,15 @@ def _processors(device: int) -> int:
 
 
 @functools.cache
-def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int, words: int, splits: int):
+def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int):
     """The module, which must be kept, its kernel, and the bytes of shared memory that it takes; None without one."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:
         return None
     try:
-        code = compile_cuda(
-            "few_token_gemm.cu", f"sm_{major}{minor}", constants(bits, group, fp16, tiles, words, splits)
+        module = CudaModule(
+            compile_cuda("few_token_gemm.cu", f"sm_{major}{minor}", constants(bits, group, fp16, tiles))
         )
-        module = CudaModule(code)
         shared = module.size("shared_bytes")
         return module, module.kernel("few_token_gemm", shared), shared
     except CudaError as error:
@@ -83,18 +119,20 @@ def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int, words: i
 def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     (M, K), N, device = x.shape, weight.N, x.device.index
     tiles, found = -(-M // TILE), None
-    if not INTERPRETED and x.element_size() == 2 and K % ROWS == 0 and N % ROWS == 0:
-        words, splits, ctas = cut(K, N, weight.bits, tiles, _processors(device))
-        found = _kernel(device, weight.bits, weight.group, x.dtype == torch.float16, tiles, words, splits)
+    if not INTERPRETED and x.element_size() == 2 and K % 8 == 0 and N % 16 == 0:
+        found = _kernel(device, weight.bits, weight.group, x.dtype == torch.float16, tiles)
     if found is None and weight.scale is not None:
         return quantized_gemm(x, weight, bias)
     if found is None:
         return F.linear(x, weight.packed.t(), bias)
     module, kernel, shared = found
-    y, packed = x.new_empty(M, N), weight.packed
-    operand = Weight(pointer(packed), pointer(weight.scale), packed.stride(0) * packed.element_size(), K, N)
-    config = launch_config(ctas, 32 * WARPS, shared, dependent=True, cluster=splits)
-    module.launch(kernel, config, pointer(x), operand, pointer(bias), pointer(y), c_int(M))
+    columns, splits = cut(K, N, weight.bits, _processors(device))
+    y, partial = x.new_empty(M, N), None
+    if splits > 1:
+        partial = x.new_empty(columns * COLUMNS[weight.bits] * splits * tiles * TILE, dtype=torch.float32)
+    product = Product(*map(pointer, (weight.scale, bias, y, partial, _arrived(device))), M, K, N, splits)
+    config = launch_config(columns * splits, 32 * (WARPS * SHARES + 1), shared, dependent=True)
+    module.launch(kernel, config, maps(x, weight, tiles), product)
     return y
 
 

@@ -39,8 +39,8 @@ def _merge_spans_kernel(
     SPAN: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
-    gdc_wait(PDL)
     gdc_launch_dependents(PDL)  # whose first weights then come meanwhile
+    gdc_wait(PDL)
     position = tl.load(positions_ptr + token)
     first, last = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0) // SPAN, position // SPAN
     m, s, acc = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32), tl.zeros((D,), tl.float32)

@@ -55,8 +55,8 @@ def _verify_attention_kernel(
     token, query = tl.minimum(row // GROUP, T - 1), head * SHARING + row % GROUP
     used = (row // GROUP < T) & (row % GROUP < SHARING)
     base = head.to(tl.int64) * length * D
-    gdc_wait(PDL)
     gdc_launch_dependents(PDL)
+    gdc_wait(PDL)
     # All programs of a head write the same keys and values, so that each can read them at once.
     position = tl.load(positions_ptr + i)
     of_k = qkv_ptr + i[:, None] * WIDTH + (HEADS + head) * D + d[None, :]
