@@ -27,12 +27,11 @@ from teal_fast.kernels.tensor_map import SWIZZLED, UINT8, UINT16, TensorMap, ten
 
 MOST_TOKENS = 16
 TILE = 8  # tokens that a matrix instruction takes
-ROWS, WARPS = 64, 8  # channels of a block, warps of a CTA that multiply: as the source has them
+ROWS, COLUMNS, WARPS = 64, 256, 8  # channels of a block, outputs and multiplying warps of a CTA: as the source has them
 BOX = 128  # bytes of a row that a tensor map brings at once
-COLUMNS = {16: 256, 8: 256, 4: 512}  # of a CTA, by the weight's bits
-SHARES = 1
+MOST_SPLITS = 7  # CTAs of a cluster
+MEMORY = 120_000  # bytes of a CTA: more than half a multiprocessor's, which has one, and room for small launches
 EXTRA: dict[str, int] = {}
-MEMORY = 114_900  # bytes of a CTA's ring: two launches share a multiprocessor
 
 
 class Maps(Structure):
@@ -45,33 +44,36 @@ class Product(Structure):
     """`Product` of the source."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("scale", "bias", "y", "partial", "arrived")),
+        *((name, c_void_p) for name in ("scale", "bias", "y")),
         *((name, c_int) for name in ("M", "K", "N", "splits")),
     ]
 
 
-def cut(K: int, N: int, bits: int, processors: int) -> tuple[int, int]:
-    """Tiles of columns, and CTAs that share K. A CTA a multiprocessor, as long as there is enough of K."""
-    tiles = -(-N // COLUMNS[bits])
-    return tiles, max(1, min(processors // tiles, -(-K // ROWS)))
+def cut(K: int, N: int, processors: int) -> tuple[int, int]:
+    """CTAs in all, and how many of them share K as a cluster. The number of tokens does not matter, so that it does not
+    change the order of a sum.
 
-
-def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
-    """What the source is compiled for."""
-    columns = COLUMNS[bits]
-    block = ROWS * (columns * bits // 8 + 2 * TILE * tiles + scale_bytes(bits, group))
-    stages = (MEMORY - 8 * columns) // (block + 16)
-    names = ("BITS", "GROUP", "SCALES", "HALF_IS_FP16", "TILES", "COLUMNS", "STAGES", "SHARES")
-    values = (bits, group, scale_bytes(bits, group), fp16, tiles, columns, stages, SHARES)
-    return dict(zip(names, map(int, values), strict=True)) | EXTRA
+    Clusters fill no more than seven eighths of a GPU, whose parts hold whole ones: an H200 has room for 16 of 7.
+    """
+    tiles = -(-N // COLUMNS)
+    splits = max(1, min(MOST_SPLITS, -(-K // ROWS), processors * 7 // 8 // tiles))
+    return tiles * splits, splits
 
 
 def scale_bytes(bits: int, group: int) -> int:
-    """Bytes of a row's scales that a CTA reads."""
-    if bits != 4:
-        return 0
-    columns = COLUMNS[bits]
-    return 16 if columns % group == 0 else -(-(2 * (columns // group + 2) + 14) // 16) * 16
+    """Bytes of a row's scales that a CTA reads: its groups' in whole sixteens, which the first may not begin."""
+    if bits != 4 or COLUMNS % group == 0:
+        return 16 * (bits == 4)
+    return -(-(2 * (COLUMNS // group + 2) + 14) // 16) * 16
+
+
+def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
+    """What the source is compiled for; tiles: of tokens."""
+    scales = scale_bytes(bits, group)
+    block = ROWS * (COLUMNS * bits // 8 + 2 * TILE * tiles + scales)
+    stages = (MEMORY - 128 - 4 * COLUMNS * TILE * tiles) // (block + 16)
+    names = ("BITS", "GROUP", "SCALES", "HALF_IS_FP16", "TILES", "STAGES")
+    return dict(zip(names, map(int, (bits, group, scales, fp16, tiles, stages)), strict=True)) | EXTRA
 
 
 def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
@@ -90,18 +92,13 @@ def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
 
 
 @functools.cache
-def _arrived(device: int) -> Tensor:
-    return torch.zeros(1 << 16, dtype=torch.int32, device=f"cuda:{device}")
-
-
-@functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int):
-    """The module, which must be kept, its kernel, and the bytes of shared memory that it takes; None without one."""
+    """The module, which must be kept, and its kernel; None without one."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:
         return None
@@ -109,8 +106,7 @@ def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int):
         module = CudaModule(
             compile_cuda("few_token_gemm.cu", f"sm_{major}{minor}", constants(bits, group, fp16, tiles))
         )
-        shared = module.size("shared_bytes")
-        return module, module.kernel("few_token_gemm", shared), shared
+        return module, module.kernel("few_token_gemm", MEMORY)
     except CudaError as error:
         print(f"{error}: products of few tokens take other kernels, some times slower", file=sys.stderr)
         return None
@@ -125,13 +121,11 @@ def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = 
         return quantized_gemm(x, weight, bias)
     if found is None:
         return F.linear(x, weight.packed.t(), bias)
-    module, kernel, shared = found
-    columns, splits = cut(K, N, weight.bits, _processors(device))
-    y, partial = x.new_empty(M, N), None
-    if splits > 1:
-        partial = x.new_empty(columns * COLUMNS[weight.bits] * splits * tiles * TILE, dtype=torch.float32)
-    product = Product(*map(pointer, (weight.scale, bias, y, partial, _arrived(device))), M, K, N, splits)
-    config = launch_config(columns * splits, 32 * (WARPS * SHARES + 1), shared, dependent=True)
+    module, kernel = found
+    ctas, splits = cut(K, N, _processors(device))
+    y = x.new_empty(M, N)
+    product = Product(*map(pointer, (weight.scale, bias, y)), M, K, N, splits)
+    config = launch_config(ctas, 32 * (WARPS + 1), MEMORY, dependent=True, cluster=splits)
     module.launch(kernel, config, maps(x, weight, tiles), product)
     return y
 

@@ -1,25 +1,23 @@
 // y [M, N] = x [M, K] times a weight [K, N] in x's type, int8 or four bits, of up to 8 TILES tokens: see
-// kernels/few_token_gemm.py, which defines BITS, GROUP and SCALES (of four bits), HALF_IS_FP16, TILES, COLUMNS and STAGES.
+// kernels/few_token_gemm.py, which defines BITS, GROUP and SCALES (of four bits), HALF_IS_FP16, TILES and STAGES.
 //
-// A CTA has COLUMNS outputs and every channel of its split. One thread keeps a ring in shared memory full by tensor maps:
-// blocks of ROWS channels of weights, scales and x. It begins with the weights before the launch ahead of it has ended.
-// A warp has outputs of its own. Matrix instructions take 16 outputs, 16 channels and 8 tokens; ldmatrix brings channels
-// next to each other, for bytes and half bytes as pairs of columns, whose values are then told apart.
-// The last warp of a column's splits to finish adds up what all found, in the order of the splits. A token's sums are its
-// own, so that it has the same bits among others as alone.
+// A CTA has COLUMNS outputs; the CTAs of a cluster share the channels. One thread keeps a ring in shared memory full by
+// tensor maps: blocks of ROWS channels of weights, scales and x. Under dependent launch it begins with the weights while
+// the launch before still writes x.
+// A warp has outputs of its own. A matrix instruction takes 16 outputs, 16 channels and 8 tokens. ldmatrix brings channels
+// next to each other; bytes and half bytes come as columns side by side, which are then told apart.
+// A token's sums are its own, so that it has the same bits among others as alone.
 #include "halves.cuh"
 
-constexpr int ROWS = 64, WARPS = 8;                    // channels of a block; warps that share the columns
-constexpr int THREADS = 32 * WARPS * SHARES;           // that multiply: SHARES warps have the same columns, of half a block each
-constexpr int WIDTH = COLUMNS * BITS / 8;              // bytes of a row that a CTA reads
-constexpr int BOX = 128;                               // of them in a row of shared memory
-constexpr int QUADS = WIDTH / WARPS / 32;              // ldmatrix instructions of a warp for 16 channels
-constexpr int EACH = 16 / BITS, SUMS = QUADS * EACH;   // matrix instructions for one of them; for all
-constexpr int OUTPUTS = 16 * EACH;                     // of one ldmatrix
+constexpr int ROWS = 64, COLUMNS = 256, WARPS = 8;     // WARPS multiply, one more copies
+constexpr int WIDTH = COLUMNS * BITS / 8, BOX = 128;   // bytes of a row: that a CTA reads, that lie in a row of the ring
+constexpr int RUNS = WIDTH / WARPS / 16;               // of 16 bytes, that a warp reads of a row
+constexpr int SUMS = COLUMNS / WARPS / 16;             // matrix instructions of a warp for 16 channels and 8 tokens
 constexpr int X_AT = ROWS * WIDTH, SCALES_AT = X_AT + TILES * 8 * 2 * ROWS, BLOCK = SCALES_AT + ROWS * SCALES;
-static_assert(QUADS >= 1 && WIDTH % BOX == 0 && BLOCK % 1024 == 0, "what a CTA reads falls into whole boxes");
-constexpr int ENDS_AT = STAGES * (BLOCK + 16);          // COLUMNS scales and biases
-extern "C" { __device__ char shared_bytes[ENDS_AT + 8 * COLUMNS]; }  // for its size, which the host asks for
+constexpr int BARRIERS_AT = STAGES * BLOCK, SUMS_AT = BARRIERS_AT + cdiv(STAGES, 8) * 128;
+constexpr int FOURS = WARPS * TILES * SUMS * 32;       // float4s that a CTA's sums are
+constexpr int MOST_SPLITS = 7;                         // CTAs of a cluster
+static_assert(BLOCK % 1024 == 0, "boxes are swizzled by addresses");
 
 struct alignas(64) TensorMap {
     u64 opaque[16];
@@ -31,8 +29,6 @@ struct Product {
     const float* scale;  // [N], null for 1
     const u16* bias;     // [N] or null
     u16* y;
-    float4* partial;     // [N / COLUMNS, WARPS, splits, TILES SUMS, 32]
-    int* arrived;        // [N / COLUMNS, WARPS], zero
     int M, K, N, splits;
 };
 
@@ -57,8 +53,8 @@ constexpr u32 SIXTEEN = HALF_IS_FP16 ? 0x4c004c00u : 0x41804180u, MINUS_24 = HAL
 __device__ __forceinline__ u32 codes_as_halves(u32 v, int at) {
     return and_or(at < PLACE ? v << (PLACE - at) : v >> (at - PLACE), 0x000f000fu << PLACE, SIXTEEN);
 }
-__device__ __forceinline__ u32 scales_as_halves(u16 a, u16 b) {  // they are stored in bf16
-    return HALF_IS_FP16 ? both(__uint_as_float((u32)a << 16), __uint_as_float((u32)b << 16)) : a | (u32)b << 16;
+__device__ __forceinline__ u32 scales_as_halves(u32 v) {  // they are stored in bf16
+    return HALF_IS_FP16 ? both(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : v;
 }
 
 // ---- shared memory ----
@@ -90,31 +86,36 @@ __device__ __forceinline__ void load_transposed(u32* to, u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
 }
-__device__ __forceinline__ u16 load_half(u32 at) {
-    u16 y;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(y) : "r"(at) : "memory");
-    return y;
+// ---- clusters ----
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 from_cluster(const float4* p, int cta) {  // what lies there in that CTA's shared memory
+    u32 at = address(p);
+    float4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(cta));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
+    return v;
 }
 
-// Bytes from a row's first scale to the first that a CTA reads: maps begin at whole 16 bytes.
+// Bytes from a row's first scale to the first that a CTA reads: boxes begin at whole 16 bytes.
 __device__ __forceinline__ int scales_from(int tile) { return tile * COLUMNS / most(GROUP, 1) * 2 & ~15; }
 
 struct Ring {
     u32 memory;
     __device__ __forceinline__ u32 block(int i) const { return memory + i % STAGES * BLOCK; }
-    __device__ __forceinline__ u32 full(int i) const { return memory + STAGES * BLOCK + i % STAGES * 16; }
+    __device__ __forceinline__ u32 full(int i) const { return memory + BARRIERS_AT + i % STAGES * 16; }
     __device__ __forceinline__ u32 empty(int i) const { return full(i) + 8; }
 };
 
 __device__ __forceinline__ void fill(const Ring& ring, const Maps& maps, int tile, int first, int count) {
     auto weights = [&](int i) {
-        expect(ring.full(i), BLOCK);
         const int row = (first + i) * ROWS;
+        expect(ring.full(i), BLOCK);
 #pragma unroll
         for (int b = 0; b < WIDTH / BOX; b++)
             copy_box(ring.block(i) + b * ROWS * BOX, &maps.weight, tile * WIDTH + b * BOX, row, ring.full(i));
-        if (BITS == 4)
-            copy_box(ring.block(i) + SCALES_AT, &maps.scales, scales_from(tile), row, ring.full(i));
+        if (BITS == 4) copy_box(ring.block(i) + SCALES_AT, &maps.scales, scales_from(tile), row, ring.full(i));
     };
     auto x = [&](int i) { copy_box(ring.block(i) + X_AT, &maps.x, (first + i) * ROWS, 0, ring.full(i)); };
     const int ahead = least(count, STAGES);
@@ -128,148 +129,125 @@ __device__ __forceinline__ void fill(const Ring& ring, const Maps& maps, int til
     }
 }
 
-typedef float Sums[TILES][SUMS][4];
-
-// What a warp's outputs get of 16 channels, x being theirs.
-__device__ __forceinline__ void add(Sums sum, float rest[TILES][QUADS][4], u32 weights, u32 scales, u32 x[TILES][2]) {
+// The weights of a matrix instruction: of the warp's runs, of 8 channels and the next 8.
+__device__ __forceinline__ void fragment(u32* a, const u32 w[RUNS][2], int sum) {
 #pragma unroll
-    for (int j = 0; j < QUADS; j++) {
-        u32 w[4], by[2], scaled[TILES][2];
-        load_transposed(w, weights ^ (j * 32));  // lanes' rows do not change: what follows swizzling is an exclusive or
-        if (BITS == 4) {
-            const u32 at = scales;
-            by[0] = scales_as_halves(load_half(at), load_half(at + SCALES));
-            by[1] = scales_as_halves(load_half(at + 8 * SCALES), load_half(at + 9 * SCALES));
-        }
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) scaled[t][h] = BITS == 4 ? multiply_add(x[t][h], by[h], 0x80008000u) : x[t][h];
-        if (BITS == 4)
-#pragma unroll
-            for (int t = 0; t < TILES; t++)
-                multiply(rest[t][j], MINUS_24, MINUS_24, MINUS_24, MINUS_24, scaled[t][0], scaled[t][1]);
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            u32 a[4];
-            if (BITS == 16) a[0] = w[0], a[1] = w[2], a[2] = w[1], a[3] = w[3];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {  // eight channels each
-                if (BITS == 8) a[2 * h] = bytes_as_halves(w[2 * e % 4 + h]), a[2 * h + 1] = bytes_as_halves(w[2 * e % 4 + h] >> 8);
-                if (BITS == 4)
-                    a[2 * h] = codes_as_halves(w[e / 2 * 2 + h], e % 2 * 4), a[2 * h + 1] = codes_as_halves(w[e / 2 * 2 + h], e % 2 * 4 + 8);
-            }
-#pragma unroll
-            for (int t = 0; t < TILES; t++) multiply(sum[t][j * EACH + e], a[0], a[1], a[2], a[3], scaled[t][0], scaled[t][1]);
-        }
+    for (int h = 0; h < 2; h++) {
+        if constexpr (BITS == 16) a[2 * h] = w[2 * sum][h], a[2 * h + 1] = w[2 * sum + 1][h];
+        if constexpr (BITS == 8) a[2 * h] = bytes_as_halves(w[sum][h]), a[2 * h + 1] = bytes_as_halves(w[sum][h] >> 8);
+        if constexpr (BITS == 4) a[2 * h] = codes_as_halves(w[0][h], 4 * sum), a[2 * h + 1] = codes_as_halves(w[0][h], 4 * sum + 8);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, TILES == 1 ? SHARES == 1 ? 3 : 2 : 1) few_token_gemm(
-    const __grid_constant__ Maps maps, const __grid_constant__ Product p) {
-    extern __shared__ __align__(1024) u8 memory[];
-    const Ring ring{address(memory)};
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % WARPS, share = threadIdx.x / 32 / WARPS;
-    const int group = lane / 4, quarter = lane % 4;
-    const int tile = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
-    const int blocks = cdiv(p.K, ROWS), first = (int)((i64)blocks * split / p.splits);
-    const int count = (int)((i64)blocks * (split + 1) / p.splits) - first;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(ring.full(i), 1), barrier_init(ring.empty(i), WARPS * SHARES);
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncthreads();
-    if (share == SHARES) {
-        if (lane == 0) fill(ring, maps, tile, first, count);
-        return;
-    }
-    const int column = tile * COLUMNS + warp * QUADS * OUTPUTS;  // the warp's first
-    float* const unit = (float*)(memory + ENDS_AT) + warp * QUADS * OUTPUTS;
-    for (int i = lane; share == 0 && i < QUADS * OUTPUTS; i += 32) {
-        const int n = column + i;
-        unit[i] = p.scale && n < p.N ? __ldg(p.scale + n) : 1;
-        unit[COLUMNS + i] = p.bias && n < p.N ? half_at(p.bias, n) : 0;
-    }
-    // Rows of an ldmatrix are a lane's: of 16 channels and two runs of 16 bytes; of x 8 tokens and four runs.
-    const int byte = warp * QUADS * 32, row = lane % 16;
-    const u32 weights = byte / BOX * ROWS * BOX + row * BOX + ((byte % BOX / 16 + lane / 16) ^ (row % 8)) * 16;
-    const u32 scales = SCALES_AT + 2 * quarter * SCALES + (BITS == 4 ? column / most(GROUP, 1) * 2 - scales_from(tile) : 0);
-    Sums sum = {};
-    float rest[TILES][QUADS][4] = {};
+// The warp's sums over `count` blocks, into shared memory.
+__device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int count, float4* sums) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    // Rows of an ldmatrix are a lane's: of two runs and 16 channels, or one and 32; of x four runs and 8 tokens.
+    const int row = RUNS == 1 ? lane : lane % 16, run = warp * RUNS % 8 + (RUNS == 1 ? 0 : lane / 16);
+    const u32 weights = warp * RUNS / 8 * ROWS * BOX + row * BOX + (run ^ row % 8) * 16;
+    const u32 xs = X_AT + lane % 8 * BOX + (lane / 8 ^ lane % 8) * 16;
+    const int scale = BITS == 4 ? (tile * COLUMNS + warp * COLUMNS / WARPS) / most(GROUP, 1) * 2 - scales_from(tile) : 0;
+    const u32 scales = SCALES_AT + lane * SCALES + (scale & ~15);
+    float total[TILES][SUMS][4] = {}, rest[TILES][4] = {};
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
-        wait(ring.full(i), i / STAGES & 1);
         const u32 block = ring.block(i);
+        wait(ring.full(i), i / STAGES & 1);
 #pragma unroll
-        for (int h = 0; h < 2 / SHARES; h++) {
-            const int half = h + share;
-            u32 x[TILES][4];
+        for (int half = 0; half < 2; half++) {  // of 32 channels
+            u32 w[2][RUNS][2], x[TILES][4], by[4];
+            const u32 at = block + weights + half * 32 * BOX;
+            if constexpr (RUNS == 1) load_transposed(w[0][0], at);
+            else
 #pragma unroll
-            for (int t = 0; t < TILES; t++)
-                load_matrices(x[t], block + X_AT + (8 * t + lane % 8) * BOX + ((4 * half + lane / 8) ^ lane % 8) * 16);
+                for (int s = 0; s < 2; s++)
+#pragma unroll
+                    for (int r = 0; r < RUNS; r += 2) load_transposed(w[s][r], (at + s * 16 * BOX) ^ r * 16);
+#pragma unroll
+            for (int t = 0; t < TILES; t++) load_matrices(x[t], (block + xs + t * 8 * BOX) ^ half * 64);
+            if constexpr (BITS == 4) {
+                load_transposed(by, block + scales + half * 32 * SCALES);
+#pragma unroll
+                for (int v = 0; v < 4; v++) {  // of 8 channels
+                    const u32 own = scales_as_halves(__shfl_sync(0xffffffff, by[v], scale % 16 * 2 + lane % 4));
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) x[t][v] = multiply_add(x[t][v], own, 0x80008000u);
+                }
+            }
 #pragma unroll
             for (int s = 0; s < 2; s++) {
-                u32 part[TILES][2];
 #pragma unroll
-                for (int t = 0; t < TILES; t++) part[t][0] = x[t][2 * s], part[t][1] = x[t][2 * s + 1];
-                const int step = 2 * half + s;
-#ifdef ORACLE
-                if (p.M > 1000)
-#endif
-                add(sum, rest, block + weights + step * 16 * BOX, block + scales + step * 16 * SCALES, part);
+                for (int t = 0; t < TILES && BITS == 4; t++)
+                    multiply(rest[t], MINUS_24, MINUS_24, MINUS_24, MINUS_24, x[t][2 * s], x[t][2 * s + 1]);
+#pragma unroll
+                for (int v = 0; v < SUMS; v++) {
+                    u32 a[4];
+                    fragment(a, w[s], v);
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) multiply(total[t][v], a[0], a[1], a[2], a[3], x[t][2 * s], x[t][2 * s + 1]);
+                }
             }
         }
         __syncwarp();
         if (lane == 0) arrive(ring.empty(i));
     }
-    float4 total[TILES * SUMS];
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int s = 0; s < SUMS; s++) {
-            const float *a = sum[t][s], *b = rest[t][s / EACH];
-            total[t * SUMS + s] = make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
+        for (int v = 0; v < SUMS; v++) {
+            const float *a = total[t][v], *b = rest[t];
+            sums[((warp * TILES + t) * SUMS + v) * 32 + lane] = make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
         }
-    if (SHARES == 2) {
-        float4* const theirs = (float4*)memory + warp * TILES * SUMS * 32 + lane;
-        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-        if (share == 1)
-#pragma unroll
-            for (int v = 0; v < TILES * SUMS; v++) theirs[v * 32] = total[v];
-        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-        if (share == 1) return;
-#pragma unroll
-        for (int v = 0; v < TILES * SUMS; v++) total[v] = plus(total[v], theirs[v * 32]);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), TILES == 1 ? 3 : 2) few_token_gemm(
+    const __grid_constant__ Maps maps, const __grid_constant__ Product p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    const Ring ring{address(memory)};
+    float4* const sums = (float4*)(memory + SUMS_AT);
+    const int tile = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
+    const int blocks = cdiv(p.K, ROWS), first = blocks * split / p.splits, count = blocks * (split + 1) / p.splits - first;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(ring.full(i), 1), barrier_init(ring.empty(i), WARPS);
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
-    if (p.splits > 1) {
-        const int strip = tile * WARPS + warp;
-        float4* const partial = p.partial + (i64)strip * p.splits * TILES * SUMS * 32 + lane;
-#pragma unroll
-        for (int v = 0; v < TILES * SUMS; v++) __stcg(partial + (split * TILES * SUMS + v) * 32, total[v]);
-        __threadfence();
-        __syncwarp();
-        int before = 0;
-        if (lane == 0) before = atomicAdd(p.arrived + strip, 1);
-        if (__shfl_sync(0xffffffff, before, 0) != p.splits - 1) return;
-        if (lane == 0) p.arrived[strip] = 0;
-        __threadfence();
-#pragma unroll
-        for (int v = 0; v < TILES * SUMS; v++) total[v] = make_float4(0, 0, 0, 0);
-#pragma unroll (TILES * SUMS > 2 ? 2 : 4)
-        for (int s = 0; s < p.splits; s++)
-#pragma unroll
-            for (int v = 0; v < TILES * SUMS; v++) total[v] = plus(total[v], __ldcg(partial + (s * TILES * SUMS + v) * 32));
+    __syncthreads();
+    if (threadIdx.x >= 32 * WARPS) {
+        if (threadIdx.x == 32 * WARPS) fill(ring, maps, tile, first, count);
+        return;
     }
+    // What a thread will store: outputs n and next of two tokens, for each of its float4s.
+    const int threads = p.splits * 32 * WARPS, begin = split * 32 * WARPS + threadIdx.x, next = BITS == 16 ? 8 : 1;
+    int n[FOURS / 32 / WARPS];
+    float2 scale[FOURS / 32 / WARPS], bias[FOURS / 32 / WARPS];
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+    for (int j = 0; j < FOURS / 32 / WARPS; j++) {
+        const int i = begin + j * threads, group = i % 32 / 4;
+        n[j] = tile * COLUMNS + i / (32 * SUMS * TILES) * 16 * SUMS + i / 32 % SUMS * 16 + (BITS == 16 ? group : 2 * group);
+        const bool stores = i < FOURS && n[j] < p.N;
+        if (!stores) n[j] = -1;
+        scale[j] = stores && p.scale ? make_float2(__ldg(p.scale + n[j]), __ldg(p.scale + n[j] + next)) : make_float2(1, 1);
+        bias[j] = stores && p.bias ? make_float2(half_at(p.bias, n[j]), half_at(p.bias, n[j] + next)) : make_float2(0, 0);
+    }
+    multiply_blocks(ring, tile, count, sums);
+    if (p.splits > 1) cluster_barrier();
+    else asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
 #pragma unroll
-        for (int s = 0; s < SUMS; s++) {
-            const float4 v = total[t * SUMS + s];
-            const int token = 8 * t + 2 * quarter, at = 16 * s + (BITS == 16 ? group : 2 * group), n = column + at, next = BITS == 16 ? 8 : 1;
-            const float a = unit[at], b = unit[at + next], c = unit[COLUMNS + at], d = unit[COLUMNS + at + next];
-            u16* const to = p.y + (i64)token * p.N + n;
-            if (n >= p.N) continue;
-            if (token < p.M) to[0] = half_bits(v.x * a + c), to[next] = half_bits(v.z * b + d);
-            if (token + 1 < p.M) to[p.N] = half_bits(v.y * a + c), to[p.N + next] = half_bits(v.w * b + d);
-        }
+    for (int j = 0; j < FOURS / 32 / WARPS; j++) {
+        const int i = begin + j * threads;
+        if (n[j] < 0) continue;
+        float4 part[MOST_SPLITS], sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int s = 0; s < MOST_SPLITS; s++)
+            if (s < p.splits) part[s] = p.splits == 1 ? sums[i] : from_cluster(sums + i, s);
+#pragma unroll
+        for (int s = 0; s < MOST_SPLITS; s++)
+            if (s < p.splits) sum = plus(sum, part[s]);
+        const int token = i / (32 * SUMS) % TILES * 8 + i % 4 * 2;
+        u16* const to = p.y + (i64)token * p.N + n[j];
+        const float2 a = scale[j], b = bias[j];
+        if (token < p.M) to[0] = half_bits(sum.x * a.x + b.x), to[next] = half_bits(sum.z * a.y + b.y);
+        if (token + 1 < p.M) to[p.N] = half_bits(sum.y * a.x + b.x), to[p.N + next] = half_bits(sum.w * a.y + b.y);
+    }
+    if (p.splits > 1) cluster_barrier();  // a CTA must not end while others read its sums
 }
