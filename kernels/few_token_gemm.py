@@ -31,7 +31,6 @@ ROWS, COLUMNS, WARPS = 64, 256, 8  # channels of a block, outputs and multiplyin
 BOX = 128  # bytes of a row that a tensor map brings at once
 MOST_SPLITS = 7  # CTAs of a cluster
 MEMORY = 120_000  # bytes of a CTA: more than half a multiprocessor's, which has one, and room for small launches
-EXTRA: dict[str, int] = {}
 
 
 class Maps(Structure):
@@ -73,7 +72,7 @@ def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
     block = ROWS * (COLUMNS * bits // 8 + 2 * TILE * tiles + scales)
     stages = (MEMORY - 128 - 4 * COLUMNS * TILE * tiles) // (block + 16)
     names = ("BITS", "GROUP", "SCALES", "HALF_IS_FP16", "TILES", "STAGES")
-    return dict(zip(names, map(int, (bits, group, scales, fp16, tiles, stages)), strict=True)) | EXTRA
+    return dict(zip(names, map(int, (bits, group, scales, fp16, tiles, stages)), strict=True))
 
 
 def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
