@@ -29,7 +29,8 @@ MOST_TOKENS = 16
 TILE = 8  # tokens that a matrix instruction takes
 ROWS, COLUMNS, WARPS = 64, 256, 8  # channels of a block, outputs and multiplying warps of a CTA: as the source has them
 BOX = 128  # bytes of a row that a tensor map brings at once
-MOST_SPLITS = 7  # CTAs of a cluster
+MOST_SPLITS = 6  # CTAs of a cluster
+SHARES = 1
 MEMORY = 120_000  # bytes of a CTA: more than half a multiprocessor's, which has one, and room for small launches
 
 
@@ -70,9 +71,9 @@ def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
     """What the source is compiled for; tiles: of tokens."""
     scales = scale_bytes(bits, group)
     block = ROWS * (COLUMNS * bits // 8 + 2 * TILE * tiles + scales)
-    stages = (MEMORY - 128 - 4 * COLUMNS * TILE * tiles) // (block + 16)
-    names = ("BITS", "GROUP", "SCALES", "HALF_IS_FP16", "TILES", "STAGES")
-    return dict(zip(names, map(int, (bits, group, scales, fp16, tiles, stages)), strict=True))
+    stages = (MEMORY - 128 - 4 * COLUMNS * TILE * tiles * SHARES) // (block + 16)
+    names = ("BITS", "GROUP", "SCALES", "HALF_IS_FP16", "TILES", "STAGES", "SHARES")
+    return dict(zip(names, map(int, (bits, group, scales, fp16, tiles, stages, SHARES)), strict=True))
 
 
 def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
@@ -124,7 +125,7 @@ def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = 
     ctas, splits = cut(K, N, _processors(device))
     y = x.new_empty(M, N)
     product = Product(*map(pointer, (weight.scale, bias, y)), M, K, N, splits)
-    config = launch_config(ctas, 32 * (WARPS + 1), MEMORY, dependent=True, cluster=splits)
+    config = launch_config(ctas, 32 * (WARPS * SHARES + 1), MEMORY, dependent=True, cluster=splits)
     module.launch(kernel, config, maps(x, weight, tiles), product)
     return y
 

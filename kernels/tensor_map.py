@@ -7,7 +7,7 @@ from teal_fast.kernels.nvrtc import CudaError
 
 UINT8, UINT16 = 0, 1  # CU_TENSOR_MAP_DATA_TYPE_…
 UNSWIZZLED, SWIZZLED = 0, 3  # CU_TENSOR_MAP_SWIZZLE_NONE and _128B
-L2_PROMOTION = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+L2_PROMOTION = 0  # CU_TENSOR_MAP_L2_PROMOTION_NONE: whole lines are read anyway
 ALIGNMENT = 64  # bytes
 
 
