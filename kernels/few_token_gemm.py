@@ -30,7 +30,7 @@ TILE = 8  # tokens that a matrix instruction takes
 ROWS, COLUMNS, WARPS = 64, 256, 8  # channels of a block, outputs and multiplying warps of a CTA: as the source has them
 BOX = 128  # bytes of a row that a tensor map brings at once
 MOST_SPLITS = 6  # CTAs of a cluster
-SHARES = 1
+SHARES = 2
 MEMORY = 120_000  # bytes of a CTA: more than half a multiprocessor's, which has one, and room for small launches
 
 
