@@ -18,20 +18,22 @@ from torch import Tensor
 
 from teal_fast.kernels.backend import INTERPRETED, register
 from teal_fast.kernels.checks import takes
-from teal_fast.kernels.cuda_driver import CudaModule, launch_config
+from teal_fast.kernels.cuda_driver import CudaModule, TensorMap, launch_config, tensor_map
 from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError, compile_cuda
 from teal_fast.kernels.packed import WEIGHT_ARGUMENTS, WEIGHT_TABLE, PackedWeight, check_weight
 from teal_fast.kernels.quantized_gemm import quantized_gemm
-from teal_fast.kernels.tensor_map import SWIZZLED, UINT8, UINT16, TensorMap, tensor_map
 
 MOST_TOKENS = 16
 TILE = 8  # tokens that a matrix instruction takes
-ROWS, COLUMNS, WARPS = 64, 256, 8  # channels of a block, outputs and multiplying warps of a CTA: as the source has them
+ROWS, COLUMNS, WARPS = (
+    64,
+    256,
+    16,
+)  # channels of a block, outputs and multiplying warps of a CTA: as the source has them
 BOX = 128  # bytes of a row that a tensor map brings at once
 MOST_SPLITS = 6  # CTAs of a cluster
-SHARES = 2
-MEMORY = 120_000  # bytes of a CTA: more than half a multiprocessor's, which has one, and room for small launches
+MEMORY = 120_000  # bytes of a CTA: so many that a multiprocessor has one, so few that small launches find room
 
 
 class Maps(Structure):
@@ -53,7 +55,7 @@ def cut(K: int, N: int, processors: int) -> tuple[int, int]:
     """CTAs in all, and how many of them share K as a cluster. The number of tokens does not matter, so that it does not
     change the order of a sum.
 
-    Clusters fill no more than seven eighths of a GPU, whose parts hold whole ones: an H200 has room for 16 of 7.
+    Clusters fill no more than seven eighths of a GPU, whose parts hold whole ones: of 7 an H200 has room for 15 only.
     """
     tiles = -(-N // COLUMNS)
     splits = max(1, min(MOST_SPLITS, -(-K // ROWS), processors * 7 // 8 // tiles))
@@ -71,23 +73,23 @@ def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
     """What the source is compiled for; tiles: of tokens."""
     scales = scale_bytes(bits, group)
     block = ROWS * (COLUMNS * bits // 8 + 2 * TILE * tiles + scales)
-    stages = (MEMORY - 128 - 4 * COLUMNS * TILE * tiles * SHARES) // (block + 16)
-    names = ("BITS", "GROUP", "SCALES", "HALF_IS_FP16", "TILES", "STAGES", "SHARES")
-    return dict(zip(names, map(int, (bits, group, scales, fp16, tiles, stages, SHARES)), strict=True))
+    stages = (MEMORY - 128 - 8 * COLUMNS * TILE * tiles) // (block + 16)
+    found = {"BITS": bits, "GROUP": group, "SCALES": scales, "HALF_IS_FP16": fp16, "TILES": tiles, "STAGES": stages}
+    return {name: int(value) for name, value in found.items()}
 
 
 def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
+    """Where the kernel reads: a weight's values by bytes, the scales in its rows' ends, x."""
     (M, K), packed, N = x.shape, weight.packed, weight.N
-    row = packed.stride(0) * packed.element_size()
-    values = N * weight.bits // 8
+    row, values = packed.stride(0) * packed.element_size(), N * weight.bits // 8  # bytes
     found = Maps(
-        tensor_map(packed.data_ptr(), UINT8, values, K, row, (BOX, ROWS), SWIZZLED),
+        tensor_map(packed.data_ptr(), 1, values, K, row, (BOX, ROWS), swizzled=True),
         TensorMap(),
-        tensor_map(x.data_ptr(), UINT16, K, M, 2 * K, (ROWS, TILE * tiles), SWIZZLED),
+        tensor_map(x.data_ptr(), 2, K, M, 2 * K, (ROWS, TILE * tiles), swizzled=True),
     )
     if weight.bits == 4:
         box = scale_bytes(4, weight.group), ROWS
-        found.scales = tensor_map(packed.data_ptr() + values, UINT8, row - values, K, row, box)
+        found.scales = tensor_map(packed.data_ptr() + values, 1, row - values, K, row, box)
     return found
 
 
@@ -125,7 +127,7 @@ def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = 
     ctas, splits = cut(K, N, _processors(device))
     y = x.new_empty(M, N)
     product = Product(*map(pointer, (weight.scale, bias, y)), M, K, N, splits)
-    config = launch_config(ctas, 32 * (WARPS * SHARES + 1), MEMORY, dependent=True, cluster=splits)
+    config = launch_config(ctas, 32 * (WARPS + 1), MEMORY, dependent=True, cluster=splits)
     module.launch(kernel, config, maps(x, weight, tiles), product)
     return y
 

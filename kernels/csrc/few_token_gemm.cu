@@ -1,23 +1,23 @@
 // y [M, N] = x [M, K] times a weight [K, N] in x's type, int8 or four bits, of up to 8 TILES tokens: see
-// kernels/few_token_gemm.py, which defines BITS, GROUP and SCALES (of four bits), HALF_IS_FP16, TILES, STAGES and SHARES.
+// kernels/few_token_gemm.py, which defines BITS, GROUP and SCALES (of four bits), HALF_IS_FP16, TILES and STAGES.
 //
 // A CTA has COLUMNS outputs; the CTAs of a cluster share the channels. One thread keeps a ring in shared memory full by
 // tensor maps: blocks of ROWS channels of weights, scales and x. Under dependent launch it begins with the weights while
 // the launch before still writes x.
-// A warp has outputs of its own. A matrix instruction takes 16 outputs, 16 channels and 8 tokens. ldmatrix brings channels
+// A warp has 32 outputs and a half of each block. A matrix instruction takes 16 outputs, 16 channels and 8 tokens. ldmatrix brings channels
 // next to each other; bytes and half bytes come as columns side by side, which are then told apart.
 // A token's sums are its own, so that it has the same bits among others as alone.
 #include "halves.cuh"
 
-constexpr int ROWS = 64, COLUMNS = 256, WARPS = 8;     // SHARES times WARPS multiply, one more copies
-constexpr int HALVES = 2 / SHARES;                     // of a block, that a warp multiplies: 32 channels
+constexpr int ROWS = 64, HALF = 32, COLUMNS = 256;     // channels of a block and of the half that a warp takes; outputs
+constexpr int WARPS = 8, THREADS = 2 * WARPS * 32;     // that multiply, WARPS for each half; one more warp copies
 constexpr int WIDTH = COLUMNS * BITS / 8, BOX = 128;   // bytes of a row: that a CTA reads, that lie in a row of the ring
 constexpr int RUNS = WIDTH / WARPS / 16;               // of 16 bytes, that a warp reads of a row
 constexpr int SUMS = COLUMNS / WARPS / 16;             // matrix instructions of a warp for 16 channels and 8 tokens
 constexpr int X_AT = ROWS * WIDTH, SCALES_AT = X_AT + TILES * 8 * 2 * ROWS, BLOCK = SCALES_AT + ROWS * SCALES;
 constexpr int BARRIERS_AT = STAGES * BLOCK, SUMS_AT = BARRIERS_AT + cdiv(STAGES, 8) * 128;
-constexpr int FOURS = WARPS * TILES * SUMS * 32;       // float4s that a CTA's sums are
-constexpr int THREADS = 32 * WARPS * SHARES, EACH = cdiv(FOURS, THREADS);  // that multiply; what each of them stores
+constexpr int FOURS = WARPS * TILES * SUMS * 32;       // float4s that a half's sums are
+constexpr int EACH = cdiv(FOURS, THREADS);             // of them that a thread stores
 constexpr int MOST_SPLITS = 6;                         // CTAs of a cluster
 static_assert(BLOCK % 1024 == 0, "boxes are swizzled by addresses");
 
@@ -143,54 +143,46 @@ __device__ __forceinline__ void fragment(u32* a, const u32 w[RUNS][2], int sum) 
 
 // The warp's sums over `count` blocks, into shared memory.
 __device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int count, float4* sums) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % WARPS, share = threadIdx.x / 32 / WARPS;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % WARPS, half = threadIdx.x / 32 / WARPS;
     // Rows of an ldmatrix are a lane's: of two runs and 16 channels, or one and 32; of x four runs and 8 tokens.
     const int row = RUNS == 1 ? lane : lane % 16, run = warp * RUNS % 8 + (RUNS == 1 ? 0 : lane / 16);
-    const u32 weights = warp * RUNS / 8 * ROWS * BOX + row * BOX + (run ^ row % 8) * 16;
-    const u32 xs = X_AT + lane % 8 * BOX + (lane / 8 ^ lane % 8) * 16;
+    const u32 weights = (warp * RUNS / 8 * ROWS + half * HALF + row) * BOX + (run ^ row % 8) * 16;
+    const u32 xs = X_AT + lane % 8 * BOX + (4 * half + lane / 8 ^ lane % 8) * 16;
     const int scale = BITS == 4 ? (tile * COLUMNS + warp * COLUMNS / WARPS) / most(GROUP, 1) * 2 - scales_from(tile) : 0;
-    const u32 scales = SCALES_AT + lane * SCALES + (scale & ~15);
+    const u32 scales = SCALES_AT + (half * HALF + lane) * SCALES + (scale & ~15);
     float total[TILES][SUMS][4] = {}, rest[TILES][4] = {};
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
         const u32 block = ring.block(i);
         wait(ring.full(i), i / STAGES & 1);
-        u32 w[HALVES][2][RUNS][2], x[HALVES][TILES][4], by[HALVES][4];
+        u32 w[2][RUNS][2], x[TILES][4], by[4];
+        if constexpr (BITS == 4) load_transposed(by, block + scales);
 #pragma unroll
-        for (int h = 0; h < HALVES; h++) {  // all at once, so that one latency is waited for
-            const int half = h + share;
-            const u32 at = block + weights + half * 32 * BOX;
-            if constexpr (BITS == 4) load_transposed(by[h], block + scales + half * 32 * SCALES);
+        for (int t = 0; t < TILES; t++) load_matrices(x[t], block + xs + t * 8 * BOX);
+        if constexpr (RUNS == 1) load_transposed(w[0][0], block + weights);
+        else
 #pragma unroll
-            for (int t = 0; t < TILES; t++) load_matrices(x[h][t], (block + xs + t * 8 * BOX) ^ half * 64);
-            if constexpr (RUNS == 1) load_transposed(w[h][0][0], at);
-            else
+            for (int s = 0; s < 2; s++)
 #pragma unroll
-                for (int s = 0; s < 2; s++)
+                for (int r = 0; r < RUNS; r += 2) load_transposed(w[s][r], (block + weights + s * 16 * BOX) ^ r * 16);
+        if constexpr (BITS == 4)
 #pragma unroll
-                    for (int r = 0; r < RUNS; r += 2) load_transposed(w[h][s][r], (at + s * 16 * BOX) ^ r * 16);
-        }
+            for (int v = 0; v < 4; v++) {  // of 8 channels
+                const u32 own = scales_as_halves(__shfl_sync(0xffffffff, by[v], scale % 16 * 2 + lane % 4));
 #pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-            if constexpr (BITS == 4)
+                for (int t = 0; t < TILES; t++) x[t][v] = multiply_add(x[t][v], own, 0x80008000u);
+            }
 #pragma unroll
-                for (int v = 0; v < 4; v++) {  // of 8 channels
-                    const u32 own = scales_as_halves(__shfl_sync(0xffffffff, by[h][v], scale % 16 * 2 + lane % 4));
+        for (int s = 0; s < 2; s++) {
 #pragma unroll
-                    for (int t = 0; t < TILES; t++) x[h][t][v] = multiply_add(x[h][t][v], own, 0x80008000u);
-                }
+            for (int t = 0; t < TILES && BITS == 4; t++)
+                multiply(rest[t], MINUS_24, MINUS_24, MINUS_24, MINUS_24, x[t][2 * s], x[t][2 * s + 1]);
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
+            for (int v = 0; v < SUMS; v++) {
+                u32 a[4];
+                fragment(a, w[s], v);
 #pragma unroll
-                for (int t = 0; t < TILES && BITS == 4; t++)
-                    multiply(rest[t], MINUS_24, MINUS_24, MINUS_24, MINUS_24, x[h][t][2 * s], x[h][t][2 * s + 1]);
-#pragma unroll
-                for (int v = 0; v < SUMS; v++) {
-                    u32 a[4];
-                    fragment(a, w[h][s], v);
-#pragma unroll
-                    for (int t = 0; t < TILES; t++) multiply(total[t][v], a[0], a[1], a[2], a[3], x[h][t][2 * s], x[h][t][2 * s + 1]);
-                }
+                for (int t = 0; t < TILES; t++) multiply(total[t][v], a[0], a[1], a[2], a[3], x[t][2 * s], x[t][2 * s + 1]);
             }
         }
         __syncwarp();
@@ -201,11 +193,11 @@ __device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int 
 #pragma unroll
         for (int v = 0; v < SUMS; v++) {
             const float *a = total[t][v], *b = rest[t];
-            sums[share * FOURS + ((warp * TILES + t) * SUMS + v) * 32 + lane] = make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
+            sums[half * FOURS + ((warp * TILES + t) * SUMS + v) * 32 + lane] = make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
         }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, TILES > 1 ? 1 : SHARES == 1 ? 3 : 1) few_token_gemm(
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) few_token_gemm(
     const __grid_constant__ Maps maps, const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) u8 memory[];
     const Ring ring{address(memory)};
@@ -213,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, TILES > 1 ? 1 : SHARE
     const int tile = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
     const int blocks = cdiv(p.K, ROWS), first = blocks * split / p.splits, count = blocks * (split + 1) / p.splits - first;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(ring.full(i), 1), barrier_init(ring.empty(i), WARPS * SHARES);
+        for (int i = 0; i < STAGES; i++) barrier_init(ring.full(i), 1), barrier_init(ring.empty(i), 2 * WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
@@ -241,16 +233,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, TILES > 1 ? 1 : SHARE
     for (int j = 0; j < EACH; j++) {
         const int i = begin + j * threads;
         if (n[j] < 0) continue;
-        float4 part[MOST_SPLITS][SHARES], sum = make_float4(0, 0, 0, 0);
+        float4 part[MOST_SPLITS][2], sum = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int s = 0; s < MOST_SPLITS; s++)
 #pragma unroll
-            for (int h = 0; h < SHARES && s < p.splits; h++)
+            for (int h = 0; h < 2 && s < p.splits; h++)
                 part[s][h] = p.splits == 1 ? sums[h * FOURS + i] : from_cluster(sums + h * FOURS + i, s);
 #pragma unroll
         for (int s = 0; s < MOST_SPLITS; s++)
 #pragma unroll
-            for (int h = 0; h < SHARES && s < p.splits; h++) sum = plus(sum, part[s][h]);
+            for (int h = 0; h < 2 && s < p.splits; h++) sum = plus(sum, part[s][h]);
         const int token = i / (32 * SUMS) % TILES * 8 + i % 4 * 2;
         u16* const to = p.y + (i64)token * p.N + n[j];
         const float2 a = scale[j], b = bias[j];
