@@ -4,8 +4,9 @@
 // A CTA has COLUMNS outputs; the CTAs of a cluster share the channels. One thread keeps a ring in shared memory full by
 // tensor maps: blocks of ROWS channels of weights, scales and x. Under dependent launch it begins with the weights while
 // the launch before still writes x.
-// A warp has 32 outputs and a half of each block. A matrix instruction takes 16 outputs, 16 channels and 8 tokens. ldmatrix brings channels
-// next to each other; bytes and half bytes come as columns side by side, which are then told apart.
+// A warp has 32 outputs and a half of each block. A matrix instruction takes 16 outputs, 16 channels and 8 tokens. ldmatrix
+// brings channels next to each other; bytes and half bytes come as columns side by side, which are then told apart.
+// Four-bit codes are multiplied as 16 + code, and what is too much, 24 times x and scale, is summed up beside (`rest`).
 // A token's sums are its own, so that it has the same bits among others as alone.
 #include "halves.cuh"
 
