@@ -18,7 +18,7 @@ from teal_fast.engine.cache import new_cache
 from teal_fast.engine.device import computing
 from teal_fast.engine.drawn import Drawing, unsound
 from teal_fast.engine.held import Held
-from teal_fast.engine.prefill import Prefill, again, heard, longest_by_steps, prefill, prefill_by_steps
+from teal_fast.engine.prefill import Prefill, again, heard, longest_by_steps, longest_piece, prefill, prefill_by_steps
 from teal_fast.engine.prefixes import PrefixStore, usable
 from teal_fast.engine.request import Request, Token
 from teal_fast.engine.scoring import Scored, parts, score
@@ -40,8 +40,8 @@ class Engine:
     calibration: what thresholds are read from; None serves sparsity 0 only. stop: ids that end an answer unless the
     request names others. context: the most tokens of a prompt with its answer; the model's own limit holds besides.
     make_step: makes the decode step over a model and its cache. prefill: the prompt's pass. chunk: the most tokens of a
-    pass, None for whole prompts. prefixes: keeps the conversations before the last one. drafts: models that may draft
-    for lossless answers, besides this one.
+    pass, None for `longest_piece`'s. prefixes: keeps the conversations before the last one. drafts: models that may
+    draft for lossless answers, besides this one.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Engine:
         self.cache = new_cache(self.model, min(context, model.args.max_position))
         self.stop, self.prefill, self.step = frozenset(stop), prefill, make_step(self.model, self.cache)
         self.lossless = Lossless(self.model, calibration, self.cache, self.step, make_step, drafts)
-        self.chunk, self.held = chunk, Held(self.cache, usable(prefixes, self.model))
+        self.chunk, self.held = longest_piece(self.model, chunk), Held(self.cache, usable(prefixes, self.model))
         self.by_steps = longest_by_steps(self.model, self.step)  # tokens of a pass that the step reads, not `prefill`
         self.sparsity = 0.0  # of the thresholds now set
         self.reused = 0  # tokens of the last prompt that were not computed again

@@ -36,9 +36,13 @@ FEWEST_BF16_ROWS = 2
 # 500 tokens: 0.12 / 0.33, 0.59 / 0.69, 3.83 / 3.36. With bf16 products nothing was measured: 16 tokens of a 1.5B model
 # then cost PyTorch four decoded ones (docs/cpu_log.md), and steps about as much by the number of their multiplications.
 LONGEST_BY_STEPS_IN_BLOCKS = sys.maxsize
-# PyTorch's bf16 products use tiles, too (Xeon with AMX, 2 threads, the 1.5B): 32, 64, 100 and 500 tokens take 0.27,
-# 0.45, 0.86 and 5.5 s by steps, 0.86, 1.3, 1.4 and 2.1 s by PyTorch.
-LONGEST_BY_STEPS_IN_BLOCKS_AMX = 160
+# With bf16 products, the same file, 2 threads, seconds by steps and by PyTorch. Zen 5, 32, 64, 100, 160, 250 and 500
+# tokens: 0.25 / 0.54, 0.46 / 0.63, 0.79 / 0.79, 1.19 / 1.02, 1.87 / 1.37, 3.78 / 2.46. Xeon with AMX, 32, 64, 100 and
+# 500: 0.27 / 0.86, 0.45 / 1.3, 0.86 / 1.4, 5.5 / 2.1.
+LONGEST_BY_STEPS_IN_BLOCKS_BF16 = 128
+# Tokens of such a prompt that PyTorch reads at once: 2,000 take 10.8 s as a whole, 11.7 by 512, 11.8 by 256 and 16.0 by
+# 128 (Zen 5), and the memory for what lies between two layers grows with them.
+PIECE_IN_BLOCKS = 512
 LONGEST_BY_STEPS = 48  # where PyTorch computes in fp32, widening what is not
 LONGEST_BY_STEPS_BF16 = 16  # where it has bf16 products
 PromptLogits = Callable[[Transformer, KVCache, Tensor, Tensor | None, Tensor, Phase], Tensor]
@@ -95,10 +99,15 @@ def longest_by_steps(model: Transformer, step: Step) -> int:
     """The most tokens of a dense prompt that are read by `prefill_by_steps`; 0 for a step that takes no several."""
     if not hasattr(step, "dense"):
         return 0
+    in_bf16 = fewest_rows(model) == FEWEST_BF16_ROWS
     if in_blocks(model):
-        tiles = fewest_rows(model) == FEWEST_BF16_ROWS and instruction_set() == "amx"
-        return LONGEST_BY_STEPS_IN_BLOCKS_AMX if tiles else LONGEST_BY_STEPS_IN_BLOCKS
-    return LONGEST_BY_STEPS_BF16 if fewest_rows(model) == FEWEST_BF16_ROWS else LONGEST_BY_STEPS
+        return LONGEST_BY_STEPS_IN_BLOCKS_BF16 if in_bf16 else LONGEST_BY_STEPS_IN_BLOCKS
+    return LONGEST_BY_STEPS_BF16 if in_bf16 else LONGEST_BY_STEPS
+
+
+def longest_piece(model: Transformer, chunk: int | None) -> int | None:
+    """The most tokens of a prompt that are computed at once, `chunk` or fewer; None for all."""
+    return min(chunk or PIECE_IN_BLOCKS, PIECE_IN_BLOCKS) if in_blocks(model) else chunk
 
 
 def tokens_at_once() -> int:

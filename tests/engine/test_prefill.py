@@ -4,17 +4,22 @@ import pytest
 import torch
 
 import teal_fast.weights.product
+from teal_fast.engine import prefill as prompts
 from teal_fast.engine.cuda_step import plain_step
+from teal_fast.engine.engine import Engine
 from teal_fast.engine.prefill import (
     FEWEST_BF16_ROWS,
     FEWEST_ROWS,
     compiled_prefill,
     fewest_rows,
+    longest_piece,
     prefill,
     prompt_logits,
 )
+from teal_fast.engine.request import Request
 from teal_fast.kernels.native import supported
 from teal_fast.sparse_model import DENSE
+from teal_fast.tests.engine import test_cpu_step_blocks as in_blocks
 from teal_fast.tests.engine.random_models import DEVICE, MISTRAL, PROMPT, make
 from teal_fast.tests.models import TINY
 
@@ -98,3 +103,24 @@ def test_compiled_prefill_serves_every_length():
                 prefill(model, cache, torch.tensor([PROMPT], device=DEVICE))
                 expected = prefill(model, other, prompt, start)
                 torch.testing.assert_close(compiled(model, cache, prompt, start), expected, rtol=0, atol=1e-4)
+
+
+def test_pieces_of_weights_in_blocks_bound_what_a_prompt_takes(monkeypatch):
+    """By PyTorch, whose passes' memory grows with their tokens; the keys are those of the prompt as a whole."""
+    model = in_blocks.make(next(iter(in_blocks.CASES)), 0, torch.float32)
+    assert longest_piece(model, None) == longest_piece(model, 1024) == prompts.PIECE_IN_BLOCKS
+    assert longest_piece(model, 7) == 7 and longest_piece(make(TINY, torch.float32, 0)[0], None) is None
+    keys, passes = [], []
+
+    def counting(model, cache, tokens, *rest):
+        passes.append(tokens.shape[1])
+        return prefill(model, cache, tokens, *rest)
+
+    for most in (512, 8):
+        monkeypatch.setattr(prompts, "PIECE_IN_BLOCKS", most)
+        engine = Engine(model, None, (), 64, prefill=counting)
+        engine.by_steps = 0
+        list(engine.stream(Request(list(range(3, 23)), max_new_tokens=1)))
+        keys.append(torch.stack([k[0, :, :20] for k in engine.cache.k]))
+    torch.testing.assert_close(*keys, rtol=1e-4, atol=1e-4)
+    assert keys[0].abs().max() > 0 and passes == [20, 6, 7, 7]
