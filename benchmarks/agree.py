@@ -149,7 +149,7 @@ def compare(
     about = describe(opened.name, opened.device, format_of(model)) | {"benchmark": "agree", "mode": engine.step.mode}
     about["dtype"] = dtype_name(model)
     peer = {"peer": f"llama.cpp {type_of(theirs)}", "peer_version": native().__version__}
-    return about | peer | found | {"new_tokens": new_tokens, "texts": texts}
+    return about | peer | found | {"new_tokens": new_tokens, "answers": texts}
 
 
 def print_record(record: dict) -> None:
@@ -157,8 +157,8 @@ def print_record(record: dict) -> None:
     ours, theirs = record["perplexity"], record["llama_cpp_perplexity"]
     error = "" if record["apart_error"] is None else f" (standard error {record['apart_error']:.3%})"
     print(f"perplexity {ours:.4f}, llama.cpp's {theirs:.4f}: {record['apart']:+.3%}{error}")
-    parted = [f"{text['parted']} ({text['margin']:.3f})" for text in record["texts"] if text["parted"] is not None]
-    equal = len(record["texts"]) - len(parted)
+    parted = [f"{text['parted']} ({text['margin']:.3f})" for text in record["answers"] if text["parted"] is not None]
+    equal = len(record["answers"]) - len(parted)
     where = f"; others part at token (margin in nats): {', '.join(parted)}" if parted else ""
     print(f"greedy, {record['new_tokens']} tokens: {equal} of {len(record['texts'])} texts equal{where}")
 
@@ -167,7 +167,7 @@ def check(record: dict) -> None:
     """Raises ValueError where the programs are further apart than rounding puts them."""
     if abs(record["apart"]) > MOST_APART:
         raise ValueError(f"perplexities are {record['apart']:+.3%} apart, expected at most {MOST_APART:.1%}")
-    if (most := max(text["margin"] for text in record["texts"])) >= MOST_MARGIN:
+    if (most := max(text["margin"] for text in record["answers"])) >= MOST_MARGIN:
         raise ValueError(f"texts part where llama.cpp's margin is {most:.3f} nats, expected less than {MOST_MARGIN}")
 
 

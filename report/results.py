@@ -93,7 +93,11 @@ def read_results(folder: Path) -> list[Record]:
     """The records of all JSON files in the folder, each with its file's name. Raises ValueError for anything else."""
     records = []
     for path in sorted(folder.glob("*.json")):
-        records += [record | {"file": path.name, "texts": read_text(record)} for record in read_records(path)]
+        for record in read_records(path):
+            added = {"file": path.name, "texts": read_text(record)}
+            if taken := added.keys() & record:
+                raise ValueError(f"{path} has a record with a field {min(taken)!r}, which this page gives records")
+            records.append(record | added)
     if not records:
         raise FileNotFoundError(f"{folder} holds no JSON records: run a benchmark with --out {folder}/NAME.json")
     return records

@@ -59,6 +59,11 @@ def quality_section(records: list[Record]) -> Section:
     )
 
 
+def method_of(record: Record) -> str:
+    """What made a record's thresholds, "" where none did or it is not known."""
+    return (record.get("calibration") or {}).get("method", "")
+
+
 def perplexity_section(records: list[Record]) -> Section:
     sparsities = sorted({record["sparsity"] for record in records})
     dense = {r["model"]: math.log(r["perplexity"]) for r in reversed(records) if not r["sparsity"]}
@@ -76,7 +81,8 @@ def perplexity_section(records: list[Record]) -> Section:
     for row in by(records, "run", "model", "format", "baseline").values():
         pruned = row[0].get("baseline")
         what = f"{row[0]['model']}, {'weights by ' + pruned if pruned else row[0]['format']}"
-        labels = [what, next(filter(None, map(thresholds, row)), ""), row[0]["device"]]
+        origin = unique(filter(None, [*map(thresholds, row), *map(method_of, row)]))
+        labels = [what, ", ".join(origin), row[0]["device"]]
         scores.append(over_sparsities(row, score, sparsities, *labels))
         losses.append(over_sparsities(row, loss, sparsities, *labels[:2]))
     columns = [percent(sparsity) for sparsity in sparsities]
@@ -150,8 +156,8 @@ def tradeoff_section(records: list[Record]) -> Section:
 def agree_section(records: list[Record]) -> Section:
     rows = []
     for r in records:
-        parted = [f"{text['parted']} ({text['margin']:.3f})" for text in r["texts"] if text["parted"] is not None]
-        equal = f"{len(r['texts']) - len(parted)} of {len(r['texts'])}"
+        parted = [f"{text['parted']} ({text['margin']:.3f})" for text in r["answers"] if text["parted"] is not None]
+        equal = f"{len(r['answers']) - len(parted)} of {len(r['answers'])}"
         apart = f"{100 * r['apart']:+.3f} ± {100 * (r['apart_error'] or 0):.3f}"
         what = f"{r['model']}, {r['format']} in {r['dtype']}"
         scores = [f"{r['perplexity']:.4f}", f"{r['llama_cpp_perplexity']:.4f}", apart]

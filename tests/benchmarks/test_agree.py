@@ -22,9 +22,9 @@ def test_windows_are_spread_and_begin_with_bos():
 @pytest.mark.parametrize("apart, margin, said", [(0.003, 0, "+0.300% apart"), (-0.0019, 0.31, "margin is 0.310")])
 def test_what_is_apart_is_an_error(apart, margin, said):
     with pytest.raises(ValueError) as error:
-        agree.check({"apart": apart, "texts": [{"parted": 3, "margin": margin}]})
+        agree.check({"apart": apart, "answers": [{"parted": 3, "margin": margin}]})
     assert said in str(error.value)
-    agree.check({"apart": -0.0019, "texts": [{"parted": 3, "margin": 0.29}]})
+    agree.check({"apart": -0.0019, "answers": [{"parted": 3, "margin": 0.29}]})
 
 
 def test_both_programs_score_and_continue_the_same_file(tmp_path, monkeypatch, run_main):
@@ -39,7 +39,7 @@ def test_both_programs_score_and_continue_the_same_file(tmp_path, monkeypatch, r
     _, out, errors = run_main(agree.main, *words, *exact)
     (record,) = json.loads(out.splitlines()[-1])
     assert (record["peer"], record["dtype"]) == ("llama.cpp BF16", "fp32")
-    assert record["tokens"] == 2 * 255 and len(record["texts"]) == 2
+    assert record["tokens"] == 2 * 255 and len(record["answers"]) == 2
     pairs = zip(record["losses"], record["llama_cpp_losses"], strict=True)
     assert all(abs(ours - theirs) < 0.03 for ours, theirs in pairs), errors  # random weights: 0.014 seen
 

@@ -145,6 +145,9 @@ def test_what_has_no_place_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "one.json").write_text("[")
     with pytest.raises(ValueError, match=r"one\.json is not valid JSON"):
         read_results(tmp_path)
+    (tmp_path / "one.json").write_text(json.dumps([row([12.5])]))
+    with pytest.raises(ValueError, match=r"one\.json has a record with a field 'file', which this page gives records"):
+        read_results(tmp_path)
 
 
 def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
