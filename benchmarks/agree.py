@@ -160,7 +160,7 @@ def print_record(record: dict) -> None:
     parted = [f"{text['parted']} ({text['margin']:.3f})" for text in record["answers"] if text["parted"] is not None]
     equal = len(record["answers"]) - len(parted)
     where = f"; others part at token (margin in nats): {', '.join(parted)}" if parted else ""
-    print(f"greedy, {record['new_tokens']} tokens: {equal} of {len(record['texts'])} texts equal{where}")
+    print(f"greedy, {record['new_tokens']} tokens: {equal} of {len(record['answers'])} texts equal{where}")
 
 
 def check(record: dict) -> None:

@@ -44,6 +44,15 @@ def test_both_programs_score_and_continue_the_same_file(tmp_path, monkeypatch, r
     assert all(abs(ours - theirs) < 0.03 for ours, theirs in pairs), errors  # random weights: 0.014 seen
 
 
+def test_a_record_is_printed(capsys):
+    """Without llama.cpp, which makes records."""
+    answers = [{"parted": 3, "margin": 0.29}, {"parted": None, "margin": 0.0}]
+    scores = {"perplexity": 5.0, "llama_cpp_perplexity": 5.0, "apart": 0.0, "apart_error": None}
+    words = {"model": "m", "format": "Q4_K_M", "protocol": "windows"}
+    agree.print_record(words | scores | {"new_tokens": 64, "answers": answers})
+    assert "64 tokens: 1 of 2 texts equal; others part at token (margin in nats): 3 (0.290)" in capsys.readouterr().out
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_cache, "cache_folder", lambda: tmp_path / "cache")
