@@ -11,10 +11,8 @@ had each draft stood with a probability (`acceptance`) if those before it did.
 import argparse
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from teal_fast.benchmarks.shapes import COMMON, SHAPES, calibrate_on_random_toke
 from teal_fast.cli import pick_device, run
 from teal_fast.engine.speculation.drafters import DraftModel, ModelDrafter, likeliest
 from teal_fast.engine.staged_step import StagedStep, build_stages
-from teal_fast.engine.verify_step import TOKENS, VerifyStep, product
+from teal_fast.engine.verify_step import TOKENS, VerifyStep
 from teal_fast.evaluation.record import check_records_path, describe, put_out
 from teal_fast.files.calibration import set_sparsity
 from teal_fast.kernels.decode_stages import SHORT
@@ -58,19 +56,13 @@ def staged(model: Transformer, cache: KVCache) -> StagedStep:
 
 def time_passes(model: Transformer, cache: KVCache, step: StagedStep, format: str, contexts: list[int]) -> list[dict]:
     """A pass over TOKENS tokens beside one step at 0 %, at each context."""
-    passes = {"verify": VerifyStep(model, cache)}
-    if format == "bf16":
-        passes["verify by cublas"] = VerifyStep(model, cache, partial(product, large=0))
-        passes["verify without cublas"] = VerifyStep(model, cache, partial(product, large=sys.maxsize))
-    records = []
+    verify, records = VerifyStep(model, cache), []
     for context in contexts:
         step(torch.tensor([[3]]), torch.tensor([context]))
         # Each of its replays is one position further: 147 in all.
         ways = {"dense": step.graphs[min(context + 1, step.longest) > SHORT, False].replay}
-        for name, verify in passes.items():
-            verify.dense(list(range(3, 3 + TOKENS)), context, TOKENS)
-            ways[name] = verify.graph.replay
-        found = milliseconds(ways)
+        verify.dense(list(range(3, 3 + TOKENS)), context, TOKENS)
+        found = milliseconds(ways | {"verify": verify.graph.replay})
         for name, ms in found.items():
             tokens = 1 if name == "dense" else TOKENS
             record = {"mode": name, "format": format, "context": context, "tokens": tokens, "ms": ms}

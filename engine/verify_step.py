@@ -4,15 +4,15 @@ It always computes TOKENS tokens. Fewer are followed by copies of the last one a
 keys and values again. So the shapes of all products, and with them the order of their sums, never change, and a token
 has the bits of a pass of its own: neither its row nor what others hold matters (tests/engine/test_verify_step.py).
 
-A layer is nine launches: norm, q/k/v, attention, its merge, o, norm, gate/up, SiLU, down.
+A layer is nine launches: norm, q/k/v, attention, its merge, o, norm, gate/up, SiLU, down. Each lets the next start at
+once: the first weights of a product come while small launches run.
 """
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from teal_fast.engine.cache import first_row_kept
@@ -30,9 +30,7 @@ from teal_fast.weights.blocks import in_blocks
 from teal_fast.weights.output import operand_of
 
 TOKENS = 8  # of a pass
-LARGE = 2**26  # bytes of a weight
 SERVED = ("ropes", "sizes", "embedding_scale", "qk_norm")  # of what ModelArgs.beyond_llama knows
-Product = Callable[[SparseLinear, Tensor], Tensor]  # layer, x [T, K] -> [T, N]
 
 
 def check_verifiable(model: Transformer) -> None:
@@ -49,17 +47,12 @@ def check_verifiable(model: Transformer) -> None:
         raise ValueError(f"lossless on CUDA does not serve {what}: leave it out, or take --device cpu")
 
 
-def product(layer: SparseLinear, x: Tensor, large: int = LARGE) -> Tensor:
-    """y [T, N] of x [T, K] by every channel, in x's dtype; large: from so many bytes on floats are cuBLAS's."""
-    operand = layer.weight.operand
-    if operand.scale is None and operand.packed.nbytes >= large:
-        return F.linear(x, operand.packed.t(), layer.bias)
-    return few_token_gemm(x, operand, layer.bias)
+def product(layer: SparseLinear, x: Tensor) -> Tensor:
+    """y [T, N] of x [T, K] by every channel, in x's dtype."""
+    return few_token_gemm(x, layer.weight.operand, layer.bias)
 
 
-def dense_tokens(
-    model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, product: Product = product
-) -> Tensor:
+def dense_tokens(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
     """Logits [TOKENS, vocab] fp32 of tokens [TOKENS] at positions [TOKENS], both int64, on CUDA or interpreted.
 
     Their keys and values are written. Positions before them must be filled.
@@ -92,14 +85,14 @@ class VerifyStep:
     most = TOKENS  # tokens whose logits a call can give
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, cache: KVCache, product: Product = product):
+    def __init__(self, model: Transformer, cache: KVCache):
         started = time.perf_counter()
         device = model.norm.weight.device
         self.cache, self.length = cache, cache.length
         self.inputs = torch.zeros(2, TOKENS, dtype=torch.int64, device=device)
 
         def compute() -> tuple[Tensor, Tensor]:
-            logits = dense_tokens(model, cache, *self.inputs, product)
+            logits = dense_tokens(model, cache, *self.inputs)
             largest, best = logits.max(-1)
             return logits, torch.stack((self.inputs[0], best, largest.double().view(torch.int64)))
 

@@ -27,8 +27,8 @@ def _add_norm_kernel(
     k = tl.arange(0, BLOCK_K)
     norm = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     at = tl.program_id(0) * K + k
-    gdc_wait(PDL)
     gdc_launch_dependents(PDL)  # whose first weights then come meanwhile
+    gdc_wait(PDL)
     r = tl.load(residual_ptr + at, mask=k < K, other=0.0)
     if ADD:
         r += tl.load(update_ptr + at, mask=k < K, other=0.0).to(tl.float32)

@@ -1,10 +1,10 @@
-"""CUDA's driver: loads machine code and launches its kernels on PyTorch's current stream.
+"""CUDA's driver: loads machine code and launches its kernels on PyTorch's current stream; tensor maps.
 
 Unlike PyTorch's own launcher it has programmatic dependent launch. A CUDA graph can record the launches.
 """
 
 import ctypes
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 import torch
 
@@ -13,6 +13,8 @@ from teal_fast.kernels.nvrtc import CudaError
 CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 DEPENDENT = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SWIZZLE_128B = 3  # CU_TENSOR_MAP_SWIZZLE_128B
+MAP_ALIGNMENT = 64  # bytes
 
 
 class Attribute(ctypes.Structure):
@@ -30,6 +32,12 @@ class LaunchConfig(ctypes.Structure):
         ("attributes", POINTER(Attribute)),
         ("count", c_uint),
     ]
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap, which is opaque: a matrix in memory as Hopper's copy engine reads boxes of it."""
+
+    _fields_ = [("opaque", c_uint64 * 16)]
 
 
 class CudaModule:
@@ -82,3 +90,25 @@ def launch_config(grid: int, threads: int, shared_memory: int, dependent: bool, 
     attributes[0].value[0] = int(dependent)
     attributes[1].value[:3] = (cluster, 1, 1)
     return LaunchConfig(grid, 1, 1, threads, 1, 1, shared_memory, None, attributes, 2)
+
+
+def tensor_map(
+    address: int, size: int, columns: int, rows: int, row_bytes: int, box: tuple[int, int], swizzled: bool = False
+) -> TensorMap:
+    """A map of rows of `columns` elements of one or two bytes; box: its columns and rows. Outside all is zero.
+
+    swizzled: in shared memory the sixteens of a row of 128 bytes are exchanged by an exclusive or with its number.
+
+    The address, rows and the box's columns take whole 16 bytes, and a box must begin at such; else CudaError is raised,
+    or the kernel ends with an illegal instruction.
+    """
+    scratch = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + MAP_ALIGNMENT)
+    at = -(-ctypes.addressof(scratch) // MAP_ALIGNMENT) * MAP_ALIGNMENT
+    sizes, strides = (c_uint64 * 2)(columns, rows), (c_uint64 * 1)(row_bytes)
+    result = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+        c_void_p(at), size - 1, c_uint(2), c_void_p(address), sizes, strides, (c_uint * 2)(*box), (c_uint * 2)(1, 1), 0,
+        SWIZZLE_128B if swizzled else 0, 0, 0,
+    )  # fmt: skip
+    if result:
+        raise CudaError(f"the CUDA driver refuses a tensor map of {rows} rows of {columns}: error {result}")
+    return TensorMap.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(TensorMap)))

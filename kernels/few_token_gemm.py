@@ -10,7 +10,7 @@ order of its sums.
 
 import functools
 import sys
-from ctypes import Structure, c_int, c_int64, c_void_p
+from ctypes import Structure, c_int, c_void_p
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from teal_fast.kernels.backend import INTERPRETED, register
 from teal_fast.kernels.checks import takes
-from teal_fast.kernels.cuda_driver import CudaModule, launch_config
+from teal_fast.kernels.cuda_driver import CudaModule, TensorMap, launch_config, tensor_map
 from teal_fast.kernels.native import pointer
 from teal_fast.kernels.nvrtc import CudaError, compile_cuda
 from teal_fast.kernels.packed import WEIGHT_ARGUMENTS, WEIGHT_TABLE, PackedWeight, check_weight
@@ -26,35 +26,71 @@ from teal_fast.kernels.quantized_gemm import quantized_gemm
 
 MOST_TOKENS = 16
 TILE = 8  # tokens that a matrix instruction takes
-ROWS, WARPS = 16, 8  # channels of an instruction, warps of a CTA: as the source has them
-CTAS = 2  # a multiprocessor
-MOST_SPLITS = 7  # CTAs of a cluster
+ROWS, COLUMNS, WARPS = (
+    64,
+    256,
+    16,
+)  # channels of a block, outputs and multiplying warps of a CTA: as the source has them
+BOX = 128  # bytes of a row that a tensor map brings at once
+MOST_SPLITS = 6  # CTAs of a cluster
+MEMORY = 120_000  # bytes of a CTA: so many that a multiprocessor has one, so few that small launches find room
 
 
-class Weight(Structure):
-    """`Weight` of the source."""
+class Maps(Structure):
+    """`Maps` of the source."""
 
-    _fields_ = [("packed", c_void_p), ("scale", c_void_p), ("row", c_int64), ("K", c_int), ("N", c_int)]
+    _fields_ = [("weight", TensorMap), ("scales", TensorMap), ("x", TensorMap)]
 
 
-def cut(K: int, N: int, bits: int, tiles: int, processors: int) -> tuple[int, int, int]:
-    """Columns of a CTA in words of four bytes a lane, CTAs that share K as a cluster, and CTAs in all.
+class Product(Structure):
+    """`Product` of the source."""
 
-    tiles: of tokens. It does not change how K is shared, which decides the bits of a sum. Clusters fill no more than
-    seven eighths of a GPU, whose parts hold whole ones: of 132 multiprocessors 32 clusters of 7, not 48 of 5.
+    _fields_ = [
+        *((name, c_void_p) for name in ("scale", "bias", "y")),
+        *((name, c_int) for name in ("M", "K", "N", "splits")),
+    ]
+
+
+def cut(K: int, N: int, processors: int) -> tuple[int, int]:
+    """CTAs in all, and how many of them share K as a cluster. The number of tokens does not matter, so that it does not
+    change the order of a sum.
+
+    Clusters fill no more than seven eighths of a GPU, whose parts hold whole ones: of 7 an H200 has room for 15 only.
     """
-    columns = {words: 8 * words * 32 // bits for words in (2, 4)}  # of a CTA
-    places = processors * CTAS * 7 // 8
-    words = 4 if -(-N // columns[4]) * MOST_SPLITS * 7 >= places * 6 else 2
-    most = min(MOST_SPLITS, K // ROWS // WARPS // 2, places // -(-N // columns[words]))
-    words, splits = 2 if tiles > 1 and bits == 4 else words, max(1, most)  # its sums need too many registers
-    return words, splits, -(-N // columns[words]) * splits
+    tiles = -(-N // COLUMNS)
+    splits = max(1, min(MOST_SPLITS, -(-K // ROWS), processors * 7 // 8 // tiles))
+    return tiles * splits, splits
 
 
-def constants(bits: int, group: int, fp16: bool, tiles: int, words: int, splits: int) -> dict[str, int]:
-    """What the source is compiled for."""
-    names = ("BITS", "GROUP", "HALF_IS_FP16", "TILES", "WORDS", "SPLITS")
-    return dict(zip(names, map(int, (bits, group, fp16, tiles, words, splits)), strict=True))
+def scale_bytes(bits: int, group: int) -> int:
+    """Bytes of a row's scales that a CTA reads: its groups' in whole sixteens, which the first may not begin."""
+    if bits != 4 or COLUMNS % group == 0:
+        return 16 * (bits == 4)
+    return -(-(2 * (COLUMNS // group + 2) + 14) // 16) * 16
+
+
+def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
+    """What the source is compiled for; tiles: of tokens."""
+    scales = scale_bytes(bits, group)
+    block = ROWS * (COLUMNS * bits // 8 + 2 * TILE * tiles + scales)
+    stages = (MEMORY - 128 - 8 * COLUMNS * TILE * tiles) // (block + 16)
+    found = {"BITS": bits, "GROUP": group, "SCALES": scales, "HALF_IS_FP16": fp16, "TILES": tiles, "STAGES": stages}
+    return {name: int(value) for name, value in found.items()}
+
+
+def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
+    """Where the kernel reads: a weight's values by bytes, the scales in its rows' ends, x."""
+    (M, K), packed, N = x.shape, weight.packed, weight.N
+    row, values = packed.stride(0) * packed.element_size(), N * weight.bits // 8  # bytes
+    found = Maps(
+        tensor_map(packed.data_ptr(), 1, values, K, row, (BOX, ROWS), swizzled=True),
+        TensorMap(),
+        tensor_map(x.data_ptr(), 2, K, M, 2 * K, (ROWS, TILE * tiles), swizzled=True),
+    )
+    if weight.bits == 4:
+        box = scale_bytes(4, weight.group), ROWS
+        found.scales = tensor_map(packed.data_ptr() + values, 1, row - values, K, row, box)
+    return found
 
 
 @functools.cache
@@ -63,18 +99,16 @@ def _processors(device: int) -> int:
 
 
 @functools.cache
-def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int, words: int, splits: int):
-    """The module, which must be kept, its kernel, and the bytes of shared memory that it takes; None without one."""
+def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int):
+    """The module, which must be kept, and its kernel; None without one."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:
         return None
     try:
-        code = compile_cuda(
-            "few_token_gemm.cu", f"sm_{major}{minor}", constants(bits, group, fp16, tiles, words, splits)
+        module = CudaModule(
+            compile_cuda("few_token_gemm.cu", f"sm_{major}{minor}", constants(bits, group, fp16, tiles))
         )
-        module = CudaModule(code)
-        shared = module.size("shared_bytes")
-        return module, module.kernel("few_token_gemm", shared), shared
+        return module, module.kernel("few_token_gemm", MEMORY)
     except CudaError as error:
         print(f"{error}: products of few tokens take other kernels, some times slower", file=sys.stderr)
         return None
@@ -83,18 +117,18 @@ def _kernel(device: int, bits: int, group: int, fp16: bool, tiles: int, words: i
 def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     (M, K), N, device = x.shape, weight.N, x.device.index
     tiles, found = -(-M // TILE), None
-    if not INTERPRETED and x.element_size() == 2 and K % ROWS == 0 and N % ROWS == 0:
-        words, splits, ctas = cut(K, N, weight.bits, tiles, _processors(device))
-        found = _kernel(device, weight.bits, weight.group, x.dtype == torch.float16, tiles, words, splits)
+    if not INTERPRETED and x.element_size() == 2 and K % 8 == 0 and N % 16 == 0:
+        found = _kernel(device, weight.bits, weight.group, x.dtype == torch.float16, tiles)
     if found is None and weight.scale is not None:
         return quantized_gemm(x, weight, bias)
     if found is None:
         return F.linear(x, weight.packed.t(), bias)
-    module, kernel, shared = found
-    y, packed = x.new_empty(M, N), weight.packed
-    operand = Weight(pointer(packed), pointer(weight.scale), packed.stride(0) * packed.element_size(), K, N)
-    config = launch_config(ctas, 32 * WARPS, shared, dependent=True, cluster=splits)
-    module.launch(kernel, config, pointer(x), operand, pointer(bias), pointer(y), c_int(M))
+    module, kernel = found
+    ctas, splits = cut(K, N, _processors(device))
+    y = x.new_empty(M, N)
+    product = Product(*map(pointer, (weight.scale, bias, y)), M, K, N, splits)
+    config = launch_config(ctas, 32 * (WARPS + 1), MEMORY, dependent=True, cluster=splits)
+    module.launch(kernel, config, maps(x, weight, tiles), product)
     return y
 
 

@@ -39,9 +39,9 @@ def _merge_spans_kernel(
     SPAN: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
-    gdc_wait(PDL)
     gdc_launch_dependents(PDL)  # whose first weights then come meanwhile
-    position = tl.load(positions_ptr + token)
+    position = tl.load(positions_ptr + token)  # which no launch of the pass writes
+    gdc_wait(PDL)
     first, last = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0) // SPAN, position // SPAN
     m, s, acc = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32), tl.zeros((D,), tl.float32)
     for start in tl.range(first // STEP * STEP, last + 1, STEP):

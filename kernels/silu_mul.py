@@ -17,8 +17,8 @@ def silu_mul_reference(x: Tensor) -> Tensor:
 @jit
 def _silu_mul_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
     token, n = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gdc_wait(PDL)
     gdc_launch_dependents(PDL)  # whose first weights then come meanwhile
+    gdc_wait(PDL)
     gate = tl.load(x_ptr + token * 2 * N + n, mask=n < N, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + token * 2 * N + N + n, mask=n < N, other=0.0).to(tl.float32)
     y = gate / (1.0 + tl.exp(-gate)) * up

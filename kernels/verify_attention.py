@@ -55,10 +55,10 @@ def _verify_attention_kernel(
     token, query = tl.minimum(row // GROUP, T - 1), head * SHARING + row % GROUP
     used = (row // GROUP < T) & (row % GROUP < SHARING)
     base = head.to(tl.int64) * length * D
+    gdc_launch_dependents(PDL)  # whose first weights then come meanwhile
+    position, p = tl.load(positions_ptr + i), tl.load(positions_ptr + token)  # which no launch of the pass writes
     gdc_wait(PDL)
-    gdc_launch_dependents(PDL)
     # All programs of a head write the same keys and values, so that each can read them at once.
-    position = tl.load(positions_ptr + i)
     of_k = qkv_ptr + i[:, None] * WIDTH + (HEADS + head) * D + d[None, :]
     turn = turn_ptr + i[:, None] * HALF + d[None, :]
     low, high = _turned(of_k, turn, i < T, k_norm_ptr, d, eps, T, D, NORM)
@@ -71,7 +71,6 @@ def _verify_attention_kernel(
     turn = turn_ptr + token[:, None] * HALF + d[None, :]
     low, high = _turned(of_q, turn, used, q_norm_ptr, d, eps, T, D, NORM)
     low, high = (low * scale).to(dtype).to(dot_type), (high * scale).to(dtype).to(dot_type)
-    p = tl.load(positions_ptr + token)
     begin = tl.where(window > 0, tl.maximum(p + 1 - window, 0), 0)
     last, first = tl.max(p, axis=0), tl.min(begin, axis=0) // SPAN
     tl.debug_barrier()

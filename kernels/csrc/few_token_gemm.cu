@@ -1,30 +1,41 @@
 // y [M, N] = x [M, K] times a weight [K, N] in x's type, int8 or four bits, of up to 8 TILES tokens: see
-// kernels/few_token_gemm.py, which defines BITS, GROUP (of four bits), HALF_IS_FP16, TILES, WORDS and SPLITS.
+// kernels/few_token_gemm.py, which defines BITS, GROUP and SCALES (of four bits), HALF_IS_FP16, TILES and STAGES.
 //
-// Matrix instructions of 16 outputs, 16 channels and 8 tokens. A lane loads 4 WORDS bytes of four rows, that is, values of
-// outputs of its own, so that no value has to cross lanes: which outputs and channels an instruction means is arbitrary, if
-// x is loaded alike. A CTA has a run of columns; its warps, and the SPLITS CTAs of its cluster, share the channels at fixed
-// places. A token's sums are its own, so that it has the same bits among others as alone.
-//
-// Under dependent launch the first weights are on their way while the launch before still writes x.
+// A CTA has COLUMNS outputs; the CTAs of a cluster share the channels. One thread keeps a ring in shared memory full by
+// tensor maps: blocks of ROWS channels of weights, scales and x. Under dependent launch it begins with the weights while
+// the launch before still writes x.
+// A warp has 32 outputs and a half of each block. A matrix instruction takes 16 outputs, 16 channels and 8 tokens. ldmatrix
+// brings channels next to each other; bytes and half bytes come as columns side by side, which are then told apart.
+// Four-bit codes are multiplied as 16 + code, and what is too much, 24 times x and scale, is summed up beside (`rest`).
+// A token's sums are its own, so that it has the same bits among others as alone.
 #include "halves.cuh"
 
-constexpr int WARPS = 8, ROWS = 16;                   // channels of a step
-constexpr int BYTES = 4 * WORDS;                      // of a row that a lane loads
-constexpr int PAIRS = 4 * BYTES / BITS;               // instructions a step: each takes two outputs of a lane
-constexpr int COLUMNS = 8 * 2 * PAIRS;                // outputs of a CTA
+constexpr int ROWS = 64, HALF = 32, COLUMNS = 256;     // channels of a block and of the half that a warp takes; outputs
+constexpr int WARPS = 8, THREADS = 2 * WARPS * 32;     // that multiply, WARPS for each half; one more warp copies
+constexpr int WIDTH = COLUMNS * BITS / 8, BOX = 128;   // bytes of a row: that a CTA reads, that lie in a row of the ring
+constexpr int RUNS = WIDTH / WARPS / 16;               // of 16 bytes, that a warp reads of a row
+constexpr int SUMS = COLUMNS / WARPS / 16;             // matrix instructions of a warp for 16 channels and 8 tokens
+constexpr int X_AT = ROWS * WIDTH, SCALES_AT = X_AT + TILES * 8 * 2 * ROWS, BLOCK = SCALES_AT + ROWS * SCALES;
+constexpr int BARRIERS_AT = STAGES * BLOCK, SUMS_AT = BARRIERS_AT + cdiv(STAGES, 8) * 128;
+constexpr int FOURS = WARPS * TILES * SUMS * 32;       // float4s that a half's sums are
+constexpr int EACH = cdiv(FOURS, THREADS);             // of them that a thread stores
+constexpr int MOST_SPLITS = 6;                         // CTAs of a cluster
+static_assert(BLOCK % 1024 == 0, "boxes are swizzled by addresses");
 
-constexpr int DEPTH = BITS == 16 ? 4 : 2;             // steps that are read ahead; of quantized weights 3 and 4 are slower
-constexpr int FOURS = TILES * PAIRS * 32;             // float4s that a CTA's sums are
-extern "C" { __device__ char shared_bytes[16 * WARPS * FOURS]; }  // for its size, which the host asks for
-
-struct Weight {
-    const u8* packed;
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+struct Maps {
+    TensorMap weight, scales, x;
+};
+struct Product {
     const float* scale;  // [N], null for 1
-    i64 row;             // bytes
-    int K, N;
+    const u16* bias;     // [N] or null
+    u16* y;
+    int M, K, N, splits;
 };
 
+// ---- numbers ----
 constexpr u32 ONES = HALF_IS_FP16 ? 0x3c003c00u : 0x3f803f80u;
 __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {  // the compiler makes two instructions of two constants
     u32 y;
@@ -39,170 +50,205 @@ __device__ __forceinline__ u32 bytes_as_halves(u32 v) {
     return multiply_add(and_or(v, 0x007f007fu, 0x43004300u), ONES, and_or(v, 0x00800080u, 0xc300c300u));
 #endif
 }
-// Four-bit codes, from bit `at` of each half of v on, less 8, times the halves of `by`, and by UNIT.
-#if HALF_IS_FP16
-constexpr float UNIT = 1;
-__device__ __forceinline__ u32 nibbles_as_halves(u32 v, int at, u32 by) {
-    return multiply_add(multiply_add(and_or(v >> at, 0x000f000fu, 0x64006400u), ONES, 0xe408e408u), by, 0x80008000u);
+// 16 + four-bit codes, from bit `at` of each half of v on: their place is where a 16-bit float has its ones.
+constexpr int PLACE = HALF_IS_FP16 ? 6 : 3;
+constexpr u32 SIXTEEN = HALF_IS_FP16 ? 0x4c004c00u : 0x41804180u, MINUS_24 = HALF_IS_FP16 ? 0xce00ce00u : 0xc1c0c1c0u;
+__device__ __forceinline__ u32 codes_as_halves(u32 v, int at) {
+    return and_or(at < PLACE ? v << (PLACE - at) : v >> (at - PLACE), 0x000f000fu << PLACE, SIXTEEN);
 }
-#else  // a code in the upper four of seven bits is code 2^-130: times 2^127 that is an eighth of it
-constexpr float UNIT = 0.125f;
-__device__ __forceinline__ u32 nibbles_as_halves(u32 v, int at, u32 by) {
-    const u32 codes = (at < 3 ? v << (3 - at) : v >> (at - 3)) & 0x00780078u;
-    return multiply_add(codes, multiply_add(by, 0x7f007f00u, 0x80008000u), by ^ 0x80008000u);
-}
-#endif
-__device__ __forceinline__ u32 scales_as_halves(u16 a, u16 b) {  // they are stored in bf16
-    return HALF_IS_FP16 ? both(__uint_as_float((u32)a << 16), __uint_as_float((u32)b << 16)) : a | (u32)b << 16;
+__device__ __forceinline__ u32 scales_as_halves(u32 v) {  // they are stored in bf16
+    return HALF_IS_FP16 ? both(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : v;
 }
 
+// ---- shared memory ----
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}"
+        ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void load_matrices(u32* to, u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void load_transposed(u32* to, u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
 // ---- clusters ----
 __device__ __forceinline__ void cluster_barrier() {
-    if (SPLITS == 1) __syncthreads();
-    else asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 __device__ __forceinline__ float4 from_cluster(const float4* p, int cta) {  // what lies there in that CTA's shared memory
-    if (SPLITS == 1) return *p;
-    u32 at = (u32)__cvta_generic_to_shared(p);
+    u32 at = address(p);
     float4 v;
     asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(cta));
     asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
     return v;
 }
 
-struct Step {  // what a lane reads: of rows 4 (lane % 4) to 4 (lane % 4) + 3
-    u32 word[4][WORDS];
-    u16 scale[4];     // of four bits
-    uint2 x[TILES];   // these channels of token lane / 4 of each eight
+// Bytes from a row's first scale to the first that a CTA reads: boxes begin at whole 16 bytes.
+__device__ __forceinline__ int scales_from(int tile) { return tile * COLUMNS / most(GROUP, 1) * 2 & ~15; }
+
+struct Ring {
+    u32 memory;
+    __device__ __forceinline__ u32 block(int i) const { return memory + i % STAGES * BLOCK; }
+    __device__ __forceinline__ u32 full(int i) const { return memory + BARRIERS_AT + i % STAGES * 16; }
+    __device__ __forceinline__ u32 empty(int i) const { return full(i) + 8; }
 };
 
-// Where a lane reads its next step.
-struct Source {
-    const u8 *packed, *scales;
-    const u16* x;
-    const i64 row, stride;  // bytes from row to row and step to step
-    const int K, tokens;    // tokens: from the lane's on
-    const bool inside;      // whether it has columns at all
-    int left, x_left;       // steps
-
-    __device__ __forceinline__ void read_weights(Step& to) {
-        const bool reads = inside && left > 0;
+__device__ __forceinline__ void fill(const Ring& ring, const Maps& maps, int tile, int first, int count) {
+    auto weights = [&](int i) {
+        const int row = (first + i) * ROWS;
+        expect(ring.full(i), BLOCK);
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            if constexpr (WORDS == 4) {
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (reads) v = load_weights(packed + r * row);
-                to.word[r][0] = v.x, to.word[r][1] = v.y, to.word[r][2] = v.z, to.word[r][3] = v.w;
-            } else {
-                uint2 v = make_uint2(0, 0);
-                if (reads) v = load_weights_8(packed + r * row);
-                to.word[r][0] = v.x, to.word[r][1] = v.y;
-            }
-            if (BITS == 4) to.scale[r] = reads ? __ldg((const u16*)(scales + r * row)) : 0;
-        }
-        packed += stride, left--;
-        if (BITS == 4) scales += stride;
-    }
-    __device__ __forceinline__ void read_x(Step& to) {
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-            to.x[t] = x_left > 0 && 8 * t < tokens ? __ldcg((const uint2*)(x + (i64)8 * t * K)) : make_uint2(0, 0);
-        x += WARPS * ROWS, x_left--;
-    }
-};
-
-__device__ __forceinline__ void add(float total[TILES][PAIRS][4], const Step& s) {
-    u32 by[2];
-    if (BITS == 4) by[0] = scales_as_halves(s.scale[0], s.scale[1]), by[1] = scales_as_halves(s.scale[2], s.scale[3]);
-#pragma unroll
-    for (int q = 0; q < 2 * WORDS; q++) {  // two bytes of each row at once, or all four
-        if constexpr (BITS == 16) {
-            if (q >= WORDS) break;
-            const u32 a0 = __byte_perm(s.word[0][q], s.word[1][q], 0x5410), a1 = __byte_perm(s.word[0][q], s.word[1][q], 0x7632);
-            const u32 b0 = __byte_perm(s.word[2][q], s.word[3][q], 0x5410), b1 = __byte_perm(s.word[2][q], s.word[3][q], 0x7632);
-#pragma unroll
-            for (int t = 0; t < TILES; t++) multiply(total[t][q], a0, a1, b0, b1, s.x[t].x, s.x[t].y);
-            continue;
-        }
-        const u32 select = q % 2 ? 0x7632 : 0x5410;
-        const u32 a = __byte_perm(s.word[0][q / 2], s.word[1][q / 2], select);
-        const u32 b = __byte_perm(s.word[2][q / 2], s.word[3][q / 2], select);
-        if constexpr (BITS == 8) {
-            const u32 a0 = bytes_as_halves(a), a1 = bytes_as_halves(a >> 8), b0 = bytes_as_halves(b), b1 = bytes_as_halves(b >> 8);
-#pragma unroll
-            for (int t = 0; t < TILES; t++) multiply(total[t][q], a0, a1, b0, b1, s.x[t].x, s.x[t].y);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const u32 a0 = nibbles_as_halves(a, 8 * i, by[0]), a1 = nibbles_as_halves(a, 8 * i + 4, by[0]);
-                const u32 b0 = nibbles_as_halves(b, 8 * i, by[1]), b1 = nibbles_as_halves(b, 8 * i + 4, by[1]);
-#pragma unroll
-                for (int t = 0; t < TILES; t++) multiply(total[t][2 * q + i], a0, a1, b0, b1, s.x[t].x, s.x[t].y);
-            }
-        }
+        for (int b = 0; b < WIDTH / BOX; b++)
+            copy_box(ring.block(i) + b * ROWS * BOX, &maps.weight, tile * WIDTH + b * BOX, row, ring.full(i));
+        if (BITS == 4) copy_box(ring.block(i) + SCALES_AT, &maps.scales, scales_from(tile), row, ring.full(i));
+    };
+    auto x = [&](int i) { copy_box(ring.block(i) + X_AT, &maps.x, (first + i) * ROWS, 0, ring.full(i)); };
+    const int ahead = least(count, STAGES);
+    for (int i = 0; i < ahead; i++) weights(i);
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int i = 0; i < ahead; i++) x(i);
+    for (int i = ahead; i < count; i++) {
+        wait(ring.empty(i), (i / STAGES - 1) & 1);
+        weights(i), x(i);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) few_token_gemm(
-    const u16* __restrict__ x, const __grid_constant__ Weight w, const u16* __restrict__ bias, u16* __restrict__ y, int M) {
-    extern __shared__ float4 memory[];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane / 4, quarter = lane % 4;
-    const int tile = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
-    const int byte = tile * (COLUMNS * BITS / 8) + group * BYTES;
-    const bool inside = byte < w.N * BITS / 8;
-    const int steps = w.K / ROWS, begin = (int)((i64)steps * split / SPLITS), end = (int)((i64)steps * (split + 1) / SPLITS);
-    const int count = cdiv(end - begin - warp, WARPS), channel = (begin + warp) * ROWS + 4 * quarter;  // of this warp
-    const u8* from = w.packed + channel * w.row;
-    Source source{from + byte, from + w.N / 2 + byte / 16 * 32 / most(GROUP, 1) * 2, x + (i64)group * w.K + channel,
-                  w.row, WARPS * ROWS * w.row, w.K, M - group, inside, count, count};
-    float total[TILES][PAIRS][4] = {};
-    Step ahead[DEPTH];
+// The weights of a matrix instruction: of the warp's runs, of 8 channels and the next 8.
+__device__ __forceinline__ void fragment(u32* a, const u32 w[RUNS][2], int sum) {
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) source.read_weights(ahead[d]);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) source.read_x(ahead[d]);
+    for (int h = 0; h < 2; h++) {
+        if constexpr (BITS == 16) a[2 * h] = w[2 * sum][h], a[2 * h + 1] = w[2 * sum + 1][h];
+        if constexpr (BITS == 8) a[2 * h] = bytes_as_halves(w[sum][h]), a[2 * h + 1] = bytes_as_halves(w[sum][h] >> 8);
+        if constexpr (BITS == 4) a[2 * h] = codes_as_halves(w[0][h], 4 * sum), a[2 * h + 1] = codes_as_halves(w[0][h], 4 * sum + 8);
+    }
+}
+
+// The warp's sums over `count` blocks, into shared memory.
+__device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int count, float4* sums) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % WARPS, half = threadIdx.x / 32 / WARPS;
+    // Rows of an ldmatrix are a lane's: of two runs and 16 channels, or one and 32; of x four runs and 8 tokens.
+    const int row = RUNS == 1 ? lane : lane % 16, run = warp * RUNS % 8 + (RUNS == 1 ? 0 : lane / 16);
+    const u32 weights = (warp * RUNS / 8 * ROWS + half * HALF + row) * BOX + (run ^ row % 8) * 16;
+    const u32 xs = X_AT + lane % 8 * BOX + (4 * half + lane / 8 ^ lane % 8) * 16;
+    const int scale = BITS == 4 ? (tile * COLUMNS + warp * COLUMNS / WARPS) / most(GROUP, 1) * 2 - scales_from(tile) : 0;
+    const u32 scales = SCALES_AT + (half * HALF + lane) * SCALES + (scale & ~15);
+    float total[TILES][SUMS][4] = {}, rest[TILES][4] = {};
 #pragma unroll 1
-    for (int step = 0; step < count; step += DEPTH)
+    for (int i = 0; i < count; i++) {
+        const u32 block = ring.block(i);
+        wait(ring.full(i), i / STAGES & 1);
+        u32 w[2][RUNS][2], x[TILES][4], by[4];
+        if constexpr (BITS == 4) load_transposed(by, block + scales);
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            add(total, ahead[d]);  // zeros beyond the last
-            source.read_weights(ahead[d]);
-            source.read_x(ahead[d]);
+        for (int t = 0; t < TILES; t++) load_matrices(x[t], block + xs + t * 8 * BOX);
+        if constexpr (RUNS == 1) load_transposed(w[0][0], block + weights);
+        else
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+#pragma unroll
+                for (int r = 0; r < RUNS; r += 2) load_transposed(w[s][r], (block + weights + s * 16 * BOX) ^ r * 16);
+        if constexpr (BITS == 4)
+#pragma unroll
+            for (int v = 0; v < 4; v++) {  // of 8 channels
+                const u32 own = scales_as_halves(__shfl_sync(0xffffffff, by[v], scale % 16 * 2 + lane % 4));
+#pragma unroll
+                for (int t = 0; t < TILES; t++) x[t][v] = multiply_add(x[t][v], own, 0x80008000u);
+            }
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+#pragma unroll
+            for (int t = 0; t < TILES && BITS == 4; t++)
+                multiply(rest[t], MINUS_24, MINUS_24, MINUS_24, MINUS_24, x[t][2 * s], x[t][2 * s + 1]);
+#pragma unroll
+            for (int v = 0; v < SUMS; v++) {
+                u32 a[4];
+                fragment(a, w[s], v);
+#pragma unroll
+                for (int t = 0; t < TILES; t++) multiply(total[t][v], a[0], a[1], a[2], a[3], x[t][2 * s], x[t][2 * s + 1]);
+            }
         }
-    __syncthreads();
-    float4* const sums = memory;  // [WARPS][TILES][PAIRS][32]
+        __syncwarp();
+        if (lane == 0) arrive(ring.empty(i));
+    }
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int p = 0; p < PAIRS; p++)
-            sums[((warp * TILES + t) * PAIRS + p) * 32 + lane] = make_float4(total[t][p][0], total[t][p][1], total[t][p][2], total[t][p][3]);
+        for (int v = 0; v < SUMS; v++) {
+            const float *a = total[t][v], *b = rest[t];
+            sums[half * FOURS + ((warp * TILES + t) * SUMS + v) * 32 + lane] = make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) few_token_gemm(
+    const __grid_constant__ Maps maps, const __grid_constant__ Product p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    const Ring ring{address(memory)};
+    float4* const sums = (float4*)(memory + SUMS_AT);
+    const int tile = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
+    const int blocks = cdiv(p.K, ROWS), first = blocks * split / p.splits, count = blocks * (split + 1) / p.splits - first;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(ring.full(i), 1), barrier_init(ring.empty(i), 2 * WARPS);
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    }
     __syncthreads();
-#pragma unroll
-    for (int i = threadIdx.x; i < FOURS; i += 32 * WARPS) {
-        float4 sum = sums[i];
-#pragma unroll
-        for (int v = 1; v < WARPS; v++) sum = plus(sum, sums[v * FOURS + i]);
-        sums[i] = sum;
+    if (threadIdx.x >= THREADS) {
+        if (threadIdx.x == THREADS) fill(ring, maps, tile, first, count);
+        return;
     }
-    cluster_barrier();
-    for (int i = split * 32 * WARPS + threadIdx.x; i < FOURS; i += SPLITS * 32 * WARPS) {
-        float4 part[SPLITS];
+    // What a thread will store: outputs n and next of two tokens, for each of its float4s.
+    const int threads = p.splits * THREADS, begin = split * THREADS + threadIdx.x, next = BITS == 16 ? 8 : 1;
+    int n[EACH];
+    float2 scale[EACH], bias[EACH];
 #pragma unroll
-        for (int s = 0; s < SPLITS; s++) part[s] = from_cluster(sums + i, s);
-        float4 sum = part[0];
-#pragma unroll
-        for (int s = 1; s < SPLITS; s++) sum = plus(sum, part[s]);
-        // Outputs 2 p and 2 p + 1 of a lane. Of four bits: a byte's halves, which are 16 outputs apart.
-        const int p = i / 32 % PAIRS, token = i / 32 / PAIRS * 8 + i % 4 * 2, at = i % 32 / 4 * BYTES + p;
-        const int n = tile * COLUMNS + (BITS == 4 ? at / 16 * 32 + at % 16 : i % 32 / 4 * 2 * PAIRS + 2 * p), next = BITS == 4 ? 16 : 1;
-        if (n >= w.N) continue;
-        const float unit = BITS == 4 ? UNIT : 1, a = BITS == 16 ? 1 : __ldg(w.scale + n) / unit, b = BITS == 16 ? 1 : __ldg(w.scale + n + next) / unit;
-        const float c = bias ? half_at(bias, n) : 0, d = bias ? half_at(bias, n + next) : 0;
-        u16* to = y + (i64)token * w.N + n;
-        if (token < M) to[0] = half_bits(sum.x * a + c), to[next] = half_bits(sum.z * b + d);
-        if (token + 1 < M) to[w.N] = half_bits(sum.y * a + c), to[w.N + next] = half_bits(sum.w * b + d);
+    for (int j = 0; j < EACH; j++) {
+        const int i = begin + j * threads, group = i % 32 / 4;
+        n[j] = tile * COLUMNS + i / (32 * SUMS * TILES) * 16 * SUMS + i / 32 % SUMS * 16 + (BITS == 16 ? group : 2 * group);
+        const bool stores = i < FOURS && n[j] < p.N;
+        if (!stores) n[j] = -1;
+        scale[j] = stores && p.scale ? make_float2(__ldg(p.scale + n[j]), __ldg(p.scale + n[j] + next)) : make_float2(1, 1);
+        bias[j] = stores && p.bias ? make_float2(half_at(p.bias, n[j]), half_at(p.bias, n[j] + next)) : make_float2(0, 0);
     }
-    cluster_barrier();  // a CTA must not end while others read its sums
+    multiply_blocks(ring, tile, count, sums);
+    if (p.splits > 1) cluster_barrier();
+    else asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const int i = begin + j * threads;
+        if (n[j] < 0) continue;
+        float4 part[MOST_SPLITS][2], sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int s = 0; s < MOST_SPLITS; s++)
+#pragma unroll
+            for (int h = 0; h < 2 && s < p.splits; h++)
+                part[s][h] = p.splits == 1 ? sums[h * FOURS + i] : from_cluster(sums + h * FOURS + i, s);
+#pragma unroll
+        for (int s = 0; s < MOST_SPLITS; s++)
+#pragma unroll
+            for (int h = 0; h < 2 && s < p.splits; h++) sum = plus(sum, part[s][h]);
+        const int token = i / (32 * SUMS) % TILES * 8 + i % 4 * 2;
+        u16* const to = p.y + (i64)token * p.N + n[j];
+        const float2 a = scale[j], b = bias[j];
+        if (token < p.M) to[0] = half_bits(sum.x * a.x + b.x), to[next] = half_bits(sum.z * a.y + b.y);
+        if (token + 1 < p.M) to[p.N] = half_bits(sum.y * a.x + b.x), to[p.N + next] = half_bits(sum.w * a.y + b.y);
+    }
+    if (p.splits > 1) cluster_barrier();  // a CTA must not end while others read its sums
 }

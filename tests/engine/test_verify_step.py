@@ -1,8 +1,5 @@
 """The dense pass over a few tokens: against the plain model, its bits against themselves, and lossless text on CUDA."""
 
-import sys
-from functools import partial
-
 import pytest
 import torch
 
@@ -13,7 +10,7 @@ from teal_fast.engine.request import Request
 from teal_fast.engine.sampling import Sampling
 from teal_fast.engine.speculation.drafters import DraftModel
 from teal_fast.engine.staged_step import StagedStep
-from teal_fast.engine.verify_step import LARGE, TOKENS, VerifyStep, check_verifiable, dense_tokens, product
+from teal_fast.engine.verify_step import TOKENS, VerifyStep, check_verifiable, dense_tokens
 from teal_fast.kernels.backend import triton
 from teal_fast.sparse_model import sparse_layers
 from teal_fast.tests.engine.random_models import DEVICE
@@ -107,16 +104,12 @@ def test_equals_the_plain_model(case):
     assert [float(told[1]) for _, told in best] == found.amax(-1).tolist()
 
 
-WAYS = [*((case, LARGE) for case in CASES), *((case, 0) for case in ("llama", "fp16", "small", "wide"))]
-WAYS.append(("wide", sys.maxsize))
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("case, large", WAYS)
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_several_tokens_have_the_bits_of_single_ones(case, large):
+def test_several_tokens_have_the_bits_of_single_ones(case):
     model = model_of(*CASES[case])
-    step = VerifyStep(model, cache := filled(model), partial(product, large=large))
+    step = VerifyStep(model, cache := filled(model))
     tensors, tokens = (*cache.k, *cache.v), ids(20)
     for position in (0, 5, 120, 251, 700, LENGTH - 20):
         before = [tensor.clone() for tensor in tensors]
@@ -136,12 +129,12 @@ def test_several_tokens_have_the_bits_of_single_ones(case, large):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case, large", WAYS)
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_a_row_counts_for_nothing_nor_what_others_hold(case, large):
+def test_a_row_counts_for_nothing_nor_what_others_hold(case):
     model = model_of(*CASES[case])
     cache, draw = filled(model), torch.Generator().manual_seed(0)
-    graph = VerifyStep(model, cache, partial(product, large=large))
+    graph = VerifyStep(model, cache)
     for position in (30, 600):
         place = torch.full((TOKENS,), position, device=DEVICE)
         expected = {token: graph.dense([token], position).clone()[0] for token in range(TOKENS)}
@@ -271,7 +264,7 @@ def test_keys_of_other_dense_steps_are_not_gone_on_from():
 
 
 def test_models_that_it_does_not_serve():
-    tiny = partial(random_model, device="cpu", dtype=torch.bfloat16)
+    tiny = lambda config: random_model(config, "cpu", torch.bfloat16)  # noqa: E731
     with pytest.raises(ValueError, match="lossless on CUDA does not serve fp32"):
         check_verifiable(random_model(EVEN, "cpu", torch.float32))
     with pytest.raises(ValueError, match="does not serve heads of 48"):
