@@ -47,7 +47,7 @@ class Product(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("scale", "bias", "y")),
-        *((name, c_int) for name in ("M", "K", "N", "splits")),
+        *((name, c_int) for name in ("M", "K", "N", "splits", "zero")),
     ]
 
 
@@ -126,7 +126,7 @@ def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = 
     module, kernel = found
     ctas, splits = cut(K, N, _processors(device))
     y = x.new_empty(M, N)
-    product = Product(*map(pointer, (weight.scale, bias, y)), M, K, N, splits)
+    product = Product(*map(pointer, (weight.scale, bias, y)), M, K, N, splits, 0)
     config = launch_config(ctas, 32 * (WARPS + 1), MEMORY, dependent=True, cluster=splits)
     module.launch(kernel, config, maps(x, weight, tiles), product)
     return y

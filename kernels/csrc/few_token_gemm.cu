@@ -6,7 +6,6 @@
 // the launch before still writes x.
 // A warp has 32 outputs and a half of each block. A matrix instruction takes 16 outputs, 16 channels and 8 tokens. ldmatrix
 // brings channels next to each other; bytes and half bytes come as columns side by side, which are then told apart.
-// Four-bit codes are multiplied as 16 + code, and what is too much, 24 times x and scale, is summed up beside (`rest`).
 // A token's sums are its own, so that it has the same bits among others as alone.
 #include "halves.cuh"
 
@@ -32,30 +31,23 @@ struct Product {
     const float* scale;  // [N], null for 1
     const u16* bias;     // [N] or null
     u16* y;
-    int M, K, N, splits;
+    int M, K, N, splits, zero;
 };
 
 // ---- numbers ----
-constexpr u32 ONES = HALF_IS_FP16 ? 0x3c003c00u : 0x3f803f80u;
-__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {  // the compiler makes two instructions of two constants
-    u32 y;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
-    return y;
+// Small whole numbers in the low eight bits of a half are a 16-bit float's smallest ones, of exponents 0 and 1, which go
+// up evenly: UP times that is UNIT times the number, without a shift. What numbers are too large by goes in the same step.
+constexpr u32 UP = HALF_IS_FP16 ? 0x78007800u : 0x7f007f00u;  // 2^15, 2^127
+constexpr float UNIT = HALF_IS_FP16 ? 1 / 512.f : 1 / 64.f;
+constexpr u32 MINUS_8 = HALF_IS_FP16 ? 0xa400a400u : 0xbe00be00u, MINUS_128 = HALF_IS_FP16 ? 0xb400b400u : 0xc000c000u;
+__device__ __forceinline__ u32 bytes_as_halves(u32 v) {  // the low bytes of both halves of v, which are signed
+    return multiply_add((v ^ 0x00800080u) & 0x00ff00ffu, UP, MINUS_128);
 }
-// The low bytes of both halves of v, which are signed, as 16-bit floats.
-__device__ __forceinline__ u32 bytes_as_halves(u32 v) {
-#if HALF_IS_FP16  // 1024 + 128 + it, less those: v's bytes are 128 too large
-    return multiply_add(and_or(v ^ 0x80808080u, 0x00ff00ffu, 0x64006400u), ONES, 0xe480e480u);
-#else  // 128 + seven bits, less 128, or less 256 where the eighth is set
-    return multiply_add(and_or(v, 0x007f007fu, 0x43004300u), ONES, and_or(v, 0x00800080u, 0xc300c300u));
-#endif
+__device__ __forceinline__ u32 codes_as_halves(u32 v, bool high) {  // low four bits of their low bytes less 8; the high ones' 16 times that
+    return high ? multiply_add(v & 0x00f000f0u, UP, MINUS_128) : multiply_add(v & 0x000f000fu, UP, MINUS_8);
 }
-// 16 + four-bit codes, from bit `at` of each half of v on: their place is where a 16-bit float has its ones.
-constexpr int PLACE = HALF_IS_FP16 ? 6 : 3;
-constexpr u32 SIXTEEN = HALF_IS_FP16 ? 0x4c004c00u : 0x41804180u, MINUS_24 = HALF_IS_FP16 ? 0xce00ce00u : 0xc1c0c1c0u;
-__device__ __forceinline__ u32 codes_as_halves(u32 v, int at) {
-    return and_or(at < PLACE ? v << (PLACE - at) : v >> (at - PLACE), 0x000f000fu << PLACE, SIXTEEN);
-}
+// What a matrix instruction's sums are to be multiplied by.
+__device__ __forceinline__ float unit(int sum) { return BITS == 16 ? 1 : BITS == 4 && sum ? 1 / (16 * UNIT) : 1 / UNIT; }
 __device__ __forceinline__ u32 scales_as_halves(u32 v) {  // they are stored in bf16
     return HALF_IS_FP16 ? both(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : v;
 }
@@ -138,12 +130,17 @@ __device__ __forceinline__ void fragment(u32* a, const u32 w[RUNS][2], int sum) 
     for (int h = 0; h < 2; h++) {
         if constexpr (BITS == 16) a[2 * h] = w[2 * sum][h], a[2 * h + 1] = w[2 * sum + 1][h];
         if constexpr (BITS == 8) a[2 * h] = bytes_as_halves(w[sum][h]), a[2 * h + 1] = bytes_as_halves(w[sum][h] >> 8);
-        if constexpr (BITS == 4) a[2 * h] = codes_as_halves(w[0][h], 4 * sum), a[2 * h + 1] = codes_as_halves(w[0][h], 4 * sum + 8);
+        if constexpr (BITS == 4) a[2 * h] = codes_as_halves(w[0][h], sum), a[2 * h + 1] = codes_as_halves(w[0][h] >> 8, sum);
     }
 }
 
-// The warp's sums over `count` blocks, into shared memory.
-__device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int count, float4* sums) {
+// What a warp has of a block in registers.
+struct Fragments {
+    u32 w[2][RUNS][2], x[TILES][4], by[4];  // of 16 channels each; tokens; scales of 8 channels each
+};
+
+// The warp's sums over `count` blocks, into shared memory. A block is loaded while the one before is multiplied.
+__device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int count, u32 zero, float4* sums) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % WARPS, half = threadIdx.x / 32 / WARPS;
     // Rows of an ldmatrix are a lane's: of two runs and 16 channels, or one and 32; of x four runs and 8 tokens.
     const int row = RUNS == 1 ? lane : lane % 16, run = warp * RUNS % 8 + (RUNS == 1 ? 0 : lane / 16);
@@ -151,50 +148,69 @@ __device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int 
     const u32 xs = X_AT + lane % 8 * BOX + (4 * half + lane / 8 ^ lane % 8) * 16;
     const int scale = BITS == 4 ? (tile * COLUMNS + warp * COLUMNS / WARPS) / most(GROUP, 1) * 2 - scales_from(tile) : 0;
     const u32 scales = SCALES_AT + (half * HALF + lane) * SCALES + (scale & ~15);
-    float total[TILES][SUMS][4] = {}, rest[TILES][4] = {};
-#pragma unroll 1
-    for (int i = 0; i < count; i++) {
-        const u32 block = ring.block(i);
-        wait(ring.full(i), i / STAGES & 1);
-        u32 w[2][RUNS][2], x[TILES][4], by[4];
-        if constexpr (BITS == 4) load_transposed(by, block + scales);
+    u32 block = ring.block(0), full = ring.full(0), parity = 0, stage = 0;
+    float total[TILES][SUMS][4] = {};
+
+    auto load = [&](Fragments& f) {
+        wait(full, parity);
+        if constexpr (BITS == 4) load_transposed(f.by, block + scales);
 #pragma unroll
-        for (int t = 0; t < TILES; t++) load_matrices(x[t], block + xs + t * 8 * BOX);
-        if constexpr (RUNS == 1) load_transposed(w[0][0], block + weights);
+        for (int t = 0; t < TILES; t++) load_matrices(f.x[t], block + xs + t * 8 * BOX);
+        if constexpr (RUNS == 1) load_transposed(f.w[0][0], block + weights);
         else
 #pragma unroll
             for (int s = 0; s < 2; s++)
 #pragma unroll
-                for (int r = 0; r < RUNS; r += 2) load_transposed(w[s][r], (block + weights + s * 16 * BOX) ^ r * 16);
-        if constexpr (BITS == 4)
+                for (int r = 0; r < RUNS; r += 2) load_transposed(f.w[s][r], (block + weights + s * 16 * BOX) ^ r * 16);
+    };
+    // Lets the block be overwritten, and goes on to the next. An arrival alone does not wait for loads before it, which may
+    // still be on their way: so it takes a value of each, times a zero that the compiler does not know.
+    auto release = [&](const Fragments& f, bool ends) {
+        u32 loaded = BITS == 4 ? f.by[0] : 0;
 #pragma unroll
-            for (int v = 0; v < 4; v++) {  // of 8 channels
-                const u32 own = scales_as_halves(__shfl_sync(0xffffffff, by[v], scale % 16 * 2 + lane % 4));
+        for (int t = 0; t < TILES; t++) loaded |= f.x[t][0];
 #pragma unroll
-                for (int t = 0; t < TILES; t++) x[t][v] = multiply_add(x[t][v], own, 0x80008000u);
-            }
+        for (int r = 0; r < RUNS; r += 2) loaded |= f.w[0][r][0] | f.w[1][r][0];
+        if ((loaded & zero | lane) == 0) arrive(full + 8);
+        stage++, block += BLOCK, full += 16;
+        if (ends && stage == STAGES) stage = 0, block -= STAGES * BLOCK, full -= STAGES * 16, parity ^= 1;
+    };
+    auto multiply_block = [&](const Fragments& f) {
+        u32 x[TILES][4];
+#pragma unroll
+        for (int v = 0; v < 4; v++) {  // of 8 channels
+            const u32 own = BITS == 4 ? scales_as_halves(__shfl_sync(0xffffffff, f.by[v], scale % 16 * 2 + lane % 4)) : 0;
+#pragma unroll
+            for (int t = 0; t < TILES; t++) x[t][v] = BITS == 4 ? multiply_add(f.x[t][v], own, 0x80008000u) : f.x[t][v];
+        }
 #pragma unroll
         for (int s = 0; s < 2; s++) {
 #pragma unroll
-            for (int t = 0; t < TILES && BITS == 4; t++)
-                multiply(rest[t], MINUS_24, MINUS_24, MINUS_24, MINUS_24, x[t][2 * s], x[t][2 * s + 1]);
-#pragma unroll
             for (int v = 0; v < SUMS; v++) {
                 u32 a[4];
-                fragment(a, w[s], v);
+                fragment(a, f.w[s], v);
 #pragma unroll
                 for (int t = 0; t < TILES; t++) multiply(total[t][v], a[0], a[1], a[2], a[3], x[t][2 * s], x[t][2 * s + 1]);
             }
         }
-        __syncwarp();
-        if (lane == 0) arrive(ring.empty(i));
+    };
+    Fragments even, odd;
+    constexpr bool ENDS = STAGES % 2;  // the ring may end with an even block
+    load(even), release(even, ENDS);
+    int i = 1;
+#pragma unroll 1
+    for (; i + 1 < count; i += 2) {
+        load(odd), multiply_block(even), release(odd, true);
+        load(even), multiply_block(odd), release(even, ENDS);
     }
+    if (i < count) load(odd), multiply_block(even), release(odd, true), multiply_block(odd);
+    else multiply_block(even);
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
         for (int v = 0; v < SUMS; v++) {
-            const float *a = total[t][v], *b = rest[t];
-            sums[half * FOURS + ((warp * TILES + t) * SUMS + v) * 32 + lane] = make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
+            const float *a = total[t][v], u = unit(v);
+            sums[half * FOURS + ((warp * TILES + t) * SUMS + v) * 32 + lane] = make_float4(a[0] * u, a[1] * u, a[2] * u, a[3] * u);
         }
 }
 
@@ -227,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) few_token_gemm(
         scale[j] = stores && p.scale ? make_float2(__ldg(p.scale + n[j]), __ldg(p.scale + n[j] + next)) : make_float2(1, 1);
         bias[j] = stores && p.bias ? make_float2(half_at(p.bias, n[j]), half_at(p.bias, n[j] + next)) : make_float2(0, 0);
     }
-    multiply_blocks(ring, tile, count, sums);
+    multiply_blocks(ring, tile, count, p.zero, sums);
     if (p.splits > 1) cluster_barrier();
     else asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 #pragma unroll

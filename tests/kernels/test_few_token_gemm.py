@@ -94,6 +94,25 @@ def test_a_token_has_the_same_bits_among_others_as_alone(K, N, group, dtype):
         assert torch.equal(few_token_gemm(moved, weight, bias)[:count], whole[first : first + count])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [None, 0, 64, "N"])
+@pytest.mark.parametrize("tokens", [1, MOST_TOKENS])
+def test_thousands_of_launches_give_the_same_bits(tokens, group, dtype):
+    """A block overwritten while a warp still read it once changed up to 2 % of them, with one group a row."""
+    K, N = 14336, 4096
+    x = normal(tokens, K, dtype=dtype)
+    if group is None:
+        weight = PackedWeight(normal(K, N, dtype=dtype, seed=2))
+    else:
+        weight = quantized(K, N, N if group == "N" else group).weight
+    first = few_token_gemm(x, weight)
+    others = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(4000):
+        others += (few_token_gemm(x, weight) != first).any()
+    assert others.item() == 0
+
+
 def test_bad_input_is_named():
     x, weight, _ = make(MOST_TOKENS + 1, 64, 64, 0, torch.bfloat16)
     with pytest.raises(ValueError, match=r"^few_token_gemm takes 1 to 16 tokens, got 17$"):
