@@ -165,7 +165,7 @@ __device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int 
     };
     // Lets the block be overwritten, and goes on to the next. An arrival alone does not wait for loads before it, which may
     // still be on their way: so it takes a value of each, times a zero that the compiler does not know.
-    auto release = [&](const Fragments& f, bool ends) {
+    auto release = [&](const Fragments& f) {
         u32 loaded = BITS == 4 ? f.by[0] : 0;
 #pragma unroll
         for (int t = 0; t < TILES; t++) loaded |= f.x[t][0];
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int 
         for (int r = 0; r < RUNS; r += 2) loaded |= f.w[0][r][0] | f.w[1][r][0];
         if ((loaded & zero | lane) == 0) arrive(full + 8);
         stage++, block += BLOCK, full += 16;
-        if (ends && stage == STAGES) stage = 0, block -= STAGES * BLOCK, full -= STAGES * 16, parity ^= 1;
+        if (stage == STAGES) stage = 0, block -= STAGES * BLOCK, full -= STAGES * 16, parity ^= 1;
     };
     auto multiply_block = [&](const Fragments& f) {
         u32 x[TILES][4];
@@ -195,15 +195,14 @@ __device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int 
         }
     };
     Fragments even, odd;
-    constexpr bool ENDS = STAGES % 2;  // the ring may end with an even block
-    load(even), release(even, ENDS);
+    load(even), release(even);
     int i = 1;
 #pragma unroll 1
     for (; i + 1 < count; i += 2) {
-        load(odd), multiply_block(even), release(odd, true);
-        load(even), multiply_block(odd), release(even, ENDS);
+        load(odd), multiply_block(even), release(odd);
+        load(even), multiply_block(odd), release(even);
     }
-    if (i < count) load(odd), multiply_block(even), release(odd, true), multiply_block(odd);
+    if (i < count) load(odd), multiply_block(even), release(odd), multiply_block(odd);
     else multiply_block(even);
 #pragma unroll
     for (int t = 0; t < TILES; t++)

@@ -50,13 +50,24 @@ def test_bf16_is_added_in_fp32(K, N, biased):
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=order.item())
 
 
+def fp32_depends_on_threads(set_threads) -> bool:
+    """Whether PyTorch's own product does: MKL's on some processors."""
+    x, weight, found = draw(13, 1000), draw(1000, 128, seed=1), []
+    for threads in (1, 2):
+        set_threads(threads)
+        found.append(x @ weight)
+    return not torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_any_number_of_threads_gives_the_same_bits(name, set_threads, small_pieces):
     weight = MAKE[name](draw(1000, 128) / 30)
-    if "amx" in supported():  # the one seen; MKL's fp32 products of 12 to 64 rows differ there too with two threads
+    if "amx" in supported():
         pytest.skip("products depend on threads on processors with AMX (findings/onednn-amx-threads.sh)")
     for dtype in (torch.bfloat16, torch.float16):
         exact_rows = product_dtype(draw(1, dtype=dtype)) == torch.bfloat16
+        if not exact_rows and fp32_depends_on_threads(set_threads):
+            continue
         x = draw(40, 1000, seed=1, dtype=dtype)
         for rows in (1, 2, 3, 5, 8, 11, 12, 13, 33) if exact_rows else (12, 13, 33):  # engine/prefill.py pads others
             found = []
