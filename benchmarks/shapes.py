@@ -111,5 +111,5 @@ def calibrate_on_random_tokens(model: Transformer, tokens: int = 2048, seed: int
     """Quantiles of |x| over random tokens: thresholds that give a random model the sparsity asked for."""
     ids = torch.randint(model.args.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     return Calibration(
-        measure_quantiles(model, cut_sequences([ids], 512, tokens, seed)), {}, {"corpus": "random tokens"}
+        measure_quantiles(model, cut_sequences([ids], 512, tokens, seed, ())), {}, {"corpus": "random tokens"}
     )

@@ -71,7 +71,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def cut_sequences(
-    documents: list[list[int]], length: int, tokens: int, seed: int, prefix: Sequence[int] = ()
+    documents: list[list[int]], length: int, tokens: int, seed: int, prefix: Sequence[int]
 ) -> list[list[int]]:
     """Draws sequences of at most `length` tokens at random from all documents, up to `tokens` tokens in total.
 

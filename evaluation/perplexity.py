@@ -45,7 +45,7 @@ class Score:
 
 
 def cut_windows(
-    ids: list[int], context: int, stride: int, limit: int | None, prefix: Sequence[int] = ()
+    ids: list[int], context: int, stride: int, limit: int | None, prefix: Sequence[int]
 ) -> list[tuple[list[int], int]]:
     """Cuts token ids into windows of `context` tokens, `stride` apart.
 

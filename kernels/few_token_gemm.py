@@ -26,13 +26,10 @@ from teal_fast.kernels.quantized_gemm import quantized_gemm
 
 MOST_TOKENS = 16
 TILE = 8  # tokens that a matrix instruction takes
-ROWS, COLUMNS, WARPS = (
-    64,
-    256,
-    16,
-)  # channels of a block, outputs and multiplying warps of a CTA: as the source has them
+# As the source has them: channels of a block, outputs of a CTA, its threads (16 warps multiply, one copies).
+ROWS, COLUMNS, THREADS = 64, 256, 17 * 32
 BOX = 128  # bytes of a row that a tensor map brings at once
-MOST_SPLITS = 6  # CTAs of a cluster
+MOST_SPLITS = 6  # CTAs of a cluster, as the source has it: of 7 an H200 has room for 15 clusters only
 MEMORY = 120_000  # bytes of a CTA: so many that a multiprocessor has one, so few that small launches find room
 
 
@@ -43,7 +40,7 @@ class Maps(Structure):
 
 
 class Product(Structure):
-    """`Product` of the source."""
+    """`Product` of the source; zero: 0."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("scale", "bias", "y")),
@@ -52,34 +49,35 @@ class Product(Structure):
 
 
 def cut(K: int, N: int, processors: int) -> tuple[int, int]:
-    """CTAs in all, and how many of them share K as a cluster. The number of tokens does not matter, so that it does not
-    change the order of a sum.
+    """CTAs in all, and how many of them share K as a cluster. Neither depends on the number of tokens, which so does
+    not change the order of a sum.
 
-    Clusters fill no more than seven eighths of a GPU, whose parts hold whole ones: of 7 an H200 has room for 15 only.
+    Clusters fill no more than seven eighths of a GPU, since each lies within one of its parts, whose rest stays idle.
     """
     tiles = -(-N // COLUMNS)
     splits = max(1, min(MOST_SPLITS, -(-K // ROWS), processors * 7 // 8 // tiles))
     return tiles * splits, splits
 
 
-def scale_bytes(bits: int, group: int) -> int:
-    """Bytes of a row's scales that a CTA reads: its groups' in whole sixteens, which the first may not begin."""
-    if bits != 4 or COLUMNS % group == 0:
-        return 16 * (bits == 4)
-    return -(-(2 * (COLUMNS // group + 2) + 14) // 16) * 16
+def scale_bytes(group: int) -> int:
+    """Bytes of a four-bit row's scales that a CTA reads: whole sixteens with those of all groups it has outputs of."""
+    if COLUMNS % group == 0:
+        return 16  # up to 4 scales, which no boundary of sixteens parts
+    return -(-(2 * (COLUMNS // group + 2) + 14) // 16) * 16  # the first may begin 14 bytes behind a sixteen's begin
 
 
 def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
     """What the source is compiled for; tiles: of tokens."""
-    scales = scale_bytes(bits, group)
+    scales = scale_bytes(group) if bits == 4 else 0
     block = ROWS * (COLUMNS * bits // 8 + 2 * TILE * tiles + scales)
-    stages = (MEMORY - 128 - 8 * COLUMNS * TILE * tiles) // (block + 16)
-    found = {"BITS": bits, "GROUP": group, "SCALES": scales, "HALF_IS_FP16": fp16, "TILES": tiles, "STAGES": stages}
-    return {name: int(value) for name, value in found.items()}
+    sums = 2 * 4 * COLUMNS * TILE * tiles  # fp32, for each half of a block's channels
+    stages = (MEMORY - 128 - sums) // (block + 16)  # two barriers a stage, whose room is rounded up to 128 bytes
+    found = {"BITS": bits, "GROUP": group, "SCALES": scales, "HALF_IS_FP16": int(fp16)}
+    return found | {"TILES": tiles, "STAGES": stages}
 
 
 def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
-    """Where the kernel reads: a weight's values by bytes, the scales in its rows' ends, x."""
+    """Where the kernel reads: a weight's values by bytes, the scales at its rows' ends, x."""
     (M, K), packed, N = x.shape, weight.packed, weight.N
     row, values = packed.stride(0) * packed.element_size(), N * weight.bits // 8  # bytes
     found = Maps(
@@ -88,7 +86,7 @@ def maps(x: Tensor, weight: PackedWeight, tiles: int) -> Maps:
         tensor_map(x.data_ptr(), 2, K, M, 2 * K, (ROWS, TILE * tiles), swizzled=True),
     )
     if weight.bits == 4:
-        box = scale_bytes(4, weight.group), ROWS
+        box = scale_bytes(weight.group), ROWS
         found.scales = tensor_map(packed.data_ptr() + values, 1, row - values, K, row, box)
     return found
 
@@ -127,7 +125,7 @@ def _few_token_gemm_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None = 
     ctas, splits = cut(K, N, _processors(device))
     y = x.new_empty(M, N)
     product = Product(*map(pointer, (weight.scale, bias, y)), M, K, N, splits, 0)
-    config = launch_config(ctas, 32 * (WARPS + 1), MEMORY, dependent=True, cluster=splits)
+    config = launch_config(ctas, THREADS, MEMORY, dependent=True, cluster=splits)
     module.launch(kernel, config, maps(x, weight, tiles), product)
     return y
 

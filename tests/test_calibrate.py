@@ -29,18 +29,18 @@ from teal_fast.sparse_model import Phase, sparse_layers
 
 def test_cut_sequences():
     documents = [list(range(100)), [1000], list(range(200, 235)), []]
-    sequences = cut_sequences(documents, 10, 10_000, seed=0)
+    sequences = cut_sequences(documents, 10, 10_000, seed=0, prefix=())
     assert sorted(map(len, sequences)) == [5] + [10] * 13  # a single token has none after it that counts
     pieces = [documents[0][i : i + 10] for i in range(0, 100, 10)] + [
         documents[2][i : i + 10] for i in range(0, 40, 10)
     ]
     assert sorted(sequences) == sorted(pieces)
     assert sequences != sorted(sequences)
-    assert cut_sequences(documents, 10, 10_000, seed=0) == sequences
-    assert cut_sequences(documents, 10, 10_000, seed=1) != sequences
+    assert cut_sequences(documents, 10, 10_000, seed=0, prefix=()) == sequences
+    assert cut_sequences(documents, 10, 10_000, seed=1, prefix=()) != sequences
     for tokens in (2, 10, 34):
-        assert sum(map(len, cut_sequences(documents, 10, tokens, seed=0))) == tokens
-    assert cut_sequences(documents, 10, 1, seed=0) == []
+        assert sum(map(len, cut_sequences(documents, 10, tokens, seed=0, prefix=()))) == tokens
+    assert cut_sequences(documents, 10, 1, seed=0, prefix=()) == []
     begun = cut_sequences(documents, 10, 10_000, 0, [-1, -2])
     assert [ids[:2] for ids in begun] == [[-1, -2]] * 14
     assert [ids[2:] for ids in begun] == [ids[2:] for ids in sequences]
@@ -52,7 +52,7 @@ def test_demo_achieves_what_is_asked_for_on_other_text(demo):
     tokenizer = Tokenizer.load(demo)
     ids = [token for text in read_corpus([DEFAULT_TEXT]) for token in tokenizer.encode(text)]
     assert DEFAULT_TEXT != DEFAULT_CORPUS
-    score = evaluate(model, cut_windows(ids, 256, 256, 2), 1, 0.5, tqdm(disable=True))
+    score = evaluate(model, cut_windows(ids, 256, 256, 2, tokenizer.prefix), 1, 0.5, tqdm(disable=True))
     assert 0.47 < score.achieved_sparsity < 0.53
     assert all(0.3 < share < 0.7 for share in score.achieved_by_kind.values())
 

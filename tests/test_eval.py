@@ -54,14 +54,14 @@ def score(model, windows, dense_tokens=1, sparsity=0.0):
 
 def test_cut_windows():
     ids = list(range(10))
-    assert cut_windows(ids, 4, 4, None) == [([0, 1, 2, 3], 1), ([4, 5, 6, 7], 1)]
-    assert cut_windows(ids, 5, 5, None) == [([0, 1, 2, 3, 4], 1), ([5, 6, 7, 8, 9], 1)]
-    assert cut_windows(ids, 4, 3, None) == [([0, 1, 2, 3], 1), ([3, 4, 5, 6], 1), ([6, 7, 8, 9], 1)]
-    assert cut_windows(ids, 4, 1, None)[3] == ([3, 4, 5, 6], 3)
-    assert cut_windows(ids, 10, 10, None) == [(ids, 1)]
-    assert cut_windows(ids, 11, 11, None) == []
-    assert [window[0] for window, _ in cut_windows(ids, 2, 2, 2)] == [0, 4]  # spread over the text
-    assert cut_windows(ids, 2, 2, 50) == cut_windows(ids, 2, 2, None)
+    assert cut_windows(ids, 4, 4, None, ()) == [([0, 1, 2, 3], 1), ([4, 5, 6, 7], 1)]
+    assert cut_windows(ids, 5, 5, None, ()) == [([0, 1, 2, 3, 4], 1), ([5, 6, 7, 8, 9], 1)]
+    assert cut_windows(ids, 4, 3, None, ()) == [([0, 1, 2, 3], 1), ([3, 4, 5, 6], 1), ([6, 7, 8, 9], 1)]
+    assert cut_windows(ids, 4, 1, None, ())[3] == ([3, 4, 5, 6], 3)
+    assert cut_windows(ids, 10, 10, None, ()) == [(ids, 1)]
+    assert cut_windows(ids, 11, 11, None, ()) == []
+    assert [window[0] for window, _ in cut_windows(ids, 2, 2, 2, ())] == [0, 4]  # spread over the text
+    assert cut_windows(ids, 2, 2, 50, ()) == cut_windows(ids, 2, 2, None, ())
     # Every window is a text of its own, whose beginning is not scored.
     assert cut_windows(ids, 4, 4, None, [-1]) == [([-1, 1, 2, 3], 1), ([-1, 5, 6, 7], 1)]
     assert cut_windows(ids, 4, 3, None, [-1, -2])[1:] == [([-1, -2, 5, 6], 2), ([-1, -2, 8, 9], 2)]
@@ -70,7 +70,7 @@ def test_cut_windows():
 @pytest.mark.parametrize("context, stride", [(7, 7), (7, 3), (7, 6), (7, 1)])
 def test_no_token_is_scored_twice_or_left_out(context, stride):
     ids = list(range(50))
-    windows = cut_windows(ids, context, stride, None)
+    windows = cut_windows(ids, context, stride, None, ())
     scored = [token for window, unscored in windows for token in window[unscored:]]
     if stride < context:
         assert scored == list(range(1, windows[-1][0][-1] + 1))
@@ -80,7 +80,7 @@ def test_no_token_is_scored_twice_or_left_out(context, stride):
 
 @pytest.mark.parametrize("context, stride", [(400, 400), (150, 150), (150, 60)])
 def test_dense_perplexity_is_that_of_plain_logits_and_of_transformers(tiny, tiny_hf, context, stride):
-    windows = cut_windows(IDS, context, stride, None)
+    windows = cut_windows(IDS, context, stride, None, ())
     found = score(load_model(tiny), windows)
     plain, reference = load_model(tiny), transformers.AutoModelForCausalLM.from_pretrained(tiny_hf)
     ours, theirs = [], []
@@ -110,7 +110,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(calibrated):
     model, masked = load_model(calibrated), load_model(calibrated)
     calibration = Calibration.load(calibrated / CALIBRATION)
     set_sparsity(model, calibration, 0.5)
-    windows = cut_windows(IDS, 100, 100, None)
+    windows = cut_windows(IDS, 100, 100, None, ())
     dropped, weighed = 0, 0
 
     def mask(name, layer, x, phase):
@@ -134,7 +134,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(calibrated):
 
 def test_what_is_sparsified(calibrated):
     model = load_model(calibrated)
-    windows = cut_windows(IDS, 100, 100, None)
+    windows = cut_windows(IDS, 100, 100, None, ())
     dense = score(model, windows).perplexity
     set_sparsity(model, Calibration.load(calibrated / CALIBRATION), 0.9)
     none, half, full = (score(model, windows, tokens, 0.9) for tokens in (100, 50, 1))
@@ -154,7 +154,7 @@ def test_nan_is_an_error(calibrated):
     model = load_model(calibrated)
     model.norm.weight = torch.nn.Parameter(torch.full((64,), torch.nan))
     with pytest.raises(ValueError, match=r"the loss at sparsity 0\.0 is NaN or inf"):
-        score(model, cut_windows(IDS, 100, 100, None))
+        score(model, cut_windows(IDS, 100, 100, None, ()))
 
 
 def test_table(capsys):

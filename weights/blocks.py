@@ -118,7 +118,7 @@ class BlockWeight(nn.Module):
 
 def by_pieces(x: Tensor, weight: BlockWeight) -> Tensor:
     """x [..., K] times a weight, in x's dtype, a few of its outputs at a time."""
-    y, begin = x.new_empty(*x.shape[:-1], weight.out_features), 0  # not torch.cat, which holds all pieces beside it
+    y, begin = x.new_empty(*x.shape[:-1], weight.out_features), 0  # not torch.cat, which holds all products beside it
     for piece in weight.pieces(x.dtype):
         y[..., begin : (begin := begin + piece.shape[1])] = product(x, piece)
     return y

@@ -60,4 +60,6 @@ def product_by_columns(x: Tensor, columns: Columns, N: int, bias: Tensor | None 
         product(wide, columns(begin, end, dtype), None if bias is None else bias[begin:end]).to(x.dtype)
         for begin, end in pairwise([*range(0, N, step), N])
     ]
+    # Not written into one tensor, as weights/blocks.py does: each write costs autograd a copy of y's gradient.
+    # int8, 1536 x 17920, 500 tokens in bf16: 122 MB at once instead of 88, and without gradients 33 instead of 34.
     return torch.cat(pieces, -1)

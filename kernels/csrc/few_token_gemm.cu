@@ -12,7 +12,7 @@
 constexpr int ROWS = 64, HALF = 32, COLUMNS = 256;     // channels of a block and of the half that a warp takes; outputs
 constexpr int WARPS = 8, THREADS = 2 * WARPS * 32;     // that multiply, WARPS for each half; one more warp copies
 constexpr int WIDTH = COLUMNS * BITS / 8, BOX = 128;   // bytes of a row: that a CTA reads, that lie in a row of the ring
-constexpr int RUNS = WIDTH / WARPS / 16;               // of 16 bytes, that a warp reads of a row
+constexpr int RUNS = WIDTH / WARPS / 16;               // of 16 bytes, that a warp reads of a row: 4, 2 or 1
 constexpr int SUMS = COLUMNS / WARPS / 16;             // matrix instructions of a warp for 16 channels and 8 tokens
 constexpr int X_AT = ROWS * WIDTH, SCALES_AT = X_AT + TILES * 8 * 2 * ROWS, BLOCK = SCALES_AT + ROWS * SCALES;
 constexpr int BARRIERS_AT = STAGES * BLOCK, SUMS_AT = BARRIERS_AT + cdiv(STAGES, 8) * 128;
@@ -31,7 +31,7 @@ struct Product {
     const float* scale;  // [N], null for 1
     const u16* bias;     // [N] or null
     u16* y;
-    int M, K, N, splits, zero;
+    int M, K, N, splits, zero;  // zero: 0, see `release`
 };
 
 // ---- numbers ----
@@ -43,10 +43,11 @@ constexpr u32 MINUS_8 = HALF_IS_FP16 ? 0xa400a400u : 0xbe00be00u, MINUS_128 = HA
 __device__ __forceinline__ u32 bytes_as_halves(u32 v) {  // the low bytes of both halves of v, which are signed
     return multiply_add((v ^ 0x00800080u) & 0x00ff00ffu, UP, MINUS_128);
 }
-__device__ __forceinline__ u32 codes_as_halves(u32 v, bool high) {  // low four bits of their low bytes less 8; the high ones' 16 times that
+// The low four bits of those bytes, less 8; or the high ones, less 8, times 16.
+__device__ __forceinline__ u32 codes_as_halves(u32 v, bool high) {
     return high ? multiply_add(v & 0x00f000f0u, UP, MINUS_128) : multiply_add(v & 0x000f000fu, UP, MINUS_8);
 }
-// What a matrix instruction's sums are to be multiplied by.
+// What the sums of a matrix instruction, one of SUMS, are to be multiplied by. Of four bits the second has the high codes.
 __device__ __forceinline__ float unit(int sum) { return BITS == 16 ? 1 : BITS == 4 && sum ? 1 / (16 * UNIT) : 1 / UNIT; }
 __device__ __forceinline__ u32 scales_as_halves(u32 v) {  // they are stored in bf16
     return HALF_IS_FP16 ? both(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : v;
@@ -93,9 +94,10 @@ __device__ __forceinline__ float4 from_cluster(const float4* p, int cta) {  // w
     return v;
 }
 
-// Bytes from a row's first scale to the first that a CTA reads: boxes begin at whole 16 bytes.
+// Bytes from a row's first scale to where a CTA's box begins, which must be whole 16 bytes: at or before its first scale.
 __device__ __forceinline__ int scales_from(int tile) { return tile * COLUMNS / most(GROUP, 1) * 2 & ~15; }
 
+// STAGES blocks, then two barriers for each: that it is full, and that all warps have read it.
 struct Ring {
     u32 memory;
     __device__ __forceinline__ u32 block(int i) const { return memory + i % STAGES * BLOCK; }
@@ -103,6 +105,7 @@ struct Ring {
     __device__ __forceinline__ u32 empty(int i) const { return full(i) + 8; }
 };
 
+// What the copying thread does for `count` blocks from `first` on.
 __device__ __forceinline__ void fill(const Ring& ring, const Maps& maps, int tile, int first, int count) {
     auto weights = [&](int i) {
         const int row = (first + i) * ROWS;
@@ -124,7 +127,7 @@ __device__ __forceinline__ void fill(const Ring& ring, const Maps& maps, int til
     }
 }
 
-// The weights of a matrix instruction: of the warp's runs, of 8 channels and the next 8.
+// The weights of a matrix instruction, one of SUMS, from the warp's runs w; w[.][h]: of 8 channels, and of the next 8.
 __device__ __forceinline__ void fragment(u32* a, const u32 w[RUNS][2], int sum) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -136,16 +139,17 @@ __device__ __forceinline__ void fragment(u32* a, const u32 w[RUNS][2], int sum) 
 
 // What a warp has of a block in registers.
 struct Fragments {
-    u32 w[2][RUNS][2], x[TILES][4], by[4];  // of 16 channels each; tokens; scales of 8 channels each
+    u32 w[2][RUNS][2], x[TILES][4], by[4];  // weights of 16 channels, runs, 8 channels; x and scales of 8 channels each
 };
 
 // The warp's sums over `count` blocks, into shared memory. A block is loaded while the one before is multiplied.
 __device__ __forceinline__ void multiply_blocks(const Ring& ring, int tile, int count, u32 zero, float4* sums) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % WARPS, half = threadIdx.x / 32 / WARPS;
-    // Rows of an ldmatrix are a lane's: of two runs and 16 channels, or one and 32; of x four runs and 8 tokens.
+    // Each lane names a row of an ldmatrix: they are two runs of 16 channels, or one of 32; of x four runs of 8 tokens.
     const int row = RUNS == 1 ? lane : lane % 16, run = warp * RUNS % 8 + (RUNS == 1 ? 0 : lane / 16);
     const u32 weights = (warp * RUNS / 8 * ROWS + half * HALF + row) * BOX + (run ^ row % 8) * 16;
     const u32 xs = X_AT + lane % 8 * BOX + (4 * half + lane / 8 ^ lane % 8) * 16;
+    // The warp's scale in a row of the box, in bytes: its 32 outputs are of one group.
     const int scale = BITS == 4 ? (tile * COLUMNS + warp * COLUMNS / WARPS) / most(GROUP, 1) * 2 - scales_from(tile) : 0;
     const u32 scales = SCALES_AT + (half * HALF + lane) * SCALES + (scale & ~15);
     u32 block = ring.block(0), full = ring.full(0), parity = 0, stage = 0;

@@ -36,13 +36,13 @@ def test_clusters_fit_a_gpu_and_have_channels(K, N):
 def test_a_box_of_scales_holds_those_of_a_tile(group):
     for tile in range(40):
         first, last = ((tile * COLUMNS + at) // group * 2 for at in (0, COLUMNS - 1))
-        assert first // 16 * 16 + scale_bytes(4, group) >= last + 2
+        assert first // 16 * 16 + scale_bytes(group) >= last + 2
 
 
 @pytest.mark.skipif(not has_nvrtc(), reason="no NVRTC here (nvidia-cuda-nvrtc)")
 @pytest.mark.parametrize(
     "bits, group, fp16, tiles",
-    [(16, 0, False, 1), (16, 0, True, 2), (8, 0, False, 1), (8, 0, True, 2), (4, 192, False, 1)],
+    [(16, 0, False, 1), (16, 0, True, 2), (8, 0, False, 1), (8, 0, True, 2), (4, 192, False, 1), (4, 64, True, 2)],
 )
 def test_the_source_compiles(bits, group, fp16, tiles, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -262,7 +262,8 @@ def test_text_is_the_same_without_cpp(tiny, command, tmp_path, monkeypatch):
     model = load_model(tiny)
     ids = torch.randint(model.args.vocab_size, (256,), generator=torch.Generator().manual_seed(0)).tolist()
     calibration = tmp_path / "calibration.safetensors"
-    Calibration(measure_quantiles(model, cut_sequences([ids], 256, 256, 0)), fingerprint(tiny), {}).save(calibration)
+    quantiles = measure_quantiles(model, cut_sequences([ids], 256, 256, 0, ()))
+    Calibration(quantiles, fingerprint(tiny), {}).save(calibration)
     monkeypatch.delenv("XDG_CACHE_HOME")
     found, said = [], []
     for changes in ({}, {"TEAL_CPU": "torch"}, {"PATH": str(tmp_path)}):
