@@ -63,7 +63,7 @@ def scale_bytes(group: int) -> int:
     """Bytes of a four-bit row's scales that a CTA reads: whole sixteens with those of all groups it has outputs of."""
     if COLUMNS % group == 0:
         return 16  # up to 4 scales, which no boundary of sixteens parts
-    return -(-(2 * (COLUMNS // group + 2) + 14) // 16) * 16  # the first may begin 14 bytes behind a sixteen's begin
+    return -(-(2 * (COLUMNS // group + 2) + 14) // 16) * 16  # the first may lie 14 bytes within a sixteen
 
 
 def constants(bits: int, group: int, fp16: bool, tiles: int) -> dict[str, int]:
