@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from teal_fast.cli import (
@@ -45,6 +46,7 @@ else:
 
 PREFIXES = "prefixes.safetensors"
 LONGEST = 32_768  # tokens of a context where none is named: agents send 10,000 to 40,000 of tools alone
+ECHO = 0.3  # seconds in which a signal is still the same one: coreutils' timeout sends it to a process and to its group
 
 
 def port(text: str) -> int:
@@ -145,16 +147,21 @@ def main() -> None:
         check_writable(options.cache_dir / PREFIXES)
     failed: list[BaseException] = []
     signals: list[int] = []
+    heard = 0.0  # when the first of them came
 
     def stopped(error: BaseException | None) -> None:
         failed.extend([error] if error else [])
         server.should_exit = True
 
     def stop(number: int, _: object) -> None:
+        nonlocal heard
+        if signals and time.monotonic() < heard + ECHO:
+            return
         if signals:  # once more: without waiting for anything
             os.write(2, b"interrupted\n" if number == signal.SIGINT else b"")
             os._exit(128 + number)
         signals.append(number)
+        heard = time.monotonic()
         server.should_exit = True
         if worker.running or worker.waiting:  # not by print: it may have been interrupted itself
             os.write(2, b"finishing the answers that are asked for; the same signal again ends at once\n")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from teal_fast.files.paths import ROOT
+from teal_fast.serve import ECHO
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,25 @@ def serve(folder, *arguments):
         process.wait()
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_twice_at_once_is_one(calibrated, number, code):
+    """As coreutils' timeout sends it: to the process, then to its group. The first is heard before the second comes."""
+    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", calibrated, "--port", "0"]
+    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        url = re.match(r"(http://\S+) ", process.stderr.readline())[1]
+        while ask(f"{url}/health")[0] == 503:
+            assert process.poll() is None
+        for _ in range(4):
+            process.send_signal(number)
+            time.sleep(0.01)
+        process.communicate(timeout=30)
+        assert process.returncode == code
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "interrupted\n")])
 @pytest.mark.parametrize("seconds", [0, 0.3])
 def test_a_signal_while_it_loads(calibrated, number, code, said, seconds):
@@ -99,6 +119,7 @@ def test_a_second_signal_waits_for_no_answer(calibrated, number, said):
             process.send_signal(number)
             lines = [process.stderr.readline() for _ in range(2)]
             assert lines[0] == "ready\n" and lines[1].startswith("finishing the answers that are asked for")
+            time.sleep(ECHO + 0.1)
             process.send_signal(number)
             assert process.communicate(timeout=30)[1] == said and process.returncode == 128 + number
     finally:
