@@ -4,6 +4,7 @@ Unlike PyTorch's own launcher it has programmatic dependent launch. A CUDA graph
 """
 
 import ctypes
+import functools
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 import torch
@@ -40,11 +41,17 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("opaque", c_uint64 * 16)]
 
 
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """The driver's library, opened once."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
 class CudaModule:
     """Machine code loaded on the current device; its kernels by name."""
 
     def __init__(self, code: bytes):
-        self.driver, self.module = ctypes.CDLL("libcuda.so.1"), c_void_p()
+        self.driver, self.module = driver(), c_void_p()
         self._check(self.driver.cuModuleLoadData(byref(self.module), code))
 
     def kernel(self, name: str, shared_memory: int) -> c_void_p:
@@ -105,7 +112,7 @@ def tensor_map(
     scratch = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + MAP_ALIGNMENT)
     at = -(-ctypes.addressof(scratch) // MAP_ALIGNMENT) * MAP_ALIGNMENT
     sizes, strides = (c_uint64 * 2)(columns, rows), (c_uint64 * 1)(row_bytes)
-    result = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+    result = driver().cuTensorMapEncodeTiled(
         c_void_p(at), size - 1, c_uint(2), c_void_p(address), sizes, strides, (c_uint * 2)(*box), (c_uint * 2)(1, 1), 0,
         SWIZZLE_128B if swizzled else 0, 0, 0,
     )  # fmt: skip

@@ -53,66 +53,59 @@ def test_a_port_that_is_taken(command):
 
 
 @contextmanager
-def serve(folder, *arguments):
-    """The command in a process of its own, and its address once it answers; it must end with exit code 0."""
+def started(folder, *arguments):
+    """The command in a process of its own, once it listens, and its address; in the end the process is no more."""
     words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", folder, "--port", "0", *arguments]
     process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        url = re.match(r"(http://\S+) ", process.stderr.readline())[1]
-        while ask(f"{url}/health")[0] == 503:
-            assert process.poll() is None
+        yield re.match(r"(http://\S+) ", process.stderr.readline())[1], process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_it_answers(url, process):
+    while ask(f"{url}/health")[0] == 503:
+        assert process.poll() is None
+
+
+@contextmanager
+def serve(folder, *arguments):
+    """The command and its address once it answers; it must end with exit code 0."""
+    with started(folder, *arguments) as (url, process):
+        wait_until_it_answers(url, process)
         yield url, process
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0 and said == "ready\n", said
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_that_comes_twice_at_once_is_one(calibrated, number, code):
     """As coreutils' timeout sends it: to the process, then to its group. The first is heard before the second comes."""
-    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", calibrated, "--port", "0"]
-    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        url = re.match(r"(http://\S+) ", process.stderr.readline())[1]
-        while ask(f"{url}/health")[0] == 503:
-            assert process.poll() is None
+    with started(calibrated) as (url, process):
+        wait_until_it_answers(url, process)
         for _ in range(4):
             process.send_signal(number)
             time.sleep(0.01)
         process.communicate(timeout=30)
         assert process.returncode == code
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "interrupted\n")])
 @pytest.mark.parametrize("seconds", [0, 0.3])
 def test_a_signal_while_it_loads(calibrated, number, code, said, seconds):
-    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", calibrated, "--port", "0"]
-    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    process.stderr.readline()
-    time.sleep(seconds)
-    process.send_signal(number)
-    try:
+    with started(calibrated) as (_, process):
+        time.sleep(seconds)
+        process.send_signal(number)
         found = process.communicate(timeout=30)[1].removeprefix("ready\n")
         assert found == said and process.returncode == code
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("number, said", [(signal.SIGTERM, ""), (signal.SIGINT, "interrupted\n")])
 def test_a_second_signal_waits_for_no_answer(calibrated, number, said):
-    words = [sys.executable, "-m", "teal_fast.serve", "--checkpoint", calibrated, "--port", "0"]
-    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        url = re.match(r"(http://\S+) ", process.stderr.readline())[1]
-        while ask(f"{url}/health")[0] == 503:
-            assert process.poll() is None
+    with started(calibrated) as (url, process):
+        wait_until_it_answers(url, process)
         long = json.dumps({"prompt": ["Once"] * 60, "max_tokens": 100, "ignore_eos": True, "stream": True}).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", long), timeout=60) as stream:
             assert stream.readline().startswith(b"data: ")
@@ -122,9 +115,6 @@ def test_a_second_signal_waits_for_no_answer(calibrated, number, said):
             time.sleep(ECHO + 0.1)
             process.send_signal(number)
             assert process.communicate(timeout=30)[1] == said and process.returncode == 128 + number
-    finally:
-        process.kill()
-        process.wait()
 
 
 def ask(url, body=None):

@@ -1,5 +1,7 @@
 """The dense pass over a few tokens: against the plain model, its bits against themselves, and lossless text on CUDA."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -264,7 +266,7 @@ def test_keys_of_other_dense_steps_are_not_gone_on_from():
 
 
 def test_models_that_it_does_not_serve():
-    tiny = lambda config: random_model(config, "cpu", torch.bfloat16)  # noqa: E731
+    tiny = partial(random_model, device="cpu", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="lossless on CUDA does not serve fp32"):
         check_verifiable(random_model(EVEN, "cpu", torch.float32))
     with pytest.raises(ValueError, match="does not serve heads of 48"):
